@@ -1,0 +1,113 @@
+"""Advantages of whole responses: group-relative baselines, dynamic sampling, length shaping.
+
+Everything here is per response (``[N]``), on the host or on a device; groups are named by an explicit id, so that the
+order of the responses does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, baseline: Baseline = "group_normalised", epsilon: float = 1e-6
+) -> Tensor:
+    """Advantage of each response relative to the responses to the same prompt.
+
+    ``group_normalised``: ``(R − mean) / (std + ε)`` with the n−1 standard deviation (GRPO). ``group_mean``:
+    ``R − mean``. ``leave_one_out``: ``R`` minus the mean of the *other* responses (RLOO).
+
+    Args:
+        rewards: ``[N]`` floating point; computed in float64.
+        group_ids: ``[N]`` integer; responses with the same id form a group.
+        baseline: What to compare with.
+        epsilon: Added to the standard deviation.
+
+    Returns:
+        ``[N]`` float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a non-finite reward, or a group of one response, which has nothing
+            to be compared with.
+    """
+    if rewards.ndim != 1 or rewards.shape != group_ids.shape or group_ids.is_floating_point():
+        raise ValueError(
+            "rewards, group_ids: expected [N] and integer [N], got "
+            f"{list(rewards.shape)} and {group_ids.dtype} {list(group_ids.shape)}"
+        )
+    rewards = rewards.double()
+    if not rewards.isfinite().all():
+        bad = int(rewards.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"rewards: response {bad} (group {int(group_ids[bad])}) is {float(rewards[bad])}")
+    groups, index, sizes = _groups(group_ids)
+    if (sizes < 2).any():
+        raise ValueError(f"group_ids: groups {groups[sizes < 2].tolist()} have one response; a baseline needs two")
+    zeros = torch.zeros(len(groups), dtype=torch.float64, device=rewards.device)
+    mean = zeros.index_add(0, index, rewards) / sizes
+    centred = rewards - mean[index]
+    if baseline == "group_mean":
+        advantages = centred
+    elif baseline == "leave_one_out":
+        advantages = centred * (sizes / (sizes - 1))[index]
+    elif baseline == "group_normalised":
+        std = (zeros.index_add(0, index, centred.square()) / (sizes - 1)).sqrt()
+        advantages = centred / (std[index] + epsilon)
+    else:
+        raise ValueError(f"baseline: expected group_normalised, group_mean or leave_one_out, got {baseline!r}")
+    return advantages.float()
+
+
+def informative_groups(accuracy: Tensor, group_ids: Tensor) -> Tensor:
+    """Dynamic sampling (DAPO): the responses of groups that are neither all right nor all wrong.
+
+    Args:
+        accuracy: ``[N]``, 0 or 1: the verifier's verdict, before any shaping of the reward.
+        group_ids: ``[N]`` integer.
+
+    Returns:
+        ``[N]`` bool: keep.
+
+    Raises:
+        ValueError: an accuracy that is neither 0 nor 1.
+    """
+    right = accuracy == 1
+    if not (right | (accuracy == 0)).all():
+        raise ValueError(f"accuracy: expected 0 or 1, got {accuracy[~(right | (accuracy == 0))][0].item()}")
+    groups, index, sizes = _groups(group_ids)
+    hits = torch.zeros(len(groups), dtype=torch.int64, device=index.device).index_add(0, index, right.long())
+    return ((hits > 0) & (hits < sizes))[index]
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:
+    """Soft length penalty (DAPO): 0 up to ``max_length − buffer`` tokens, then linear down to ``−factor``.
+
+    ``min(0, −(n − (max_length − buffer)) / buffer · factor)``, to be added to the reward.
+
+    Args:
+        lengths: n, response tokens, ``[N]`` integer.
+        max_length: The longest response that generation allows.
+        buffer: Tokens over which the penalty grows; 0 turns it off.
+        factor: The penalty at ``max_length``.
+
+    Returns:
+        ``[N]`` float32, ≤ 0.
+
+    Raises:
+        ValueError: a buffer that is negative or longer than the response may be.
+    """
+    if not 0 <= buffer <= max_length:
+        raise ValueError(f"buffer: must be between 0 and max_length = {max_length} tokens, got {buffer}")
+    if buffer == 0:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    return (-(lengths - (max_length - buffer)).double() / buffer * factor).clamp(max=0.0).float()
+
+
+def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct ids ``[G]``, the group of each response ``[N]`` as an index into them, and their sizes ``[G]``."""
+    groups, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    return groups, index, sizes

@@ -1,0 +1,417 @@
+"""The token losses FIPO, DAPO and GRPO, as pure functions of a dataclass of tensors.
+
+A loss is returned as a numerator and an integer denominator. Both are plain sums over the tokens of this rank, so any
+split of a mini-batch over micro-batches, data-parallel and context-parallel ranks adds up to the same loss; only
+whole sequences may go to different micro-batches. Sources: arXiv 2603.19835 (equations below) and the behaviour of the
+release of its authors; where they differ, the difference is a field of :class:`PolicyLossConfig`.
+
+Logical shapes, as suffixes of names: T tokens on this rank (packed), S sequences of the micro-batch, R ranks of the
+context-parallel group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .future_kl import Exchange, SequenceShards, add_carries, chunk_carries, exchange_over_ranks, scan_chunks
+from .statistics import LossStatistics, shift_histogram
+
+LARGEST_RAW_WEIGHT_LOG = 80.0
+"""exp(F) is evaluated at no more than this, so that it stays finite in float32; far above any weight clip."""
+
+RELEASE_SAFETY_RANGE = (0.8, 1.0)
+"""Where the release clamps the weight of a negative-advantage token whose ratio exceeds the safety threshold."""
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """What the loss is. Defaults are the paper's 32B recipe (Table 2) with the release's behaviour.
+
+    Attributes:
+        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight.
+        half_life: τ of the Future-KL discount in tokens (Eq. 6); inf for none (Eq. 5).
+        future_kl_filter: Leave tokens with a ratio above ``dual_clip`` out of the sum (Eq. 5); they keep their
+            position.
+        weight_clip: Bounds of f = clip(exp F, low, high) (Eq. 7); none: f = min(exp F, ``weight_max``).
+        weight_max: The largest weight where ``weight_clip`` is none.
+        safety_threshold: s: ratio above which a negative-advantage token's weight is made safe; inf: never.
+        safety_rule: ``release`` clamps such a weight to [0.8, 1.0]; ``paper`` resets it to 1.
+        clip_low: ε_low of the surrogate's clip range (Eq. 8).
+        clip_high: ε_high.
+        dual_clip: c: for A < 0 the loss is capped at −c f A (Table 2; absent from Eq. 8); inf: no cap.
+        sequence_drop: Leave a response with more than ``sequence_drop_threshold`` dual-clipped tokens out of the loss,
+            numerator and denominator (release only; the paper has no such rule).
+        sequence_drop_threshold: Dual-clipped tokens that a response may have.
+        shift_clamp: d is clamped to ± this (release: 20); inf: not (paper).
+        aggregation: ``token_mean`` over all tokens of the mini-batch (DAPO, Eq. 8); ``sequence_mean``: mean per
+            response, then mean over responses (GRPO).
+        kl_coef: β of a KL term to the reference policy; 0: none.
+        kl_estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ with Δ = log π_θ − log π_ref. As a loss term, k1 has zero
+            expected gradient; k2 has the gradient of the reverse KL (http://joschu.net/blog/kl-approx.html).
+        entropy_coef: The entropy of the policy times this is subtracted from the loss; 0: none.
+        importance_cap: Truncated importance sampling: each token's loss is multiplied by
+            min(π_old / π_behaviour, cap), without gradient; none: no correction.
+    """
+
+    kind: Literal["fipo", "dapo", "grpo"] = "fipo"
+    half_life: float = 32.0
+    future_kl_filter: bool = True
+    weight_clip: tuple[float, float] | None = (1.0, 1.2)
+    weight_max: float = 10.0
+    safety_threshold: float = 10.0
+    safety_rule: Literal["release", "paper"] = "release"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 10.0
+    sequence_drop: bool = True
+    sequence_drop_threshold: int = 1
+    shift_clamp: float = 20.0
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field. Raises ValueError that names the field, the value and what is valid."""
+        _require(self, "half_life", self.half_life > 0, "> 0 tokens, or inf for no decay")
+        if self.weight_clip is not None:
+            low, high = self.weight_clip
+            _require(self, "weight_clip", 0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null")
+        _require(self, "weight_max", 0 < self.weight_max < math.inf, "> 0 and finite")
+        _require(self, "safety_threshold", self.safety_threshold > 0, "> 0, or inf for never")
+        _require(self, "clip_low", 0 <= self.clip_low <= 1, "in [0, 1]")
+        _require(self, "clip_high", 0 <= self.clip_high < math.inf, ">= 0 and finite")
+        limit = 1 + self.clip_high
+        _require(self, "dual_clip", self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap")
+        _require(self, "sequence_drop_threshold", self.sequence_drop_threshold >= 0, ">= 0 tokens")
+        _require(self, "shift_clamp", self.shift_clamp > 0, "> 0, or inf for none")
+        _require(self, "kl_coef", 0 <= self.kl_coef < math.inf, ">= 0 and finite")
+        _require(self, "entropy_coef", math.isfinite(self.entropy_coef), "finite")
+        _require(self, "importance_cap", self.importance_cap is None or self.importance_cap > 0, "> 0, or null")
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        """The bounds of f: ``weight_clip``, or [0, ``weight_max``]."""
+        return (0.0, self.weight_max) if self.weight_clip is None else self.weight_clip
+
+
+def _require(config: PolicyLossConfig, field: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{field}: must be {expected}, got {getattr(config, field)}")
+
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "fipo": {},
+    "dapo": {},
+    "grpo": {
+        "aggregation": "sequence_mean",
+        "clip_high": 0.2,
+        "dual_clip": math.inf,
+        "sequence_drop": False,
+        "kl_coef": 0.04,
+    },
+}
+"""The defaults that each ``kind`` changes. GRPO: sequence mean, symmetric clip, k3 KL term with β = 0.04 (DeepSeekMath,
+arXiv 2402.03300, Eq. 3 and 4, Sec. 4.2), no dual clip, no drop."""
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda gap: gap,
+    "k2": lambda gap: gap.square() / 2,
+    "k3": lambda gap: torch.expm1(-gap) + gap,
+}
+"""Per-token estimates of KL(π_θ ‖ π_ref) from the gap log π_θ − log π_ref of a token sampled from π_θ."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Per-token tensors of one packed micro-batch on this rank, all at the predicting position.
+
+    Attributes:
+        log_probs: log π_θ of the labels, ``[T]`` floating point; the only tensor that needs a gradient (and entropy).
+        old_log_probs: log π_old: the trainer's weights before the first update on this batch, ``[T]``.
+        advantages: ``[T]``.
+        mask: Tokens of the loss, ``[T]`` bool: response tokens, neither prompt nor padding.
+        shards: Where the tokens sit in their sequences.
+        reference_log_probs: log π_ref, ``[T]``; needed where ``kl_coef`` > 0.
+        behaviour_log_probs: The engine's log-probs, ``[T]``; needed where ``importance_cap`` is set, else for
+            statistics.
+        entropy: Entropy of the policy, ``[T]``; needed where ``entropy_coef`` ≠ 0, else for statistics.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    shards: SequenceShards
+    reference_log_probs: Tensor | None = None
+    behaviour_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks shapes, dtypes and devices, which costs no device sync. Raises ValueError that names the field."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape != (self.shards.num_tokens,):
+                expected = f"[{self.shards.num_tokens}] (the tokens of the layout)"
+                raise ValueError(f"{field.name}: expected shape {expected}, got {list(value.shape)}")
+            if (value.dtype == torch.bool) != (field.name == "mask") or not (
+                value.is_floating_point() or field.name == "mask"
+            ):
+                kind = "bool" if field.name == "mask" else "a floating point dtype"
+                raise ValueError(f"{field.name}: expected {kind}, got {value.dtype}")
+            if value.device != self.log_probs.device:
+                raise ValueError(f"{field.name}: is on {value.device}, log_probs on {self.log_probs.device}")
+
+    def to(self, dtype: torch.dtype) -> LossInputs:
+        """The same with every floating-point tensor in ``dtype``."""
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        floating = {k: v.to(dtype) for k, v in tensors.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return LossInputs(**(tensors | floating))
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss as a fraction, and what was seen on the way.
+
+    Attributes:
+        numerator: Scalar, float32 or float64, with gradient: the sum over this rank's part.
+        denominator: Scalar int64: tokens kept in the loss here or, for ``sequence_mean``, sequences counted here.
+        statistics: Mergeable statistics of this part.
+        future_kl: F, ``[T]``, without gradient; 0 for the baselines.
+        weight: f, ``[T]``, without gradient; 1 for the baselines.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    statistics: LossStatistics
+    future_kl: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Weighting:
+    """All that enters the loss without a gradient. ``_S`` fields count whole sequences, over all ranks."""
+
+    future_kl_T: Tensor
+    raw_weight_T: Tensor
+    weight_T: Tensor
+    unsafe_T: Tensor
+    dual_clipped_T: Tensor
+    tokens_S: Tensor
+    dropped_S: Tensor
+
+
+def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None = None) -> LossOutput:
+    """The loss of one packed micro-batch on one rank (Eq. 8 with the fields of ``config``).
+
+    Args:
+        inputs: The micro-batch.
+        config: The loss.
+        exchange: All-gather over the context-parallel group (:func:`.future_kl.gather_over`); called exactly once in
+            the forward pass where sequences are spread over several ranks, never in backward.
+
+    Returns:
+        Numerator, denominator and statistics. A non-finite log-prob of a token in the mask makes the numerator NaN.
+
+    Raises:
+        ValueError: a tensor that ``config`` needs is missing from ``inputs``, or an exchange is.
+    """
+    _check_present(inputs, config)
+    dtype = torch.promote_types(inputs.log_probs.dtype, torch.float32)
+    inputs = inputs.to(dtype)
+    shift_T = log_prob_shift(inputs.log_probs, inputs.old_log_probs, inputs.mask, config.shift_clamp)
+    with torch.no_grad():
+        weighting = _weigh(shift_T.detach(), inputs, config, exchange)
+
+    loss_T, clipped_T = surrogate(shift_T.exp(), weighting.weight_T * inputs.advantages, config)
+    importance_T = reference_kl_T = None
+    if config.importance_cap is not None and inputs.behaviour_log_probs is not None:
+        importance_T = truncated_importance_weights(
+            inputs.old_log_probs, inputs.behaviour_log_probs, inputs.mask, config.importance_cap
+        )
+        loss_T = loss_T * importance_T
+    if config.kl_coef and inputs.reference_log_probs is not None:
+        gap_T = log_prob_shift(inputs.log_probs, inputs.reference_log_probs, inputs.mask, config.shift_clamp)
+        reference_kl_T = KL_ESTIMATORS[config.kl_estimator](gap_T)
+        loss_T = loss_T + config.kl_coef * reference_kl_T
+    if config.entropy_coef and inputs.entropy is not None:
+        loss_T = loss_T - config.entropy_coef * inputs.entropy
+
+    numerator, denominator = _aggregate(loss_T, weighting, inputs, config)
+    with torch.no_grad():
+        seen = {"clip_fraction": clipped_T, "importance_weight_mean": importance_T, "reference_kl": reference_kl_T}
+        statistics = _statistics(seen, shift_T.detach(), weighting, inputs, config)
+    return LossOutput(numerator, denominator, statistics, weighting.future_kl_T, weighting.weight_T)
+
+
+def log_prob_shift(log_probs_T: Tensor, old_log_probs_T: Tensor, mask_T: Tensor, clamp: float) -> Tensor:
+    """``d = log π_θ − log π_old`` clamped to ± ``clamp``; 0, without gradient, outside the mask: ``[T]``.
+
+    A non-finite difference inside the mask becomes NaN: a clamp would turn an infinity into a plausible number.
+    """
+    shift_T = torch.where(mask_T, log_probs_T - old_log_probs_T, 0.0)
+    return shift_T.clamp(-clamp, clamp) + 0.0 * shift_T.detach()
+
+
+def future_kl_weight(
+    raw_weight_T: Tensor, ratio_T: Tensor, advantages_T: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    """f, and where the safety rule changed how it is bounded (Eq. 7 and the text below it).
+
+    Args:
+        raw_weight_T: exp(F), ``[T]``.
+        ratio_T: r, ``[T]``.
+        advantages_T: A, ``[T]``.
+        config: The loss; the baselines have weight 1.
+
+    Returns:
+        The weight, ``[T]``, and the tokens under the safety rule, ``[T]`` bool.
+    """
+    if config.kind != "fipo":
+        return torch.ones_like(raw_weight_T), torch.zeros_like(raw_weight_T, dtype=torch.bool)
+    weight_T = raw_weight_T.clamp(*config.weight_bounds)
+    unsafe_T = (advantages_T < 0) & (ratio_T > config.safety_threshold)
+    safe_T = weight_T.clamp(*RELEASE_SAFETY_RANGE) if config.safety_rule == "release" else torch.ones_like(weight_T)
+    return torch.where(unsafe_T, safe_T, weight_T), unsafe_T
+
+
+def surrogate(ratio_T: Tensor, advantages_T: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """``−min(r A, clip(r, 1−ε_low, 1+ε_high) A)``, capped at ``−c A`` for A < 0 (Eq. 8, dual clip of Table 2).
+
+    Args:
+        ratio_T: r with gradient, ``[T]``.
+        advantages_T: f A, ``[T]``.
+        config: The loss.
+
+    Returns:
+        The token losses, ``[T]``, and the tokens whose clipped branch is the larger, ``[T]`` bool.
+    """
+    plain_T = -advantages_T * ratio_T
+    clipped_T = -advantages_T * ratio_T.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss_T = torch.maximum(plain_T, clipped_T)
+    if config.dual_clip < math.inf:
+        loss_T = torch.where(advantages_T < 0, torch.minimum(loss_T, -config.dual_clip * advantages_T), loss_T)
+    return loss_T, clipped_T > plain_T
+
+
+def truncated_importance_weights(
+    old_log_probs_T: Tensor, behaviour_log_probs_T: Tensor, mask_T: Tensor, cap: float
+) -> Tensor:
+    """``min(π_old / π_behaviour, cap)`` per token, 1 outside the mask, without gradient: ``[T]``."""
+    gap_T = torch.where(mask_T, old_log_probs_T - behaviour_log_probs_T, 0.0)
+    return gap_T.detach().exp().clamp(max=cap)
+
+
+def _check_present(inputs: LossInputs, config: PolicyLossConfig) -> None:
+    needed = {
+        "reference_log_probs": (config.kl_coef > 0, f"kl_coef = {config.kl_coef:g}"),
+        "behaviour_log_probs": (config.importance_cap is not None, f"importance_cap = {config.importance_cap}"),
+        "entropy": (config.entropy_coef != 0, f"entropy_coef = {config.entropy_coef:g}"),
+    }
+    for name, (needs, reason) in needed.items():
+        if needs and getattr(inputs, name) is None:
+            raise ValueError(f"{name}: missing, needed for {reason}")
+
+
+def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None) -> _Weighting:
+    """Future-KL weights and the sequences to drop, with one exchange for both.
+
+    The message holds, per sequence, the heads of this rank's chunks (FIPO only), its dual-clipped tokens and its tokens
+    in the mask: four numbers for FIPO under zigzag context parallelism.
+    """
+    shards, ratio_T = inputs.shards, shift_T.exp()
+    dual_clipped_T = inputs.mask & (inputs.advantages < 0) & (ratio_T > config.dual_clip)
+    message = [shards.sum_by_sequence(flags_T.double())[:, None] for flags_T in (dual_clipped_T, inputs.mask)]
+    future_kl_T = torch.zeros_like(shift_T)
+    if config.kind == "fipo":
+        # "Not above the bound" and not "at most the bound": a NaN must stay visible in the sum.
+        filtered_T = shift_T > math.log(config.dual_clip)
+        values_T = torch.where(filtered_T, 0.0, shift_T) if config.future_kl_filter else shift_T
+        future_kl_T, heads_SK = scan_chunks(values_T, shards, config.half_life)
+        message.append(heads_SK)
+    gathered = exchange_over_ranks(torch.cat(message, dim=1), shards, exchange)
+    dual_clipped_S, tokens_S = gathered[:, :, :2].sum(0).unbind(1)
+    if config.kind == "fipo" and len(shards.owners) > 1:
+        carries_SK = chunk_carries(gathered[:, :, 2:], shards, config.half_life)
+        future_kl_T = add_carries(future_kl_T, carries_SK, shards, config.half_life)
+    future_kl_T = future_kl_T.to(shift_T.dtype)
+
+    raw_weight_T = future_kl_T.clamp(max=LARGEST_RAW_WEIGHT_LOG).exp()
+    weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
+    dropped_S = config.sequence_drop & (dual_clipped_S > config.sequence_drop_threshold)
+    return _Weighting(future_kl_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
+
+
+def _aggregate(
+    loss_T: Tensor, weighting: _Weighting, inputs: LossInputs, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    shards = inputs.shards
+    kept_T = inputs.mask & ~shards.spread(weighting.dropped_S)
+    loss_T = torch.where(kept_T, loss_T, 0.0)
+    if config.aggregation == "token_mean":
+        return loss_T.sum(), kept_T.sum()
+    # Every rank adds its part of every sequence to the numerator; one rank alone may count the sequence.
+    kept_S = (weighting.tokens_S > 0) & ~weighting.dropped_S
+    return (loss_T / shards.spread(weighting.tokens_S.clamp(min=1)).to(loss_T.dtype)).sum(), shards.count_once(kept_S)
+
+
+def _statistics(
+    seen: dict[str, Tensor | None],
+    shift_T: Tensor,
+    weighting: _Weighting,
+    inputs: LossInputs,
+    config: PolicyLossConfig,
+) -> LossStatistics:
+    weight_T, raw_T, future_kl_T = weighting.weight_T, weighting.raw_weight_T, weighting.future_kl_T
+    present_S = weighting.tokens_S > 0
+    counts = {
+        "tokens": inputs.mask.sum(),
+        "sequences": inputs.shards.count_once(present_S),
+        "dropped_sequences": inputs.shards.count_once(present_S & weighting.dropped_S),
+    }
+    means = {
+        "policy_kl": -shift_T,
+        "shift_abs_mean": shift_T.abs(),
+        "dual_clip_fraction": weighting.dual_clipped_T,
+        "advantage_mean": inputs.advantages,
+        "entropy": inputs.entropy,
+    } | seen
+    extrema = {"shift_abs_max": shift_T.abs()}
+    if config.kind == "fipo":
+        low, high = config.weight_bounds
+        means |= {
+            "future_kl_mean": future_kl_T,
+            "future_kl_abs_mean": future_kl_T.abs(),
+            "filtered_fraction": shift_T > math.log(config.dual_clip),
+            "weight_mean": weight_T,
+            "raw_weight_mean": raw_T,
+            "weight_clip_fraction": (weight_T >= high) | (weight_T <= low),
+            "weight_clip_fraction_upper": weight_T >= high,
+            "weight_clip_fraction_lower": weight_T <= low,
+            "safety_fraction": weighting.unsafe_T,
+        }
+        extrema |= {"weight_max": weight_T, "weight_min": weight_T}
+        extrema |= {"raw_weight_max": raw_T, "raw_weight_min": raw_T, "future_kl_abs_max": future_kl_T.abs()}
+    if inputs.behaviour_log_probs is not None:
+        gap_T = torch.where(inputs.mask, inputs.old_log_probs - inputs.behaviour_log_probs, 0.0)
+        means |= {"mismatch_abs_mean": gap_T.abs(), "mismatch_kl": torch.expm1(gap_T) - gap_T}
+        extrema |= {"mismatch_abs_max": gap_T.abs()}
+        if config.importance_cap is not None:
+            means |= {"importance_truncated_fraction": gap_T > math.log(config.importance_cap)}
+    given = {name: value for name, value in means.items() if value is not None}
+    histogram = shift_histogram(shift_T, inputs.advantages > 0, inputs.mask)
+    return LossStatistics.over_tokens(inputs.mask, counts, given, extrema, histogram)
+
+
+def baseline(kind: str, **changes: Any) -> PolicyLossConfig:
+    """The configuration of a ``kind`` with its own defaults, and ``changes`` on top."""
+    return replace(PolicyLossConfig(kind=kind, **BASELINES[kind]), **changes)  # type: ignore[arg-type]

@@ -1,0 +1,376 @@
+"""The configuration of a run: typed dataclasses, one per room, from YAML and dotted overrides.
+
+A file may name another with ``base:`` (relative to itself) and then holds only what differs. ``algorithm.kind``
+chooses the defaults of its room (see :data:`.algorithm.policy_loss.BASELINES`); what the files and overrides say wins
+over them. Everything is checked before anything expensive starts, and all problems are reported at once.
+
+    python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
+
+prints the complete configuration and what is worth knowing about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .algorithm.advantages import Baseline
+from .algorithm.policy_loss import BASELINES, PolicyLossConfig
+
+_STRICT = ConfigDict(extra="forbid")
+
+Positive = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """The configuration is not valid; the message names every key at fault, its value and what would be valid."""
+
+
+@dataclass(config=_STRICT, frozen=True)
+class ModelConfig:
+    """The model to train.
+
+    Attributes:
+        path: Directory of a Hugging Face model: config.json, tokenizer and safetensors.
+    """
+
+    path: str = ""
+
+
+@dataclass(config=_STRICT, frozen=True)
+class AlgorithmConfig(PolicyLossConfig):
+    """The loss (see :class:`.algorithm.policy_loss.PolicyLossConfig`) and the advantages that enter it.
+
+    Attributes:
+        advantage_baseline: What a response's reward is compared with.
+        advantage_epsilon: Added to the standard deviation of a group.
+        dynamic_sampling: Keep only groups whose responses are neither all right nor all wrong (DAPO).
+        mask_truncated: Do not learn from responses that were cut off at the length limit.
+        allow_inert: Accept FIPO with one update per rollout step, where every weight is exactly 1.
+    """
+
+    advantage_baseline: Baseline = "group_normalised"
+    advantage_epsilon: Annotated[float, Field(ge=0)] = 1e-6
+    dynamic_sampling: bool = True
+    mask_truncated: bool = False
+    allow_inert: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
+class DataConfig:
+    """Prompts.
+
+    Attributes:
+        files: Training prompts: parquet in the schema of DAPO-Math-17k, or jsonl.
+        max_prompt_tokens: Longer prompts are left out.
+    """
+
+    files: tuple[str, ...] = ()
+    max_prompt_tokens: Positive = 2048
+
+
+@dataclass(config=_STRICT, frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    Attributes:
+        lr: Learning rate after the warm-up.
+        warmup_steps: Optimizer steps of linear warm-up.
+        schedule: What follows the warm-up.
+        weight_decay: Not applied to biases and norms.
+        adam_beta1: Decay of the first moment.
+        adam_beta2: Decay of the second moment.
+        adam_eps: Added to the root of the second moment.
+        clip_grad: Global gradient norm to clip at; 0: no clipping.
+    """
+
+    lr: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_steps: Tokens = 10
+    schedule: Literal["constant"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+
+
+@dataclass(config=_STRICT, frozen=True)
+class ActorConfig:
+    """The policy and its updates.
+
+    Attributes:
+        prompts_per_mini_batch: Prompts (groups) per optimizer step.
+        optimizer: See :class:`OptimizerConfig`.
+    """
+
+    prompts_per_mini_batch: Positive = 64
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(config=_STRICT, frozen=True)
+class RolloutConfig:
+    """Sampling of responses.
+
+    Attributes:
+        prompts_per_step: Prompts whose groups are kept per rollout step.
+        samples_per_prompt: G, responses per prompt.
+        max_response_tokens: Generation stops here.
+        temperature: Of the sampling; log-probs are after it.
+        top_p: Nucleus; 1: off.
+        max_generation_batches: Dynamic sampling gives up after this many batches of prompts.
+    """
+
+    prompts_per_step: Positive = 512
+    samples_per_prompt: Positive = 16
+    max_response_tokens: Positive = 20480
+    temperature: Temperature = 1.0
+    top_p: Fraction = 1.0
+    max_generation_batches: Positive = 10
+
+
+@dataclass(config=_STRICT, frozen=True)
+class RewardConfig:
+    """What a response is worth: +1 or −1 from the verifier, and a length penalty.
+
+    Attributes:
+        verifier: How answers are checked.
+        overlong_buffer_tokens: The penalty grows over this many tokens before the length limit; 0: no penalty.
+        overlong_penalty: The penalty at the limit.
+    """
+
+    verifier: str = "math"
+    overlong_buffer_tokens: Tokens = 4096
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+
+
+@dataclass(config=_STRICT, frozen=True)
+class EvaluationConfig:
+    """Evaluation during training.
+
+    Attributes:
+        files: Problems, in the formats of ``data.files``.
+        samples_per_prompt: k of avg@k, cons@k and pass@k.
+        temperature: Of the sampling.
+        top_p: Nucleus; 1: off.
+    """
+
+    files: tuple[str, ...] = ()
+    samples_per_prompt: Positive = 32
+    temperature: Temperature = 1.0
+    top_p: Fraction = 0.7
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+        model: See :class:`ModelConfig`.
+        algorithm: See :class:`AlgorithmConfig`.
+        data: See :class:`DataConfig`.
+        actor: See :class:`ActorConfig`.
+        rollout: See :class:`RolloutConfig`.
+        reward: See :class:`RewardConfig`.
+        evaluation: See :class:`EvaluationConfig`.
+        seed: Of everything random in the run.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for every combination that cannot work, all in one message."""
+        if problems := list(_impossible(self)):
+            raise ValueError("\n".join(problems))
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per rollout step."""
+        return -(-self.rollout.prompts_per_step // self.actor.prompts_per_mini_batch)
+
+
+def _impossible(config: Config) -> list[str]:
+    algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
+    problems = []
+    if actor.prompts_per_mini_batch > rollout.prompts_per_step:
+        problems.append(
+            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: must be at most "
+            f"rollout.prompts_per_step = {rollout.prompts_per_step}"
+        )
+    elif algorithm.kind == "fipo" and config.updates_per_step == 1 and not algorithm.allow_inert:
+        problems.append(
+            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: one update per rollout step makes FIPO "
+            "inert (π_θ = π_old, so every weight is 1); use at most half of rollout.prompts_per_step = "
+            f"{rollout.prompts_per_step}, algorithm.kind=dapo, or algorithm.allow_inert=true"
+        )
+    if rollout.samples_per_prompt < 2:
+        problems.append(
+            f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2, an advantage compares the "
+            "responses to one prompt"
+        )
+    if reward.overlong_buffer_tokens > rollout.max_response_tokens:
+        problems.append(
+            f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
+            f"rollout.max_response_tokens = {rollout.max_response_tokens}"
+        )
+    return problems
+
+
+def notices(config: Config) -> list[str]:
+    """What is valid but worth knowing at start-up, one sentence each."""
+    a = config.algorithm
+    found = []
+    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
+        found.append(
+            f"algorithm.safety_threshold = {a.safety_threshold:g} has no effect on the gradient: it is at least "
+            f"dual_clip = {a.dual_clip:g}, and dual-clipped tokens have none"
+        )
+    if a.kind == "fipo" and a.weight_clip is not None and not a.weight_clip[0] <= 1 <= a.weight_clip[1]:
+        found.append(
+            f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, also where "
+            "the policy has not moved"
+        )
+    if a.kind == "grpo" and a.clip_low != a.clip_high:
+        found.append(f"algorithm.clip_high = {a.clip_high:g} differs from clip_low = {a.clip_low:g}: GRPO's are equal")
+    if a.kind == "grpo" and not a.kl_coef:
+        found.append("algorithm.kl_coef = 0: GRPO has a KL term to the reference policy")
+    if a.kl_coef and a.kl_estimator == "k1":
+        found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
+    return found
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies overrides.
+
+    Args:
+        path: The file; its ``base:`` chain is read first.
+        overrides: ``key.path=value``, the value in YAML: ``algorithm.weight_clip=[0.8,1.2]``.
+
+    Raises:
+        ConfigError: with every problem found.
+        FileNotFoundError: the file or one of its bases.
+    """
+    values = _read(Path(path), seen=())
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    algorithm = values.get("algorithm") or {}
+    kind = algorithm.get("kind", "fipo") if isinstance(algorithm, dict) else "fipo"
+    values = _merge({"algorithm": BASELINES.get(str(kind), {})}, values)
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        problems = [line for detail in error.errors() for line in _explain(detail)]
+        raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML silently takes the last of."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base: the files name each other in a circle: {[p.name for p in seen]}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level, got {type(values).__name__}")
+    base = values.pop("base", None)
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values) if base else values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, as in algorithm.half_life=32")
+    try:
+        parsed: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def keys(of: type = Config, prefix: str = "") -> list[str]:
+    """Every valid dotted key, rooms included."""
+    found = []
+    for entry in fields(of):
+        found.append(prefix + entry.name)
+        default = entry.default_factory
+        if isinstance(default, type) and is_dataclass(default):
+            found += keys(default, f"{prefix}{entry.name}.")
+    return found
+
+
+def _explain(detail: Any) -> list[str]:
+    """Our words for one pydantic error; several lines where a check of our own found several problems."""
+    location = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(location, keys(), n=1, cutoff=0.6)
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f"; see {location.rpartition('.')[0] or 'the rooms'}: "
+            + (", ".join(key for key in keys() if key.rpartition(".")[0] == location.rpartition(".")[0]))
+        )
+        return [f"{location} = {detail['input']!r}: unknown key{hint}"]
+    if detail["type"] == "value_error":
+        lines = str(detail["ctx"]["error"]).splitlines()
+        return [f"{location}.{line}" if location else line for line in lines]
+    message = detail["msg"].replace("Input should be", "must be")
+    return [f"{location} = {detail['input']!r}: {message[0].lower()}{message[1:]}"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the complete configuration and its notices; exit code 2 where it is not valid."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config = load_config(arguments[0], arguments[1:])
+    except (ConfigError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    values = TypeAdapter(Config).dump_python(config, mode="json")
+    print(yaml.safe_dump(values, sort_keys=False), end="")
+    for notice in notices(config):
+        print(f"note: {notice}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

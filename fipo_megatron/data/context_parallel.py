@@ -1,0 +1,108 @@
+"""The zigzag layout of context parallelism as a value object.
+
+Under context parallelism of size R every sequence is cut into 2R chunks of equal length, and rank r holds the chunks r
+and 2R−1−r, so that causal attention costs every rank the same. This is the layout of Megatron-Core's and Transformer
+Engine's context parallelism for packed sequences. Rank and size are arguments: all ranks of a layout can be built, and
+checked, in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class CpLayout:
+    """One rank's part of every sequence.
+
+    Attributes:
+        size: R, ranks of the context-parallel group.
+        rank: This rank in the group.
+    """
+
+    size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.rank < self.size:
+            raise ValueError(f"rank: must be in [0, size), got rank {self.rank} of size {self.size}")
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks a sequence is cut into; also what a padded length must be a multiple of."""
+        return 2 * self.size if self.size > 1 else 1
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The chunks that this rank holds, in the order in which it holds them."""
+        return (self.rank, self.num_chunks - 1 - self.rank) if self.size > 1 else (0,)
+
+    @property
+    def owners(self) -> tuple[tuple[int, int], ...]:
+        """``(rank, slot)`` of every chunk in time order: what ``SequenceShards`` needs."""
+        held = {
+            chunk: (rank, slot)
+            for rank in range(self.size)
+            for slot, chunk in enumerate(CpLayout(self.size, rank).chunks)
+        }
+        return tuple(held[chunk] for chunk in range(self.num_chunks))
+
+    def padded_length(self, length: int, multiple_of: int = 1) -> int:
+        """The length rounded up so that every chunk is equally long and a multiple of ``multiple_of``.
+
+        Sequence parallelism needs ``multiple_of`` = tensor-parallel size; FP8 recipes need more.
+        """
+        step = self.num_chunks * multiple_of
+        return -(-length // step) * step
+
+    def chunk_lengths(self, cu_seqlens: Sequence[int] | NDArray[Any]) -> list[int]:
+        """Tokens in one chunk of each packed sequence.
+
+        Args:
+            cu_seqlens: Boundaries of the padded sequences, ``[S + 1]``, from 0.
+
+        Raises:
+            ValueError: a sequence that is empty or cannot be cut into equal chunks.
+        """
+        lengths = np.diff(np.asarray(cu_seqlens))
+        for sequence, length in enumerate(lengths):
+            if length <= 0 or length % self.num_chunks:
+                raise ValueError(
+                    f"cu_seqlens: sequence {sequence} has {length} tokens; context parallelism of size {self.size} "
+                    f"needs a positive multiple of {self.num_chunks}"
+                )
+        return [int(length) // self.num_chunks for length in lengths]
+
+    def indices(self, cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+        """Indices into the packed tokens of the tokens that this rank holds, in its order: ``[T / R]``."""
+        starts = np.asarray(cu_seqlens)[:-1]
+        return np.concatenate(
+            [
+                start + chunk * length + np.arange(length, dtype=np.int64)
+                for start, length in zip(starts, self.chunk_lengths(cu_seqlens), strict=True)
+                for chunk in self.chunks
+            ]
+        )
+
+    def slice(self, packed: NDArray[Any], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
+        """This rank's part of a packed per-token array ``[T, ...]``: ``[T / R, ...]``."""
+        return packed[self.indices(cu_seqlens)]
+
+    def unslice(self, parts: Sequence[NDArray[Any]], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
+        """The packed array ``[T, ...]`` from the parts of all ranks, in rank order: the inverse of :meth:`slice`."""
+        if len(parts) != self.size:
+            raise ValueError(f"parts: expected one per rank, {self.size}, got {len(parts)}")
+        packed = np.empty((int(np.asarray(cu_seqlens)[-1]), *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for rank, part in enumerate(parts):
+            packed[CpLayout(self.size, rank).indices(cu_seqlens)] = part
+        return packed
+
+    def holder(self, position: int, padded_length: int) -> int:
+        """The rank that holds a position of a sequence of this padded length."""
+        chunk = position // (padded_length // self.num_chunks)
+        return self.owners[chunk][0]

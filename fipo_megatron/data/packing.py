@@ -1,0 +1,195 @@
+"""From trajectories to packed micro-batches.
+
+:func:`plan_micro_batches` decides from lengths alone, so that every rank computes the same plan from metadata:
+mini-batches first, then micro-batches under a token budget, balanced over data-parallel ranks and equal in number on
+all of them. :func:`pack` then lays the tokens of one micro-batch out, on the ranks that train on it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .context_parallel import CpLayout
+from .trajectory import Trajectory
+
+MicroBatch = tuple[int, ...]
+"""Indices of the trajectories that share one packed forward pass; empty for a filler."""
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One optimizer step.
+
+    Attributes:
+        micro_batches: By data-parallel rank, then in the order in which they run: equally many on every rank.
+    """
+
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+
+
+def split_mini_batches(group_sizes: Sequence[int], groups_per_mini_batch: int, seed: int) -> list[list[int]]:
+    """Shuffles whole groups and deals them into mini-batches; the last may hold fewer.
+
+    Args:
+        group_sizes: Trajectories of each group; trajectories are numbered group by group.
+        groups_per_mini_batch: Prompts per optimizer step.
+        seed: Of the shuffle; the same seed gives the same order.
+
+    Returns:
+        The indices of the trajectories of each mini-batch.
+    """
+    if groups_per_mini_batch < 1:
+        raise ValueError(f"groups_per_mini_batch: must be >= 1, got {groups_per_mini_batch}")
+    starts = np.concatenate([[0], np.cumsum(group_sizes)])
+    order = np.random.default_rng(seed).permutation(len(group_sizes))
+    return [
+        [i for group in order[first : first + groups_per_mini_batch] for i in range(starts[group], starts[group + 1])]
+        for first in range(0, len(order), groups_per_mini_batch)
+    ]
+
+
+def plan_micro_batches(
+    padded_lengths: Sequence[int],
+    mini_batches: Sequence[Sequence[int]],
+    *,
+    token_budget: int,
+    data_parallel_size: int = 1,
+    micro_batch_multiple: int = 1,
+) -> tuple[MiniBatch, ...]:
+    """Assigns every trajectory of every mini-batch to a data-parallel rank and a micro-batch.
+
+    The longest trajectories are placed first, each into the emptiest micro-batch; the number of micro-batches is the
+    smallest for which that fits. Those that run at the same time on different ranks are about equally full.
+
+    Args:
+        padded_lengths: Tokens of each trajectory, padding included.
+        mini_batches: Indices of the trajectories of each mini-batch.
+        token_budget: The most tokens in a micro-batch, over all ranks of its context-parallel group.
+        data_parallel_size: Ranks to share the trajectories among.
+        micro_batch_multiple: The number of micro-batches per rank is a multiple of this: the pipeline-parallel size
+            under interleaved schedules. Fillers make up the number.
+
+    Raises:
+        ValueError: a trajectory longer than the budget, naming the first and counting them, or an empty mini-batch.
+    """
+    if min(token_budget, data_parallel_size, micro_batch_multiple) < 1:
+        raise ValueError(
+            "token_budget, data_parallel_size, micro_batch_multiple: must be >= 1, got "
+            f"{token_budget}, {data_parallel_size}, {micro_batch_multiple}"
+        )
+    too_long = [i for i, length in enumerate(padded_lengths) if length > token_budget]
+    if too_long:
+        raise ValueError(
+            f"token_budget: {len(too_long)} trajectories are longer than {token_budget} tokens, first number "
+            f"{too_long[0]} with {padded_lengths[too_long[0]]}; a sequence is never split over micro-batches"
+        )
+    plan = []
+    for number, mini_batch in enumerate(mini_batches):
+        if not mini_batch:
+            raise ValueError(f"mini_batches: number {number} is empty")
+        total = sum(padded_lengths[i] for i in mini_batch)
+        per_rank = -(-total // (token_budget * data_parallel_size))
+        per_rank = -(-per_rank // micro_batch_multiple) * micro_batch_multiple
+        while (bins := _fill(padded_lengths, mini_batch, per_rank * data_parallel_size, token_budget)) is None:
+            per_rank += micro_batch_multiple
+        # Fullest first: the bins of one round run at the same time, one on each rank.
+        rounds = [bins[i : i + data_parallel_size] for i in range(0, len(bins), data_parallel_size)]
+        plan.append(MiniBatch(tuple(zip(*rounds, strict=True))))
+    return tuple(plan)
+
+
+def _fill(lengths: Sequence[int], members: Sequence[int], num_bins: int, budget: int) -> list[MicroBatch] | None:
+    """Longest first into the emptiest bin; the bins by falling load, or None where one would overflow."""
+    loads = [(0, number) for number in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for i in sorted(members, key=lambda i: (-lengths[i], i)):
+        load, number = heapq.heappop(loads)
+        if load + lengths[i] > budget:
+            return None
+        bins[number].append(i)
+        heapq.heappush(loads, (load + lengths[i], number))
+    return [tuple(bins[number]) for _, number in sorted(loads, key=lambda entry: (-entry[0], entry[1]))]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
+    """One micro-batch: sequences one after the other, each padded at its end.
+
+    Every per-token array lives at the predicting position: entry p belongs to the label, which is token p + 1. Labels
+    are shifted here, once, over whole sequences; slicing for context parallelism comes after.
+
+    Attributes:
+        tokens: ``[T]`` int64; 0 in the padding.
+        labels: ``[T]`` int64: the next token of the same sequence; 0 at its last position and in the padding.
+        position_ids: ``[T]`` int64, from 0 in each sequence, counting on through the padding.
+        mask: ``[T]`` bool: the label is a response token to learn from.
+        advantages: ``[T]`` float32; 0 outside the mask.
+        behaviour_log_probs: ``[T]`` float32: the engine's log-prob of the label; 0 outside the response.
+        lengths: ``[S]`` int32 without padding.
+        cu_seqlens: ``[S + 1]`` int32: boundaries with padding. They stay those of the whole sequences when the
+            per-token arrays are sliced.
+    """
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    advantages: NDArray[np.float32]
+    behaviour_log_probs: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+    cu_seqlens: NDArray[np.int32]
+
+    def slice(self, layout: CpLayout) -> PackedSequences:
+        """The part of every per-token array that a context-parallel rank holds."""
+        indices = layout.indices(self.cu_seqlens)
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        local = {name: array[indices] for name, array in arrays.items() if name not in ("lengths", "cu_seqlens")}
+        return PackedSequences(**(arrays | local))
+
+
+def pack(
+    trajectories: Sequence[Trajectory], layout: CpLayout, *, multiple_of: int = 1, mask_truncated: bool = False
+) -> PackedSequences:
+    """Lays the trajectories of one micro-batch out, whole; slice the result for a context-parallel rank.
+
+    Args:
+        trajectories: In order; none makes a filler, one fully masked sequence of the shortest valid length.
+        layout: Only its size matters here: it sets the padding.
+        multiple_of: See :meth:`.CpLayout.padded_length`.
+        mask_truncated: Do not learn from responses that were cut off at the length limit.
+
+    Raises:
+        ValueError: a trajectory without an advantage.
+    """
+    lengths = [len(trajectory) for trajectory in trajectories] or [1]
+    cu_seqlens = np.cumsum([0] + [layout.padded_length(length, multiple_of) for length in lengths], dtype=np.int32)
+    total = int(cu_seqlens[-1])
+    packed = PackedSequences(
+        tokens=np.zeros(total, np.int64),
+        labels=np.zeros(total, np.int64),
+        position_ids=np.arange(total) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
+        mask=np.zeros(total, np.bool_),
+        advantages=np.zeros(total, np.float32),
+        behaviour_log_probs=np.zeros(total, np.float32),
+        lengths=np.array(lengths, np.int32),
+        cu_seqlens=cu_seqlens,
+    )
+    for start, trajectory in zip(cu_seqlens[:-1], trajectories, strict=bool(trajectories)):
+        if trajectory.advantage is None:
+            raise ValueError(f"trajectory {trajectory.name}: advantage: missing")
+        prompt, end = len(trajectory.prompt.tokens), len(trajectory)
+        packed.tokens[start : start + prompt] = trajectory.prompt.tokens
+        packed.tokens[start + prompt : start + end] = trajectory.tokens
+        packed.labels[start : start + end - 1] = packed.tokens[start + 1 : start + end]
+        response = slice(start + prompt - 1, start + end - 1)
+        learn = trajectory.mask & (not (mask_truncated and trajectory.finish_reason == "length"))
+        packed.mask[response] = learn
+        packed.advantages[response] = np.where(learn, trajectory.advantage, 0.0)
+        packed.behaviour_log_probs[response] = trajectory.behaviour_log_probs
+    return packed
