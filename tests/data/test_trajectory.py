@@ -1,0 +1,98 @@
+"""What enters the trainer is checked once, and the error names the trajectory, the field and the value."""
+
+import numpy as np
+import pytest
+
+from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory, response_statistics
+
+PROMPT = Prompt("aime-7", np.array([5, 6]), "42")
+
+
+def make(prompt=PROMPT, **changes):
+    values = {
+        "sample": 3,
+        "tokens": np.array([1, 2, 3]),
+        "behaviour_log_probs": np.array([-0.1, -0.2, -0.3]),
+        "mask": np.array([1, 0, 1]),
+    }
+    return Trajectory(prompt, **(values | changes))
+
+
+def test_arrays_take_their_compact_types():
+    trajectory = make()
+    assert (trajectory.tokens.dtype, trajectory.prompt.tokens.dtype) == (np.int32, np.int32)
+    assert trajectory.behaviour_log_probs.dtype == np.float32
+    assert trajectory.mask.tolist() == [True, False, True]
+    assert (len(trajectory), trajectory.name) == (5, "aime-7/3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": np.array([], dtype=np.int32)}, "tokens: is empty"),
+        ({"tokens": np.array([1.0, 2.0, 3.0])}, "tokens: expected integer token ids, got float64"),
+        ({"tokens": np.array([1, -2, 3])}, "tokens: token ids must be >= 0, got -2 .. 3"),
+        ({"tokens": np.array([[1, 2, 3]])}, r"tokens: expected shape \[R\], got \[1, 3\]"),
+        ({"behaviour_log_probs": np.zeros(2)}, r"behaviour_log_probs: expected shape \[3\].*got \[2\]"),
+        ({"behaviour_log_probs": np.zeros(3, int)}, "behaviour_log_probs: expected floating point, got int64"),
+        ({"behaviour_log_probs": np.array([0, np.nan, 0])}, "behaviour_log_probs: must be finite, got nan at token 1"),
+        (
+            {"behaviour_log_probs": np.array([0, 0, -np.inf])},
+            "behaviour_log_probs: must be finite, got -inf at token 2",
+        ),
+        ({"behaviour_log_probs": np.array([0, 0.5, 0])}, "behaviour_log_probs: must be <= 0, got 0.5 at token 1"),
+        ({"mask": np.array([1, 2, 0])}, "mask: must be 0 or 1, got 2 at token 1"),
+        ({"mask": np.array([1.0, 0.5, 0])}, "mask: must be 0 or 1, got 0.5 at token 1"),
+        ({"mask": np.array([True])}, r"mask: expected shape \[3\].*got \[1\]"),
+        ({"spans": ()}, "spans: must start at 0"),
+        ({"spans": (TokenSpan(0, 1), TokenSpan(3, 2))}, r"spans: .*within 3 tokens, got \[0, 3\]"),
+        ({"spans": (TokenSpan(0, 1), TokenSpan(0, 2))}, "spans: must start at 0 and increase"),
+        ({"reward": float("nan")}, "reward: must be finite, got nan"),
+        ({"advantage": float("inf")}, "advantage: must be finite, got inf"),
+        ({"accuracy": 2}, "accuracy: must be 0 or 1, got 2"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=f"^trajectory aime-7/3: {message}"):
+        make(**changes)
+
+
+def test_bad_prompts_and_groups_are_named():
+    with pytest.raises(ValueError, match=r"^prompt 'x': tokens: is empty"):
+        Prompt("x", np.array([], dtype=np.int32), "")
+    with pytest.raises(ValueError, match=r"group 'aime-7': holds responses to another prompt"):
+        Group(PROMPT, (make(Prompt("other", np.array([1]), "")),))
+    with pytest.raises(ValueError, match=r"group 'aime-7': sample numbers must increase, got \[3, 3\]"):
+        Group(PROMPT, (make(), make()))
+
+
+def test_statistics_of_a_rollout_step():
+    def response(sample, length, **scores):
+        zeros = np.zeros(length)
+        return make(sample=sample, tokens=zeros.astype(int), behaviour_log_probs=zeros, mask=zeros == 0, **scores)
+
+    group = Group(
+        PROMPT,
+        (
+            response(0, 1, reward=1.0, accuracy=1, advantage=1.5),
+            response(1, 2, reward=-1.0, accuracy=0, advantage=-0.5),
+            response(2, 3, reward=-1.0, accuracy=0, advantage=-0.5),
+            response(3, 10, reward=-1.5, accuracy=0, advantage=-0.5, finish_reason="length"),
+        ),
+    )
+    assert response_statistics([group]) == pytest.approx(
+        {
+            "response_length_min": 1,
+            "response_length_q25": 1.75,
+            "response_length_mean": 4,
+            "response_length_median": 2.5,
+            "response_length_q75": 4.75,
+            "response_length_max": 10,
+            "truncated_fraction": 0.25,
+            "reward_mean": -0.625,
+            "accuracy_mean": 0.25,
+            "advantage_length_weighted": (1.5 - 0.5 * 15) / 16,
+        }
+    )
+    assert "advantage_length_weighted" not in response_statistics([Group(PROMPT, (make(),))])
+    assert response_statistics([]) == {}
