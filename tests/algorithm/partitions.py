@@ -1,7 +1,7 @@
 """A mini-batch split in every way the trainer may split it, against the loop of reference.py.
 
-``algorithm`` is a namespace with ``LossInputs``, ``SequenceShards`` and ``policy_loss``: the package itself, or a mutant
-of it (test_mutations.py). All ranks of a layout run in this process; their exchange is simulated.
+``algorithm`` is a namespace with ``LossInputs``, ``SequenceShards`` and ``policy_loss``: the package itself, or a
+mutant of it (test_mutations.py). All ranks of a layout run in this process; their exchange is simulated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def random_batch(seed, size=6, longest=40, spread=0.3, outliers=0.06):
     for index in range(size):
         n = int(rng.integers(1, longest + 1))
         old = -rng.gamma(1.0, 1.0, n)
-        new = old + rng.normal(0, spread, n) + (rng.random(n) < outliers) * rng.uniform(1.5, 3.0, n)
+        far = (rng.random(n) < outliers) * rng.uniform(1.5, 3.0, n) * (index > 0)  # the first is never dropped
+        new = old + rng.normal(0, spread, n).clip(-0.9, 0.9) + far
         advantage = float(np.float32(rng.normal() - 0.2))
         mask = rng.random(n) < 0.9
         mask[int(rng.integers(n))] = True

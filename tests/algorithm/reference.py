@@ -1,7 +1,7 @@
 """The losses once more, as loops over one response at a time in float64, gradients by hand.
 
-Written from the formulas alone (arXiv 2603.19835, Eq. 5-8, Table 2; DAPO; GRPO) and sharing nothing with the package but
-the names of the configuration's fields.
+Written from the formulas alone (arXiv 2603.19835, Eq. 5-8, Table 2; DAPO; GRPO) and sharing nothing with the package
+but the names of the configuration's fields.
 """
 
 from __future__ import annotations
