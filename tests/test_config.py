@@ -1,0 +1,199 @@
+"""Presets hold the paper's numbers; every mistake is named, all at once, with the nearest valid key."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fipo_megatron.config import Config, ConfigError, keys, load_config, notices
+
+PRESETS = Path(__file__).parents[1] / "examples" / "configs"
+FIPO_32B = PRESETS / "fipo_qwen2.5_32b.yaml"
+
+PAPER_32B = {
+    "algorithm.kind": "fipo",
+    "algorithm.half_life": 32,
+    "algorithm.weight_clip": (1.0, 1.2),
+    "algorithm.safety_threshold": 10,
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.28,
+    "algorithm.dual_clip": 10,
+    "algorithm.aggregation": "token_mean",
+    "algorithm.kl_coef": 0,
+    "algorithm.entropy_coef": 0,
+    "algorithm.dynamic_sampling": True,
+    "algorithm.advantage_baseline": "group_normalised",
+    "algorithm.advantage_epsilon": 1e-6,
+    "rollout.prompts_per_step": 512,
+    "rollout.samples_per_prompt": 16,
+    "rollout.max_response_tokens": 20480,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.max_generation_batches": 10,
+    "data.max_prompt_tokens": 2048,
+    "actor.prompts_per_mini_batch": 64,
+    "actor.optimizer.lr": 1e-6,
+    "actor.optimizer.schedule": "constant",
+    "actor.optimizer.warmup_steps": 10,
+    "actor.optimizer.weight_decay": 0.1,
+    "actor.optimizer.clip_grad": 1.0,
+    "reward.overlong_buffer_tokens": 4096,
+    "reward.overlong_penalty": 1.0,
+    "evaluation.samples_per_prompt": 32,
+    "evaluation.temperature": 1.0,
+    "evaluation.top_p": 0.7,
+    "updates_per_step": 8,
+}
+PAPER_7B = PAPER_32B | {
+    "algorithm.weight_clip": (0.8, 1.2),
+    "algorithm.safety_threshold": 3,
+    "rollout.samples_per_prompt": 32,
+    "rollout.max_response_tokens": 10240,
+    "reward.overlong_buffer_tokens": 2048,
+}
+DAPO_32B = PAPER_32B | {"algorithm.kind": "dapo", "actor.prompts_per_mini_batch": 32, "updates_per_step": 16}
+
+
+def value(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("fipo_qwen2.5_32b", PAPER_32B), ("fipo_qwen2.5_7b_math", PAPER_7B), ("dapo_qwen2.5_32b", DAPO_32B)],
+)
+def test_presets_hold_the_numbers_of_the_paper(preset, expected):
+    config = load_config(PRESETS / f"{preset}.yaml")
+    assert {key: value(config, key) for key in expected} == expected
+    assert len(config.evaluation.files) == 2
+
+
+def test_overrides_are_yaml_and_win():
+    config = load_config(
+        FIPO_32B,
+        [
+            "algorithm.half_life=.inf",
+            "algorithm.weight_clip=[0.5,2]",
+            "actor.optimizer.lr=3e-7",
+            "seed=7",
+            "model.path=a=b",
+        ],
+    )
+    assert config.algorithm.half_life == math.inf
+    assert config.algorithm.weight_clip == (0.5, 2.0)
+    assert config.actor.optimizer.lr == 3e-7
+    assert (config.seed, config.model.path) == (7, "a=b")
+    assert load_config(FIPO_32B, ["algorithm.weight_clip=null"]).algorithm.weight_bounds == (0.0, 10.0)
+
+
+def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("seed: 1\n")
+    grpo = load_config(bare, ["algorithm.kind=grpo"]).algorithm
+    assert (grpo.aggregation, grpo.clip_high, grpo.kl_coef) == ("sequence_mean", 0.2, 0.04)
+    assert (grpo.dual_clip, grpo.sequence_drop) == (math.inf, False)
+    assert load_config(bare, ["algorithm.kind=grpo", "algorithm.kl_coef=0"]).algorithm.kl_coef == 0
+    assert load_config(bare, ["algorithm.kind=dapo"]).algorithm.aggregation == "token_mean"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["algorithm.half_live=3"], ["algorithm.half_live = 3: unknown key; did you mean algorithm.half_life?"]),
+        (["rollout.samples=3"], ["rollout.samples = 3: unknown key; did you mean rollout.samples_per_prompt?"]),
+        (["zzz=1"], ["zzz = 1: unknown key; see the rooms: model, algorithm, data,"]),
+        (["rollout.top_p=2"], ["rollout.top_p = 2: must be less than or equal to 1"]),
+        (["rollout.samples_per_prompt=1.5"], ["rollout.samples_per_prompt = 1.5: must be a valid integer"]),
+        (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo' or 'grpo'"]),
+        (["algorithm.dual_clip=1"], ["algorithm.dual_clip: must be > 1 + clip_high = 1.28, or inf for no cap, got 1"]),
+        (["actor.optimizer=7"], ["actor.optimizer = 7: must be a dictionary"]),
+        (["algorithm.half_live=3", "seed=x"], ["algorithm.half_live = 3", "seed = 'x': must be a valid integer"]),
+        (
+            ["rollout.prompts_per_step=64"],
+            ["actor.prompts_per_mini_batch = 64: one update per rollout step makes FIPO inert"],
+        ),
+        (
+            ["rollout.prompts_per_step=32", "rollout.samples_per_prompt=1"],
+            ["actor.prompts_per_mini_batch = 64: must be at most rollout.prompts_per_step = 32", "must be at least 2"],
+        ),
+        (["rollout.max_response_tokens=1000"], ["reward.overlong_buffer_tokens = 4096: must be at most"]),
+        (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),
+        (["algorithm.weight_clip=[1"], ["override 'algorithm.weight_clip=[1': the value is not valid YAML"]),
+    ],
+)
+def test_every_mistake_is_named(overrides, lines):
+    with pytest.raises(ConfigError) as caught:
+        load_config(FIPO_32B, overrides)
+    for line in lines:
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("- 1\n", "expected a mapping of keys at the top level, got list"),
+        ("seed: [1\n", "not valid YAML"),
+        ("base: other.yaml\n", "name each other in a circle"),
+    ],
+)
+def test_broken_files_are_explained(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("base: run.yaml\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():
+    one_update = ["rollout.prompts_per_step=64"]
+    assert load_config(FIPO_32B, [*one_update, "algorithm.allow_inert=true"]).updates_per_step == 1
+    assert load_config(FIPO_32B, [*one_update, "algorithm.kind=dapo"]).updates_per_step == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ["algorithm.safety_threshold = 10 has no effect on the gradient"]),
+        (["algorithm.safety_threshold=3"], []),
+        (["algorithm.safety_threshold=3", "algorithm.weight_clip=[1.1,1.2]"], ["does not contain 1"]),
+        (["algorithm.kind=grpo"], ["clip_high = 0.28 differs", "kl_coef = 0"]),
+        (["algorithm.kind=dapo", "algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], ["zero expected gradient"]),
+    ],
+)
+def test_start_up_notices(overrides, expected):
+    found = notices(load_config(FIPO_32B, overrides))
+    assert len(found) == len(expected)
+    assert all(part in notice for part, notice in zip(expected, found, strict=True))
+
+
+def test_command_prints_a_configuration_that_loads_to_the_same(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "fipo_megatron.config", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run(str(FIPO_32B), "algorithm.half_life=.inf")
+    assert done.returncode == 0
+    assert "note: algorithm.safety_threshold = 10 has no effect" in done.stderr
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(FIPO_32B, ["algorithm.half_life=.inf"])
+
+    failed = run(str(FIPO_32B), "algorithm.half_live=3")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "did you mean algorithm.half_life?" in failed.stderr
+    assert run("missing.yaml").returncode == 2
+
+
+def test_presets_name_only_keys_that_exist():
+    def written(values, prefix=""):
+        for key, entry in values.items():
+            yield prefix + key
+            if isinstance(entry, dict):
+                yield from written(entry, f"{prefix}{key}.")
+
+    for preset in PRESETS.glob("*.yaml"):
+        assert set(written(yaml.safe_load(preset.read_text()))) - {"base"} <= set(keys(Config))
