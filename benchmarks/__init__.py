@@ -1,0 +1,1 @@
+"""What the claims of the README rest on: `make bench`."""
