@@ -10,6 +10,7 @@ O(L) is enough; the floor is one read and one write of the values.
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -88,6 +89,7 @@ def exchanged_bytes(length: int, size: int) -> dict[str, int]:
 
 
 def main() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     measured = [measure(batch, length) for batch, length in SHAPES]
 
     def ms(seconds):

@@ -12,7 +12,7 @@ import torch
 
 from fipo_megatron.algorithm.advantages import group_advantages
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
-from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, baseline, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, loss_config, policy_loss
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import pack, plan_micro_batches
 from fipo_megatron.data.trajectory import Prompt, Trajectory
@@ -90,8 +90,8 @@ def in_all_ranks(inputs: list[LossInputs], kind: str) -> list[LossOutput]:
         return message[None].repeat(len(inputs), 1, 1)
 
     for each in inputs if len(inputs) > 1 else []:
-        policy_loss(each, baseline(kind), send)
-    return [policy_loss(each, baseline(kind), lambda _: torch.stack(messages)) for each in inputs]
+        policy_loss(each, loss_config(kind), send)
+    return [policy_loss(each, loss_config(kind), lambda _: torch.stack(messages)) for each in inputs]
 
 
 def shade(weights: torch.Tensor, low: float = 1.0, high: float = 1.2) -> str:
@@ -123,7 +123,7 @@ def main() -> None:
         weights = future_kl(shift, half_life=32.0).exp().clamp(1.0, 1.2)
         print(f"  {trajectory.name} A = {trajectory.advantage:+.2f} |{shade(weights)}|")
 
-    print("\nTry next: python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml algorithm.kind=dapo")
+    print("\nTry next: .venv/bin/python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml seed=1")
 
 
 if __name__ == "__main__":

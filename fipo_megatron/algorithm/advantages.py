@@ -73,8 +73,12 @@ def informative_groups(accuracy: Tensor, group_ids: Tensor) -> Tensor:
         ``[N]`` bool: keep.
 
     Raises:
-        ValueError: an accuracy that is neither 0 nor 1.
+        ValueError: an accuracy that is neither 0 nor 1, or not one per group id.
     """
+    if accuracy.shape != group_ids.shape:
+        raise ValueError(
+            f"accuracy, group_ids: expected equal shapes, got {[*accuracy.shape]} and {[*group_ids.shape]}"
+        )
     right = accuracy == 1
     if not (right | (accuracy == 0)).all():
         raise ValueError(f"accuracy: expected 0 or 1, got {accuracy[~(right | (accuracy == 0))][0].item()}")
@@ -109,5 +113,5 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: floa
 
 def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct ids ``[G]``, the group of each response ``[N]`` as an index into them, and their sizes ``[G]``."""
-    groups, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    groups, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)  # untyped in torch
     return groups, index, sizes

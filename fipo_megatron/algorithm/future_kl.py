@@ -66,8 +66,9 @@ class SequenceShards:
         slots = len(owners) // num_ranks
         if sorted(owners) != [(r, k) for r in range(num_ranks) for k in range(slots)] or not 0 <= rank < num_ranks:
             raise ValueError(f"owners: every rank must hold each of its slots once; got rank {rank} of {owners}")
-        lengths = torch.tensor(list(chunk_lengths), dtype=torch.int64, device=device)
-        return cls(lengths, slots * sum(chunk_lengths), owners, rank)
+        pinned = torch.device(device).type == "cuda"
+        lengths = torch.tensor(list(chunk_lengths), dtype=torch.int64, pin_memory=pinned)
+        return cls(lengths.to(device, non_blocking=True), slots * sum(chunk_lengths), owners, rank)
 
     @property
     def num_ranks(self) -> int:
@@ -93,9 +94,10 @@ class SequenceShards:
         return per_sequence_S.repeat_interleave(self.chunk_lengths * self.num_slots, output_size=self.num_tokens)
 
     def sum_by_sequence(self, values_T: Tensor) -> Tensor:
-        """Sums ``[T]`` over the tokens that each sequence has here: ``[S]``."""
-        sequence_T = self.spread(torch.arange(self.num_sequences, device=values_T.device))
-        return values_T.new_zeros(self.num_sequences).index_add_(0, sequence_T, values_T)
+        """Sums counts ``[T]`` over the tokens that each sequence has here: ``[S]`` float64, exact for integers."""
+        ends = (self.chunk_lengths * self.num_slots).cumsum(0)
+        totals = torch.nn.functional.pad(values_T.double().cumsum(0), (1, 0))[ends]
+        return totals.diff(prepend=totals.new_zeros(1))
 
     def count_once(self, flags_S: Tensor) -> Tensor:
         """How many sequences are flagged, on the first rank; 0 on the others: the sum over ranks counts each once."""
@@ -129,7 +131,7 @@ def suffix_scan(values: Tensor, gamma: float, ends: Tensor) -> Tensor:
         block = min(_BLOCK, values.numel())
         rows = _as_rows(values, block)
         decay = torch.full_like(rows, gamma)
-        decay.view(-1)[ends % block * rows.shape[1] + ends // block] = 0.0
+        decay.view(-1).index_fill_(0, ends % block * rows.shape[1] + ends // block, 0.0)
         _scan_rows(rows, decay)
         return rows.t().reshape(-1)[: values.numel()]
 

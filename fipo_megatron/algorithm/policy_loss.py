@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from .future_kl import Exchange, SequenceShards, add_carries, chunk_carries, exchange_over_ranks, scan_chunks
 from .statistics import LossStatistics, shift_histogram
 
-LARGEST_RAW_WEIGHT_LOG = 80.0
-"""exp(F) is evaluated at no more than this, so that it stays finite in float32; far above any weight clip."""
+LARGEST_EXPONENT = 80.0
+"""exp is evaluated at no more than this, so that it and its gradient stay finite in float32; far above any clip."""
 
 RELEASE_SAFETY_RANGE = (0.8, 1.0)
 """Where the release clamps the weight of a negative-advantage token whose ratio exceeds the safety threshold."""
@@ -79,22 +79,32 @@ class PolicyLossConfig:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every field. Raises ValueError that names the field, the value and what is valid."""
-        _require(self, "half_life", self.half_life > 0, "> 0 tokens, or inf for no decay")
-        if self.weight_clip is not None:
-            low, high = self.weight_clip
-            _require(self, "weight_clip", 0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null")
-        _require(self, "weight_max", 0 < self.weight_max < math.inf, "> 0 and finite")
-        _require(self, "safety_threshold", self.safety_threshold > 0, "> 0, or inf for never")
-        _require(self, "clip_low", 0 <= self.clip_low <= 1, "in [0, 1]")
-        _require(self, "clip_high", 0 <= self.clip_high < math.inf, ">= 0 and finite")
+        """Checks every field. Raises ValueError with a line per field at fault: its value and what is valid."""
+        low, high = self.weight_bounds
         limit = 1 + self.clip_high
-        _require(self, "dual_clip", self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap")
-        _require(self, "sequence_drop_threshold", self.sequence_drop_threshold >= 0, ">= 0 tokens")
-        _require(self, "shift_clamp", self.shift_clamp > 0, "> 0, or inf for none")
-        _require(self, "kl_coef", 0 <= self.kl_coef < math.inf, ">= 0 and finite")
-        _require(self, "entropy_coef", math.isfinite(self.entropy_coef), "finite")
-        _require(self, "importance_cap", self.importance_cap is None or self.importance_cap > 0, "> 0, or null")
+        valid = {
+            "half_life": (self.half_life > 0, "> 0 tokens, or inf for no decay"),
+            "weight_clip": (0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null"),
+            "weight_max": (0 < self.weight_max < math.inf, "> 0 and finite"),
+            "safety_threshold": (self.safety_threshold > 0, "> 0, or inf for never"),
+            "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
+            "clip_high": (0 <= self.clip_high < math.inf, ">= 0 and finite"),
+            "dual_clip": (self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap"),
+            "sequence_drop_threshold": (self.sequence_drop_threshold >= 0, ">= 0 tokens"),
+            "shift_clamp": (self.shift_clamp > 0, "> 0, or inf for none"),
+            "kl_coef": (0 <= self.kl_coef < math.inf, ">= 0 and finite"),
+            "entropy_coef": (math.isfinite(self.entropy_coef), "finite"),
+            "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "> 0, or null"),
+        }
+        for name, choices in _CHOICES.items():
+            valid[name] = (getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        problems = [
+            f"{name}: must be {expected}, got {getattr(self, name)}"
+            for name, (fits, expected) in valid.items()
+            if not fits
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
 
     @property
     def weight_bounds(self) -> tuple[float, float]:
@@ -102,12 +112,14 @@ class PolicyLossConfig:
         return (0.0, self.weight_max) if self.weight_clip is None else self.weight_clip
 
 
-def _require(config: PolicyLossConfig, field: str, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{field}: must be {expected}, got {getattr(config, field)}")
+_CHOICES = {
+    "kind": ("fipo", "dapo", "grpo"),
+    "safety_rule": ("release", "paper"),
+    "aggregation": ("token_mean", "sequence_mean"),
+    "kl_estimator": ("k1", "k2", "k3"),
+}
 
-
-BASELINES: dict[str, dict[str, Any]] = {
+KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "fipo": {},
     "dapo": {},
     "grpo": {
@@ -240,7 +252,7 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange
         )
         loss_T = loss_T * importance_T
     if config.kl_coef and inputs.reference_log_probs is not None:
-        gap_T = log_prob_shift(inputs.log_probs, inputs.reference_log_probs, inputs.mask, config.shift_clamp)
+        gap_T = log_prob_shift(inputs.log_probs, inputs.reference_log_probs, inputs.mask, math.inf)
         reference_kl_T = KL_ESTIMATORS[config.kl_estimator](gap_T)
         loss_T = loss_T + config.kl_coef * reference_kl_T
     if config.entropy_coef and inputs.entropy is not None:
@@ -258,8 +270,9 @@ def log_prob_shift(log_probs_T: Tensor, old_log_probs_T: Tensor, mask_T: Tensor,
 
     A non-finite difference inside the mask becomes NaN: a clamp would turn an infinity into a plausible number.
     """
+    bound = min(clamp, LARGEST_EXPONENT)
     shift_T = torch.where(mask_T, log_probs_T - old_log_probs_T, 0.0)
-    return shift_T.clamp(-clamp, clamp) + 0.0 * shift_T.detach()
+    return shift_T.clamp(-bound, bound) + 0.0 * shift_T.detach()
 
 
 def future_kl_weight(
@@ -307,8 +320,8 @@ def truncated_importance_weights(
     old_log_probs_T: Tensor, behaviour_log_probs_T: Tensor, mask_T: Tensor, cap: float
 ) -> Tensor:
     """``min(π_old / π_behaviour, cap)`` per token, 1 outside the mask, without gradient: ``[T]``."""
-    gap_T = torch.where(mask_T, old_log_probs_T - behaviour_log_probs_T, 0.0)
-    return gap_T.detach().exp().clamp(max=cap)
+    gap_T = torch.where(mask_T, old_log_probs_T - behaviour_log_probs_T, 0.0).detach()
+    return gap_T.exp().clamp(max=cap) + 0.0 * gap_T  # an infinite gap becomes NaN, not a plausible weight
 
 
 def _check_present(inputs: LossInputs, config: PolicyLossConfig) -> None:
@@ -345,7 +358,7 @@ def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchan
         future_kl_T = add_carries(future_kl_T, carries_SK, shards, config.half_life)
     future_kl_T = future_kl_T.to(shift_T.dtype)
 
-    raw_weight_T = future_kl_T.clamp(max=LARGEST_RAW_WEIGHT_LOG).exp()
+    raw_weight_T = future_kl_T.clamp(max=LARGEST_EXPONENT).exp()
     weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
     dropped_S = config.sequence_drop & (dual_clipped_S > config.sequence_drop_threshold)
     return _Weighting(future_kl_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
@@ -356,7 +369,8 @@ def _aggregate(
 ) -> tuple[Tensor, Tensor]:
     shards = inputs.shards
     kept_T = inputs.mask & ~shards.spread(weighting.dropped_S)
-    loss_T = torch.where(kept_T, loss_T, 0.0)
+    # 0 · NaN: a non-finite token is seen even where its response is dropped.
+    loss_T = torch.where(kept_T, loss_T, torch.where(inputs.mask, 0.0 * loss_T.detach(), 0.0))
     if config.aggregation == "token_mean":
         return loss_T.sum(), kept_T.sum()
     # Every rank adds its part of every sequence to the numerator; one rank alone may count the sequence.
@@ -412,6 +426,6 @@ def _statistics(
     return LossStatistics.over_tokens(inputs.mask, counts, given, extrema, histogram)
 
 
-def baseline(kind: str, **changes: Any) -> PolicyLossConfig:
+def loss_config(kind: str, **changes: Any) -> PolicyLossConfig:
     """The configuration of a ``kind`` with its own defaults, and ``changes`` on top."""
-    return replace(PolicyLossConfig(kind=kind, **BASELINES[kind]), **changes)  # type: ignore[arg-type]
+    return PolicyLossConfig(kind=kind, **(KIND_DEFAULTS[kind] | changes))  # type: ignore[arg-type]

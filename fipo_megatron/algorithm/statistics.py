@@ -1,7 +1,7 @@
 """Statistics of the loss that merge: over micro-batches, context- and data-parallel ranks.
 
-Three tensors hold all of them (sums, maxima, histograms), so that a step costs three small all-reduces and one copy to
-the host, however many values there are. They cover every response token that the loss was given, dropped responses
+Three tensors hold all of them (sums, maxima, histograms), so that a step costs three small all-reduces and three copies
+to the host, however many values there are. They cover every response token that the loss was given, dropped responses
 included, as the release's do.
 """
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SIGNS = ("positive", "negative")
-"""Rows of the histograms: tokens with an advantage > 0, and the others."""
+"""Rows of the histograms: tokens with an advantage > 0, and the others: an advantage of 0 counts as negative."""
 
 QUANTILES = (0.001, 0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
 
@@ -111,6 +111,8 @@ class LossStatistics:
         """Merges over a process group: three all-reduces. Every rank of the group must call it."""
         sums, maxima, histograms = self.sums.clone(), self.maxima.clone(), self.histograms.clone()
         dist.all_reduce(sums, group=group)
+        # A maximum over ranks may lose a NaN; infinity says the same and survives.
+        maxima = maxima.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
         dist.all_reduce(histograms, group=group)
         return replace(self, sums=sums, maxima=maxima, histograms=histograms)

@@ -76,7 +76,8 @@ def plan_micro_batches(
             under interleaved schedules. Fillers make up the number.
 
     Raises:
-        ValueError: a trajectory longer than the budget, naming the first and counting them, or an empty mini-batch.
+        ValueError: a trajectory longer than the budget, naming the first and counting them; an empty mini-batch; an
+            index that does not exist or occurs twice.
     """
     if min(token_budget, data_parallel_size, micro_batch_multiple) < 1:
         raise ValueError(
@@ -89,9 +90,12 @@ def plan_micro_batches(
             f"token_budget: {len(too_long)} trajectories are longer than {token_budget} tokens, first number "
             f"{too_long[0]} with {padded_lengths[too_long[0]]}; a sequence is never split over micro-batches"
         )
+    everything = [i for mini_batch in mini_batches for i in mini_batch]
+    if len(set(everything)) < len(everything) or not set(everything) <= set(range(len(padded_lengths))):
+        raise ValueError(f"mini_batches: each index must occur once and be in 0 … {len(padded_lengths) - 1}")
     plan = []
     for number, mini_batch in enumerate(mini_batches):
-        if not mini_batch:
+        if not len(mini_batch):
             raise ValueError(f"mini_batches: number {number} is empty")
         total = sum(padded_lengths[i] for i in mini_batch)
         per_rank = -(-total // (token_budget * data_parallel_size))

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "abort"]
+
+_LOG_PROB_ROUNDING = 1e-3
+"""A log-prob may be above 0 by as much as this, as the rounding of an engine's softmax may leave it; it becomes 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +49,14 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One sampled response, with what the trainer needs to learn from it.
+    """One sampled response, with what the trainer needs to learn from it. The arrays are copies that cannot be written.
 
     Attributes:
         prompt: What was asked.
         sample: Number of the response among those to its prompt.
         tokens: Response, ``[R]`` int32, R ≥ 1; the end-of-sequence token included where it was sampled.
-        behaviour_log_probs: The engine's log-probs of ``tokens``, ``[R]`` float32, ≤ 0 and finite.
+        behaviour_log_probs: The engine's log-probs of ``tokens``, ``[R]`` float32, ≤ 0 and finite; rounding above 0 is
+            cut off.
         mask: Tokens to learn from, ``[R]`` bool (0/1 integers are converted): 0 for text that was not sampled.
         spans: Which weights sampled what; the first starts at 0.
         finish_reason: ``stop``: end of sequence; ``length``: cut off at the limit; ``abort``: stopped by the trainer.
@@ -77,11 +81,14 @@ class Trajectory:
         where = f"trajectory {self.name}"
         object.__setattr__(self, "tokens", _token_ids("tokens", self.tokens, where))
         log_probs = _float32("behaviour_log_probs", self.behaviour_log_probs, len(self.tokens), where)
-        if (log_probs > 0).any():
-            at = int(np.argmax(log_probs > 0))
+        if (log_probs > _LOG_PROB_ROUNDING).any():
+            at = int(np.argmax(log_probs))
             raise ValueError(f"{where}: behaviour_log_probs: must be <= 0, got {log_probs[at]} at token {at}")
-        object.__setattr__(self, "behaviour_log_probs", log_probs)
+        object.__setattr__(self, "behaviour_log_probs", _frozen(np.minimum(log_probs, 0)))
         object.__setattr__(self, "mask", _binary("mask", self.mask, len(self.tokens), where))
+        if self.finish_reason not in get_args(FinishReason):
+            valid = ", ".join(get_args(FinishReason))
+            raise ValueError(f"{where}: finish_reason: must be one of {valid}, got {self.finish_reason!r}")
         starts = [span.start for span in self.spans]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= len(self.tokens):
             raise ValueError(
@@ -89,8 +96,8 @@ class Trajectory:
             )
         for field in ("reward", "advantage"):
             value = getattr(self, field)
-            if value is not None and not np.isfinite(value):
-                raise ValueError(f"{where}: {field}: must be finite, got {value}")
+            if value is not None and not (isinstance(value, int | float | np.number) and np.isfinite(value)):
+                raise ValueError(f"{where}: {field}: must be a finite number, got {value!r}")
         if self.accuracy not in (None, 0, 1):
             raise ValueError(f"{where}: accuracy: must be 0 or 1, got {self.accuracy}")
 
@@ -167,17 +174,19 @@ def _token_ids(field: str, value: Any, where: str) -> NDArray[np.int32]:
         raise ValueError(f"{where}: {field}: expected integer token ids, got {array.dtype}")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         raise ValueError(f"{where}: {field}: token ids must be >= 0, got {array.min()} .. {array.max()}")
-    return array.astype(np.int32, copy=False)
+    return _frozen(array.astype(np.int32))
 
 
 def _float32(field: str, value: Any, length: int, where: str) -> NDArray[np.float32]:
     array = _array(field, value, length, where)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{where}: {field}: expected floating point, got {array.dtype}")
-    if not np.isfinite(array).all():
-        at = int(np.argmin(np.isfinite(array)))
-        raise ValueError(f"{where}: {field}: must be finite, got {array[at]} at token {at}")
-    return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        converted = array.astype(np.float32)
+    if not np.isfinite(converted).all():
+        at = int(np.argmin(np.isfinite(converted)))
+        raise ValueError(f"{where}: {field}: must be finite in float32, got {array[at]} at token {at}")
+    return converted
 
 
 def _binary(field: str, value: Any, length: int, where: str) -> NDArray[np.bool_]:
@@ -187,4 +196,10 @@ def _binary(field: str, value: Any, length: int, where: str) -> NDArray[np.bool_
         if wrong.any():
             at = int(np.argmax(wrong))
             raise ValueError(f"{where}: {field}: must be 0 or 1, got {array[at]} at token {at}")
-    return array.astype(np.bool_, copy=False)
+    return _frozen(array.astype(np.bool_))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """What was checked stays as it was: the array is ours, and nobody may write to it."""
+    array.flags.writeable = False
+    return array

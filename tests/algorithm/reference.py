@@ -34,8 +34,8 @@ def suffix_sum(x, half_life):
 
 
 def response_loss(r, c):
-    """Token losses, their gradients with respect to ``new``, and the number of dual-clipped tokens."""
-    n = len(r.new)
+    """Token losses, their gradients with respect to ``new``, the number of dual-clipped tokens, and what was seen."""
+    n, seen = len(r.new), []
     shift = [max(-c.shift_clamp, min(c.shift_clamp, r.new[t] - r.old[t])) if r.mask[t] else 0.0 for t in range(n)]
     passed = [d if not c.future_kl_filter or d <= math.log(c.dual_clip) else 0.0 for d in shift]
     future = suffix_sum(passed, c.half_life)
@@ -52,9 +52,11 @@ def response_loss(r, c):
             )
             if advantage < 0 and ratio > c.safety_threshold:
                 weight = min(max(weight, 0.8), 1.0) if c.safety_rule == "release" else 1.0
+        unsafe = c.kind == "fipo" and advantage < 0 and ratio > c.safety_threshold
         inside = abs(r.new[t] - r.old[t]) <= c.shift_clamp
         plain = ratio * weight * advantage
         clipped = min(max(ratio, 1 - c.clip_low), 1 + c.clip_high) * weight * advantage
+        seen.append((shift[t], future[t], weight, advantage, ratio > c.dual_clip, unsafe, clipped < plain))
         loss[t] = -min(plain, clipped)
         gradient[t] = -plain * inside if plain <= clipped else 0.0
         if advantage < 0 and ratio > c.dual_clip:
@@ -72,14 +74,14 @@ def response_loss(r, c):
             }[c.kl_estimator]
             loss[t] += c.kl_coef * value
             gradient[t] += c.kl_coef * slope
-    return loss, gradient, dual_clipped
+    return loss, gradient, dual_clipped, seen
 
 
 def mini_batch(responses, c):
     """Loss of the mini-batch, its gradients per response, denominator, and the number of dropped responses."""
     numerator, denominator, dropped, gradients = 0.0, 0, 0, []
     for r in responses:
-        loss, gradient, dual_clipped = response_loss(r, c)
+        loss, gradient, dual_clipped, _ = response_loss(r, c)
         drop = c.sequence_drop and dual_clipped > c.sequence_drop_threshold
         dropped += drop
         tokens = int(r.mask.sum())

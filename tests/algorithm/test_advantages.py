@@ -46,6 +46,7 @@ def test_equal_rewards_have_no_advantage():
     [
         ([1.0, 2.0, 3.0], [0, 0, 7], r"groups \[7\] have one response"),
         ([1.0, float("nan")], [4, 4], r"response 1 \(group 4\) is nan"),
+        ([1.0, float("inf")], [4, 4], r"response 1 \(group 4\) is inf"),
         ([1.0, 2.0], [0], r"expected \[N\] and integer \[N\]"),
         ([1.0, 2.0], [0.0, 0.0], r"expected \[N\] and integer \[N\]"),
     ],
@@ -64,6 +65,8 @@ def test_only_mixed_groups_are_informative():
     accuracy = torch.tensor([0, 1, 1, 0, 1, 0, 0])
     ids = torch.tensor([3, 3, 9, 5, 9, 5, 5])
     assert informative_groups(accuracy, ids).tolist() == [True, True, False, False, False, False, False]
+    with pytest.raises(ValueError, match=r"expected equal shapes, got \[2\] and \[1\]"):
+        informative_groups(torch.tensor([0, 1]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"expected 0 or 1, got 0\.5"):
         informative_groups(torch.tensor([0.5]), torch.tensor([0]))
 
@@ -73,6 +76,7 @@ def test_overlong_penalty_of_the_paper():
     lengths = torch.tensor([1, 16384, 16385, 18432, 20480])
     got = overlong_penalty(lengths, 20480, 4096, 1.0)
     assert got.tolist() == pytest.approx([0.0, 0.0, -1 / 4096, -0.5, -1.0])
+    assert overlong_penalty(lengths, 20480, 4096, 0.5).tolist() == pytest.approx([0.0, 0.0, -1 / 8192, -0.25, -0.5])
     assert overlong_penalty(lengths, 20480, 0).tolist() == [0.0] * 5
     with pytest.raises(ValueError, match="between 0 and max_length = 10 tokens, got 11"):
         overlong_penalty(lengths, 10, 11)

@@ -66,20 +66,33 @@ def test_packed_equals_each_sequence_alone(lengths, half_life, seed):
         assert_close(part, loop(alone, half_life))
 
 
-@given(
-    size=st.sampled_from([1, 2, 4, 8]),
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6),
-    half_life=half_lives,
-    seed=seeds,
-)
-def test_any_context_parallel_size_equals_the_loop(size, lengths, half_life, seed):
+def test_any_context_parallel_size_equals_the_loop():
+    crossed = {2: 0, 4: 0, 8: 0}
+
+    @given(
+        size=st.sampled_from([1, 2, 4, 8]),
+        lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6),
+        half_life=half_lives,
+        seed=seeds,
+    )
+    def check(size, lengths, half_life, seed):
+        carries = compare_layout(size, lengths, half_life, seed)
+        if size > 1 and (carries.abs() > 0.05).any(dim=0).any(dim=0).all():
+            crossed[size] += 1
+
+    check()
+    assert min(crossed.values()) >= 5, f"cases in which more than 0.05 crossed into both slots of a rank: {crossed}"
+
+
+def compare_layout(size, lengths, half_life, seed):
     padded = [CpLayout(size).padded_length(length) for length in lengths]
     values = random_values(seed, sum(padded))
     for start, length, whole in zip(np.cumsum([0, *padded]), lengths, padded, strict=False):
         values[start + length : start + whole] = 0.0  # padding; short sequences leave whole ranks without a token
-    got, _ = in_simulated_ranks(values, padded, half_life, size)
+    got, carries = in_simulated_ranks(values, padded, half_life, size)
     for part, alone in zip(got.split(padded), values.split(padded), strict=True):
         assert_close(part, loop(alone, half_life))
+    return carries
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 import fipo_megatron.algorithm
-from fipo_megatron.algorithm.policy_loss import baseline
+from fipo_megatron.algorithm.policy_loss import loss_config
 from tests.algorithm.partitions import PACKAGE, assert_split_matches, random_batch
 
 SOURCE = Path(fipo_megatron.algorithm.__file__).parent
-TOKEN_MEAN = baseline("fipo", dual_clip=3.0, safety_threshold=2.0, weight_clip=None)
-SEQUENCE_MEAN = baseline("grpo", kl_coef=0.0)
+TOKEN_MEAN = loss_config("fipo", dual_clip=3.0, safety_threshold=2.0, weight_clip=None)
+SEQUENCE_MEAN = loss_config("grpo", kl_coef=0.0)
 
 MUTANTS = {
     "normaliser: denominator counts dropped tokens": (
@@ -60,7 +60,7 @@ MUTANTS = {
         "dual_clipped_S >= config.sequence_drop_threshold",
     ),
     "filter: keeps the sign, drops the small": ("policy_loss.py", "filtered_T = shift_T >", "filtered_T = shift_T <"),
-    "weight: gradient of the raw ratio": (
+    "surrogate: ratio clamped": (
         "policy_loss.py",
         "plain_T = -advantages_T * ratio_T",
         "plain_T = -advantages_T * ratio_T.clamp(max=2.0)",

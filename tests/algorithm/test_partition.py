@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipo_megatron.algorithm.policy_loss import baseline
+from fipo_megatron.algorithm.policy_loss import loss_config
 from tests.algorithm.partitions import PACKAGE, assert_split_matches, random_batch
 
 # A small ratio bound, so that some responses have dual-clipped tokens and some of those are dropped.
 CONFIGS = {
-    "release, unclipped weights": baseline("fipo", dual_clip=3.0, safety_threshold=2.0, weight_clip=None),
-    "paper": baseline(
+    "release, unclipped weights": loss_config("fipo", dual_clip=3.0, safety_threshold=2.0, weight_clip=None),
+    "paper": loss_config(
         "fipo",
         dual_clip=3.0,
         safety_threshold=2.0,
@@ -21,15 +21,15 @@ CONFIGS = {
         shift_clamp=math.inf,
         weight_clip=(0.8, 1.2),
     ),
-    "no decay, no filter": baseline("fipo", half_life=math.inf, future_kl_filter=False, weight_clip=(0.5, 2.0)),
-    "clamped shifts": baseline("fipo", dual_clip=3.0, shift_clamp=0.4, weight_clip=None),
-    "kl k1, drop at the first": baseline(
+    "no decay, no filter": loss_config("fipo", half_life=math.inf, future_kl_filter=False, weight_clip=(0.5, 2.0)),
+    "clamped shifts": loss_config("fipo", dual_clip=3.0, shift_clamp=0.4, weight_clip=None),
+    "kl k1, drop at the first": loss_config(
         "fipo", dual_clip=3.0, sequence_drop_threshold=0, kl_coef=0.1, kl_estimator="k1"
     ),
-    "kl k2, truncated importance sampling": baseline("fipo", kl_coef=0.1, kl_estimator="k2", importance_cap=1.5),
-    "dapo": baseline("dapo", dual_clip=3.0),
-    "grpo": baseline("grpo"),
-    "sequence mean with drops": baseline("fipo", aggregation="sequence_mean", dual_clip=3.0, weight_clip=None),
+    "kl k2, truncated importance sampling": loss_config("fipo", kl_coef=0.1, kl_estimator="k2", importance_cap=1.5),
+    "dapo": loss_config("dapo", dual_clip=3.0),
+    "grpo": loss_config("grpo"),
+    "sequence mean with drops": loss_config("fipo", aggregation="sequence_mean", dual_clip=3.0, weight_clip=None),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
 from fipo_megatron.algorithm.policy_loss import (
-    BASELINES,
+    KIND_DEFAULTS,
     LossInputs,
     PolicyLossConfig,
-    baseline,
+    loss_config,
     policy_loss,
     truncated_importance_weights,
 )
@@ -37,7 +37,7 @@ def test_first_update_is_dapo():
     """At equal weights d = 0, so every weight is exactly 1 and the loss is DAPO's, bit for bit."""
     inputs = make_inputs(dtype=torch.float32)
     inputs = replace(inputs, log_probs=inputs.old_log_probs.clone().requires_grad_())
-    fipo, dapo = (policy_loss(inputs, baseline(kind)) for kind in ("fipo", "dapo"))
+    fipo, dapo = (policy_loss(inputs, loss_config(kind)) for kind in ("fipo", "dapo"))
     assert torch.equal(fipo.weight, torch.ones_like(fipo.weight))
     assert torch.equal(fipo.future_kl, torch.zeros_like(fipo.future_kl))
     assert torch.equal(fipo.numerator, dapo.numerator)
@@ -51,14 +51,14 @@ def test_nothing_flows_through_the_weight_and_nothing_is_kept_for_it():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, kind=kind: saved.__setitem__(kind, saved[kind] + x.numel()) or x, lambda x: x
         ):
-            output = policy_loss(inputs, baseline(kind))
+            output = policy_loss(inputs, loss_config(kind))
         assert not output.weight.requires_grad
         assert not output.future_kl.requires_grad
     assert saved["fipo"] == saved["dapo"]
 
 
 def test_reports_the_future_kl_and_weight_of_each_token():
-    inputs, config = make_inputs(), baseline("fipo", weight_clip=(0.9, 1.1))
+    inputs, config = make_inputs(), loss_config("fipo", weight_clip=(0.9, 1.1))
     shift = torch.where(inputs.mask, inputs.log_probs - inputs.old_log_probs, 0.0).detach()
     output = policy_loss(inputs, config)
     assert torch.allclose(output.future_kl, future_kl(shift, config.half_life, inputs.shards), rtol=0, atol=1e-15)
@@ -68,8 +68,8 @@ def test_reports_the_future_kl_and_weight_of_each_token():
 def test_entropy_term_and_its_gradient():
     inputs = make_inputs()
     entropy = torch.rand(80, dtype=torch.float64, requires_grad=True)
-    plain = policy_loss(inputs, baseline("dapo"))
-    rewarded = policy_loss(replace(inputs, entropy=entropy), baseline("dapo", entropy_coef=0.3))
+    plain = policy_loss(inputs, loss_config("dapo"))
+    rewarded = policy_loss(replace(inputs, entropy=entropy), loss_config("dapo", entropy_coef=0.3))
     assert rewarded.numerator.item() == pytest.approx(plain.numerator.item() - 0.3 * entropy[inputs.mask].sum().item())
     rewarded.numerator.backward()
     assert torch.equal(entropy.grad, -0.3 * inputs.mask.double())
@@ -86,27 +86,77 @@ def test_engine_mismatch_is_reported_apart_from_the_drift():
     inputs = make_inputs(dtype=torch.float32)
     gap = 0.1 * torch.randn(80)
     with_engine = replace(inputs, behaviour_log_probs=inputs.old_log_probs - gap)
-    metrics = policy_loss(with_engine, baseline("fipo", importance_cap=1.05)).statistics.metrics()
+    metrics = policy_loss(with_engine, loss_config("fipo", importance_cap=1.05)).statistics.metrics()
     kept = gap[inputs.mask].double()
     assert metrics["mismatch_abs_mean"] == pytest.approx(kept.abs().mean().item(), rel=1e-4)
     assert metrics["mismatch_abs_max"] == pytest.approx(kept.abs().max().item(), rel=1e-4)
     assert metrics["mismatch_kl"] == pytest.approx((kept.exp() - 1 - kept).mean().item(), rel=1e-3)
     assert metrics["importance_weight_mean"] == pytest.approx(kept.exp().clamp(max=1.05).mean().item(), rel=1e-5)
     assert metrics["importance_truncated_fraction"] == pytest.approx((kept.exp() > 1.05).double().mean().item())
-    assert "mismatch_kl" not in policy_loss(inputs, baseline("fipo")).statistics.metrics()
+    assert "mismatch_kl" not in policy_loss(inputs, loss_config("fipo")).statistics.metrics()
 
 
 @pytest.mark.parametrize("field", ["log_probs", "old_log_probs"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("kind", KIND_DEFAULTS)
 def test_a_non_finite_token_reaches_the_numerator(field, bad, kind):
     """Neither the clamp of d, nor the filter, nor the weight clip may turn it into a plausible number."""
     inputs = make_inputs()
     values = getattr(inputs, field).detach().clone()
     values[int(inputs.mask.nonzero()[7])] = bad
-    output = policy_loss(replace(inputs, **{field: values}), baseline(kind, kl_coef=0.0))
+    output = policy_loss(replace(inputs, **{field: values}), loss_config(kind, kl_coef=0.0))
     assert output.numerator.isnan()
     assert math.isnan(output.statistics.metrics()["policy_kl"])
+
+
+@pytest.mark.parametrize("kind", ["fipo", "dapo"])
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_a_non_finite_token_is_seen_even_in_a_dropped_response(kind, bad_first):
+    inputs = make_inputs(lengths=(40, 40))
+    start = 0 if bad_first else 40
+    values = inputs.old_log_probs.clone()
+    values[start + 5 : start + 8] += 4.0  # above the dual clip: the response is dropped
+    values[start + 20] = -math.inf
+    advantages = torch.where(torch.arange(80) // 40 == start // 40, -1.0, 1.0).double()
+    mask = torch.ones(80, dtype=torch.bool)
+    poisoned = replace(inputs, log_probs=values, advantages=advantages, mask=mask)
+    output = policy_loss(poisoned, loss_config(kind))
+    assert output.statistics.metrics()["dropped_sequences"] == 1
+    assert output.numerator.isnan()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_behaviour_log_prob_is_seen(bad):
+    inputs = make_inputs()
+    behaviour = inputs.old_log_probs.clone()
+    behaviour[int(inputs.mask.nonzero()[7])] = bad
+    output = policy_loss(replace(inputs, behaviour_log_probs=behaviour), loss_config("fipo", importance_cap=2.0))
+    assert output.numerator.isnan()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_huge_shifts_without_a_clamp_keep_the_gradient_finite(advantage, sign):
+    inputs = make_inputs(dtype=torch.float32)
+    leaf = (inputs.old_log_probs + 100.0 * sign).requires_grad_()
+    moved = replace(inputs, log_probs=leaf, advantages=torch.full((80,), advantage), reference_log_probs=leaf.detach())
+    output = policy_loss(moved, loss_config("fipo", shift_clamp=math.inf, sequence_drop=False, kl_coef=0.1))
+    output.numerator.backward()
+    assert output.numerator.isfinite()
+    assert leaf.grad.isfinite().all()
+
+
+def test_the_kl_term_pulls_however_far_the_policy_went():
+    """shift_clamp bounds d, not the distance to the reference: there the penalty matters most."""
+    inputs = make_inputs()
+    reference_log_probs = inputs.old_log_probs - 30.0
+    moved = replace(inputs, reference_log_probs=reference_log_probs)
+    policy_loss(moved, loss_config("fipo", kl_coef=0.1, kl_estimator="k2")).numerator.backward()
+    plain = make_inputs()
+    policy_loss(plain, loss_config("fipo")).numerator.backward()
+    pull = (inputs.log_probs.grad - plain.log_probs.grad)[inputs.mask]
+    gap = (inputs.log_probs - reference_log_probs).detach()[inputs.mask]
+    assert torch.allclose(pull, 0.1 * gap)
 
 
 def test_what_is_outside_the_mask_has_no_influence():
@@ -142,15 +192,15 @@ def test_a_filler_adds_nothing():
 
 
 def test_denominators_are_integers():
-    for kind in BASELINES:
-        output = policy_loss(make_inputs(), baseline(kind, kl_coef=0.0))
+    for kind in KIND_DEFAULTS:
+        output = policy_loss(make_inputs(), loss_config(kind, kl_coef=0.0))
         assert output.denominator.dtype == torch.int64
 
 
 def test_extreme_future_kl_keeps_the_weight_finite():
     inputs = make_inputs(lengths=(2000,))
     shifted = replace(inputs, log_probs=inputs.old_log_probs + 2.0)
-    output = policy_loss(shifted, baseline("fipo", half_life=math.inf))
+    output = policy_loss(shifted, loss_config("fipo", half_life=math.inf))
     assert output.numerator.isfinite()
     assert output.statistics.metrics()["raw_weight_max"] == pytest.approx(math.exp(80))
 
@@ -170,12 +220,19 @@ def test_extreme_future_kl_keeps_the_weight_finite():
 )
 def test_wrong_inputs_are_named(changes, config, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(make_inputs(**changes), baseline("fipo", **config))
+        policy_loss(make_inputs(**changes), loss_config("fipo", **config))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("kind", "gipo"),
+        ("safety_rule", "none"),
+        ("aggregation", "mean"),
+        ("kl_estimator", "k4"),
+        ("kl_coef", math.inf),
+        ("weight_max", math.inf),
+        ("weight_clip", (0.0, math.inf)),
         ("half_life", 0.0),
         ("half_life", math.nan),
         ("weight_clip", (1.2, 1.0)),
@@ -195,6 +252,11 @@ def test_wrong_inputs_are_named(changes, config, message):
 def test_every_bad_setting_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: must be .*, got "):
         PolicyLossConfig(**{field: value})
+
+
+def test_all_bad_settings_are_named_at_once():
+    with pytest.raises(ValueError, match=r"half_life: must be .*\nclip_low: must be"):
+        PolicyLossConfig(half_life=0.0, clip_low=2.0)
 
 
 def test_reference_of_one_token_by_hand():

@@ -1,12 +1,15 @@
 """Statistics merge to what the whole would have given, and their quantiles are those of the tokens."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipo_megatron.algorithm.policy_loss import baseline
+from fipo_megatron.algorithm.policy_loss import loss_config
 from fipo_megatron.algorithm.statistics import (
     MAXIMA,
     MINIMA,
@@ -14,12 +17,14 @@ from fipo_megatron.algorithm.statistics import (
     QUANTILES,
     TOKEN_MEANS,
     LossStatistics,
+    bin_edges,
     histogram_quantiles,
     shift_histogram,
 )
+from tests.algorithm import reference
 from tests.algorithm.partitions import PACKAGE, random_batch, split_gradient
 
-CONFIG = baseline("fipo", dual_clip=3.0, weight_clip=(0.8, 1.2), importance_cap=1.2, kl_coef=0.1)
+CONFIG = loss_config("fipo", dual_clip=3.0, weight_clip=(0.8, 1.2), importance_cap=1.2, kl_coef=0.1)
 
 
 @given(seed=st.integers(0, 2**32 - 1), dp=st.integers(1, 3), cp=st.sampled_from([1, 2, 4]))
@@ -28,6 +33,68 @@ def test_merge_over_micro_batches_and_ranks(seed, dp, cp):
     whole = split_gradient(PACKAGE, batch, CONFIG)[3].metrics()
     split = split_gradient(PACKAGE, batch, CONFIG, dp=dp, cp=cp, budget=112, seed=seed)[3].metrics()
     assert split == pytest.approx(whole, rel=1e-9, abs=1e-12)
+
+
+def expected_metrics(batch, config):
+    """Every metric of the loss by its definition, token by token."""
+    tokens, gaps, kls = [], [], []
+    for _, r in batch:
+        tokens += reference.response_loss(r, config)[3]
+        gaps += list((r.old - r.behaviour)[r.mask])
+        kls += [math.exp(b - a) - 1 + a - b for a, b in zip(r.new[r.mask], r.reference[r.mask], strict=True)]
+    shift, future, weight, advantage, above, unsafe, clipped = (
+        np.array(x, dtype=float) for x in zip(*tokens, strict=True)
+    )
+    raw, gaps, low, high = np.exp(future), np.array(gaps), *config.weight_clip
+    values = {
+        "tokens": len(shift),
+        "sequences": len(batch),
+        "dropped_sequences": reference.mini_batch([r for _, r in batch], config)[3],
+        "policy_kl": -shift.mean(),
+        "shift_abs_mean": abs(shift).mean(),
+        "shift_abs_max": abs(shift).max(),
+        "future_kl_mean": future.mean(),
+        "future_kl_abs_mean": abs(future).mean(),
+        "future_kl_abs_max": abs(future).max(),
+        "clip_fraction": clipped.mean(),
+        "dual_clip_fraction": (above * (advantage < 0)).mean(),
+        "filtered_fraction": above.mean(),
+        "safety_fraction": unsafe.mean(),
+        "weight_mean": weight.mean(),
+        "weight_min": weight.min(),
+        "weight_max": weight.max(),
+        "raw_weight_mean": raw.mean(),
+        "raw_weight_min": raw.min(),
+        "raw_weight_max": raw.max(),
+        "weight_clip_fraction": ((weight <= low) | (weight >= high)).mean(),
+        "weight_clip_fraction_upper": (weight >= high).mean(),
+        "weight_clip_fraction_lower": (weight <= low).mean(),
+        "advantage_mean": advantage.mean(),
+        "reference_kl": np.mean(kls),
+        "mismatch_abs_mean": abs(gaps).mean(),
+        "mismatch_abs_max": abs(gaps).max(),
+        "mismatch_kl": (np.exp(gaps) - 1 - gaps).mean(),
+        "importance_weight_mean": np.exp(gaps).clip(max=config.importance_cap).mean(),
+        "importance_truncated_fraction": (np.exp(gaps) > config.importance_cap).mean(),
+    }
+    quantiles = {
+        f"ratio_{sign}_q{100 * q:g}": np.quantile(shift[chosen], q, method="inverted_cdf")
+        for sign, chosen in (("positive", advantage > 0), ("negative", advantage <= 0))
+        for q in QUANTILES
+        if chosen.any()
+    }
+    return values, quantiles
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_value_by_its_definition(seed):
+    batch = random_batch(seed)
+    config = replace(CONFIG, safety_threshold=2.0)
+    metrics = split_gradient(PACKAGE, batch, config, cp=2)[3].metrics()
+    values, quantiles = expected_metrics(batch, config)
+    assert metrics.keys() == values.keys() | quantiles.keys()
+    assert {name: metrics[name] for name in values} == pytest.approx(values, rel=1e-9, abs=1e-12)
+    assert {name: math.log(metrics[name]) for name in quantiles} == pytest.approx(quantiles, rel=0.03, abs=2e-5)
 
 
 def test_every_listed_value_is_reported():
@@ -46,6 +113,21 @@ def test_quantiles_of_the_shift(seed, scale):
     for q, got in zip(QUANTILES, histogram_quantiles(counts[0], QUANTILES), strict=True):
         exact = np.quantile(shift.numpy(), q, method="inverted_cdf")
         assert got == pytest.approx(exact, rel=0.03, abs=2e-5)
+
+
+def test_quantiles_are_linear_within_a_bin():
+    """A fine grid inside one bin: its quantiles are those of the grid, far closer than the width of the bin."""
+    shift = torch.linspace(1.0001, 1.02, 10_000, dtype=torch.float64)
+    ones = torch.ones(len(shift), dtype=torch.bool)
+    counts = shift_histogram(shift, ones, ones)[0]
+    edges = bin_edges()
+    for q in (0.1, 0.5, 0.9):
+        index = int(torch.searchsorted(counts.cumsum(0), q * len(shift)))
+        before = int(counts[:index].sum())
+        share = (q * len(shift) - before) / int(counts[index])
+        want = float(edges[index] + share * (edges[index + 1] - edges[index]))
+        assert histogram_quantiles(counts, (q,))[0] == pytest.approx(want, rel=1e-12)
+        assert abs(want - float(shift.quantile(q))) < 0.02
 
 
 def test_histogram_separates_signs_and_holds_extremes():

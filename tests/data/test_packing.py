@@ -98,6 +98,8 @@ def test_everything_lives_at_the_predicting_position():
 def test_truncated_responses_can_be_masked():
     cut = make([1], [2, 3], finish_reason="length")
     assert pack([cut], CpLayout()).mask.tolist() == [True, True, False]
+    aborted = make([1], [2, 3], finish_reason="abort")
+    assert pack([aborted], CpLayout(), mask_truncated=True).mask.tolist() == [True, True, False]
     masked = pack([cut], CpLayout(), mask_truncated=True)
     assert masked.mask.tolist() == [False, False, False]
     assert masked.advantages.tolist() == [0, 0, 0]
@@ -117,6 +119,8 @@ def test_a_filler_is_one_masked_sequence():
             "2 trajectories are longer than 16.*number 1 with 20",
         ),
         (lambda: plan_micro_batches([5], [[0], []], token_budget=16), "mini_batches: number 1 is empty"),
+        (lambda: plan_micro_batches([5, 5], [[0], [0]], token_budget=16), "each index must occur once and be in 0 … 1"),
+        (lambda: plan_micro_batches([5], [[-1]], token_budget=16), "each index must occur once and be in 0 … 0"),
         (lambda: plan_micro_batches([5], [[0]], token_budget=0), "must be >= 1, got 0, 1, 1"),
         (lambda: split_mini_batches([2], 0, seed=0), "groups_per_mini_batch: must be >= 1, got 0"),
         (lambda: pack([make([1], [2], advantage=None)], CpLayout()), "trajectory p1/0: advantage: missing"),

@@ -35,26 +35,42 @@ def test_arrays_take_their_compact_types():
         ({"tokens": np.array([[1, 2, 3]])}, r"tokens: expected shape \[R\], got \[1, 3\]"),
         ({"behaviour_log_probs": np.zeros(2)}, r"behaviour_log_probs: expected shape \[3\].*got \[2\]"),
         ({"behaviour_log_probs": np.zeros(3, int)}, "behaviour_log_probs: expected floating point, got int64"),
-        ({"behaviour_log_probs": np.array([0, np.nan, 0])}, "behaviour_log_probs: must be finite, got nan at token 1"),
+        (
+            {"behaviour_log_probs": np.array([0, np.nan, 0])},
+            "behaviour_log_probs: must be finite in float32, got nan at token 1",
+        ),
         (
             {"behaviour_log_probs": np.array([0, 0, -np.inf])},
-            "behaviour_log_probs: must be finite, got -inf at token 2",
+            "behaviour_log_probs: must be finite in float32, got -inf at token 2",
         ),
         ({"behaviour_log_probs": np.array([0, 0.5, 0])}, "behaviour_log_probs: must be <= 0, got 0.5 at token 1"),
+        ({"behaviour_log_probs": np.array([0, 0, -1e300])}, "behaviour_log_probs: must be finite in float32, got -1e"),
+        ({"finish_reason": "Length"}, "finish_reason: must be one of stop, length, abort, got 'Length'"),
+        ({"reward": "1.0"}, "reward: must be a finite number, got '1.0'"),
         ({"mask": np.array([1, 2, 0])}, "mask: must be 0 or 1, got 2 at token 1"),
         ({"mask": np.array([1.0, 0.5, 0])}, "mask: must be 0 or 1, got 0.5 at token 1"),
         ({"mask": np.array([True])}, r"mask: expected shape \[3\].*got \[1\]"),
         ({"spans": ()}, "spans: must start at 0"),
         ({"spans": (TokenSpan(0, 1), TokenSpan(3, 2))}, r"spans: .*within 3 tokens, got \[0, 3\]"),
         ({"spans": (TokenSpan(0, 1), TokenSpan(0, 2))}, "spans: must start at 0 and increase"),
-        ({"reward": float("nan")}, "reward: must be finite, got nan"),
-        ({"advantage": float("inf")}, "advantage: must be finite, got inf"),
+        ({"reward": float("nan")}, "reward: must be a finite number, got nan"),
+        ({"advantage": float("inf")}, "advantage: must be a finite number, got inf"),
         ({"accuracy": 2}, "accuracy: must be 0 or 1, got 2"),
     ],
 )
 def test_bad_values_are_named(changes, message):
     with pytest.raises(ValueError, match=f"^trajectory aime-7/3: {message}"):
         make(**changes)
+
+
+def test_rounding_above_zero_is_cut_off_and_the_arrays_are_frozen_copies():
+    given = np.array([1e-6, -0.5, -1.0])
+    trajectory = make(behaviour_log_probs=given)
+    given[:] = 7.0
+    assert trajectory.behaviour_log_probs.tolist() == [0.0, -0.5, -1.0]
+    for array in (trajectory.tokens, trajectory.mask, trajectory.behaviour_log_probs, trajectory.prompt.tokens):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
 
 
 def test_bad_prompts_and_groups_are_named():

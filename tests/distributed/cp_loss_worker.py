@@ -1,5 +1,6 @@
 """Every rank computes its part of the loss over a real process group and compares with all ranks simulated here."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -8,15 +9,15 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fipo_megatron.algorithm.future_kl import gather_over
-from fipo_megatron.algorithm.policy_loss import baseline, policy_loss
+from fipo_megatron.algorithm.policy_loss import loss_config, policy_loss
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import pack
 from tests.algorithm.partitions import PACKAGE, in_all_ranks, local_inputs, random_batch
 
 CONFIGS = [
-    baseline("fipo", dual_clip=3.0, weight_clip=None),
-    baseline("fipo", dual_clip=3.0, half_life=256.0, aggregation="sequence_mean"),
-    baseline("dapo", dual_clip=3.0),
+    loss_config("fipo", dual_clip=3.0, weight_clip=None),
+    loss_config("fipo", dual_clip=3.0, half_life=256.0, aggregation="sequence_mean"),
+    loss_config("dapo", dual_clip=3.0),
 ]
 
 
@@ -58,6 +59,19 @@ def check_loss(rank, size):
             assert torch.equal(reduced.histograms, merged.histograms)
 
 
+def check_nan_survives_the_merge(rank, size):
+    """Whichever rank has it: a maximum over ranks must not come out clean."""
+    for poisoned in range(size):
+        inputs = micro_batch(0, size)[rank]
+        if rank == poisoned:
+            values = torch.where(inputs.mask, torch.nan, inputs.log_probs)
+            inputs = replace(inputs, log_probs=values)
+        output = policy_loss(inputs, CONFIGS[0], gather_over(dist.group.WORLD))
+        metrics = output.statistics.all_reduce().metrics()
+        assert not math.isfinite(metrics["shift_abs_max"])
+        assert not math.isfinite(metrics["policy_kl"])
+
+
 def check_layout_is_megatrons(rank, size):
     whole = torch.arange(12 * size)
     theirs = get_batch_on_this_cp_rank({"tokens": whole[None]}, cp_group=dist.group.WORLD)["tokens"][0]
@@ -67,6 +81,7 @@ def check_layout_is_megatrons(rank, size):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     check_loss(dist.get_rank(), dist.get_world_size())
+    check_nan_survives_the_merge(dist.get_rank(), dist.get_world_size())
     check_layout_is_megatrons(dist.get_rank(), dist.get_world_size())
     dist.barrier()
     dist.destroy_process_group()
