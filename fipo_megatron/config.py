@@ -1,8 +1,9 @@
 """The configuration of a run: typed dataclasses, one per room, from YAML and dotted overrides.
 
 A file may name another with ``base:`` (relative to itself) and then holds only what differs. ``algorithm.kind``
-chooses the defaults of its room (see :data:`.algorithm.policy_loss.BASELINES`); what the files and overrides say wins
-over them. Everything is checked before anything expensive starts, and all problems are reported at once.
+chooses the defaults of its room (see :data:`.algorithm.policy_loss.KIND_DEFAULTS`); what the files and overrides say
+wins over them. Everything is checked before anything expensive starts: all keys, types and values at once, then how
+they go together.
 
     python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
 
@@ -12,6 +13,8 @@ prints the complete configuration and what is worth knowing about it.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass
@@ -23,14 +26,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .algorithm.advantages import Baseline
-from .algorithm.policy_loss import BASELINES, PolicyLossConfig
+from .algorithm.policy_loss import KIND_DEFAULTS, PolicyLossConfig
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 Positive = Annotated[int, Field(ge=1)]
-Tokens = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
@@ -61,7 +65,7 @@ class AlgorithmConfig(PolicyLossConfig):
     """
 
     advantage_baseline: Baseline = "group_normalised"
-    advantage_epsilon: Annotated[float, Field(ge=0)] = 1e-6
+    advantage_epsilon: NotNegative = 1e-6
     dynamic_sampling: bool = True
     mask_truncated: bool = False
     allow_inert: bool = False
@@ -86,8 +90,10 @@ class OptimizerConfig:
 
     Attributes:
         lr: Learning rate after the warm-up.
+        min_lr: Learning rate at the end of the decay, and after it.
         warmup_steps: Optimizer steps of linear warm-up.
         schedule: What follows the warm-up.
+        decay_steps: The optimizer step at which the decay ends, warm-up included; of no effect with ``constant``.
         weight_decay: Not applied to biases and norms.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
@@ -95,14 +101,45 @@ class OptimizerConfig:
         clip_grad: Global gradient norm to clip at; 0: no clipping.
     """
 
-    lr: Annotated[float, Field(ge=0)] = 1e-6
-    warmup_steps: Tokens = 10
-    schedule: Literal["constant"] = "constant"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    lr: NotNegative = 1e-6
+    min_lr: NotNegative = 0.0
+    warmup_steps: Count = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: Count = 0
+    weight_decay: NotNegative = 0.1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    adam_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    clip_grad: NotNegative = 1.0
+
+
+@dataclass(config=_STRICT, frozen=True)
+class ParallelConfig:
+    """How the actor is spread over its ranks; what is left over is data parallelism.
+
+    Attributes:
+        tensor_parallel: Ranks that share every weight matrix.
+        pipeline_parallel: Stages that share the layers.
+        virtual_pipeline: Chunks of layers per stage (the interleaved schedule); 1: off.
+        context_parallel: Ranks that share every sequence.
+        expert_parallel: Ranks that share the experts of a mixture of experts.
+        expert_tensor_parallel: Ranks that share every expert's matrices; null: 1 with ``expert_parallel``, else
+            ``tensor_parallel``.
+        sequence_parallel: Share the activations between the matrices over the tensor-parallel ranks too.
+    """
+
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    virtual_pipeline: Positive = 1
+    context_parallel: Positive = 1
+    expert_parallel: Positive = 1
+    expert_tensor_parallel: Positive | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor_parallel``, or what null stands for."""
+        return self.expert_tensor_parallel or (1 if self.expert_parallel > 1 else self.tensor_parallel)
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -111,11 +148,43 @@ class ActorConfig:
 
     Attributes:
         prompts_per_mini_batch: Prompts (groups) per optimizer step.
+        token_budget: The most tokens in a packed micro-batch, over all its context-parallel ranks; padding included.
+        log_prob_chunk_tokens: Count whose logits exist at the same time.
+        max_noise_shift: Bound of |d| between two passes at equal weights, checked at start-up.
+        max_noise_future_kl: Bound of |F| between two passes at equal weights.
         optimizer: See :class:`OptimizerConfig`.
+        parallel: See :class:`ParallelConfig`.
+        dtype: Of the weights in the forward pass; bfloat16 trains float32 main parameters.
+        distributed_optimizer: Share the optimizer's state over the data- and context-parallel ranks.
+        overlap_grad_reduce: Reduce gradients while the backward pass runs.
+        recompute: Activations that the backward pass computes again: of core attention, or of whole layers.
+        fp8: Matrix products in FP8: forward and backward in E4M3, or the backward in E5M2 (hybrid).
+        fp8_recipe: What shares a scale: 128-wide blocks, one tensor, or one tensor with a scale from earlier steps.
+        fp8_bf16_first_last: Layers that stay in bfloat16 at each end of the model.
+        vocab_multiple: The vocabulary is padded to a multiple of this times ``tensor_parallel``.
+        transformer: Fields of Megatron-Core's TransformerConfig by name.
+        ddp: Fields of Megatron-Core's DistributedDataParallelConfig by name.
+        megatron_optimizer: Fields of Megatron-Core's OptimizerConfig by name.
     """
 
     prompts_per_mini_batch: Positive = 64
+    token_budget: Positive = 32768
+    log_prob_chunk_tokens: Positive = 1024
+    max_noise_shift: NotNegative = 0.01
+    max_noise_future_kl: NotNegative = 0.05
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    fp8_recipe: Literal["blockwise", "tensorwise", "delayed"] = "blockwise"
+    fp8_bf16_first_last: Count = 0
+    vocab_multiple: Positive = 1
+    transformer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    megatron_optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -150,8 +219,8 @@ class RewardConfig:
     """
 
     verifier: str = "math"
-    overlong_buffer_tokens: Tokens = 4096
-    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    overlong_buffer_tokens: Count = 4096
+    overlong_penalty: NotNegative = 1.0
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -193,7 +262,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: Count = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for every combination that cannot work, all in one message."""
@@ -230,6 +299,37 @@ def _impossible(config: Config) -> list[str]:
             f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
             f"rollout.max_response_tokens = {rollout.max_response_tokens}"
         )
+    return problems + _impossible_actor(actor)
+
+
+def _impossible_actor(actor: ActorConfig) -> list[str]:
+    parallel, optimizer, problems = actor.parallel, actor.optimizer, []
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        problems.append(
+            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
+            "activations over those ranks"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
+        problems.append(
+            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without "
+            "actor.parallel.pipeline_parallel"
+        )
+    if optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps:
+        problems.append(
+            f"actor.optimizer.decay_steps = {optimizer.decay_steps}: must be more than actor.optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps} with actor.optimizer.schedule = {optimizer.schedule}"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(
+            f"actor.optimizer.min_lr = {optimizer.min_lr:g}: must be at most actor.optimizer.lr = {optimizer.lr:g}"
+        )
+    if actor.fp8 != "off" and actor.dtype != "bfloat16":
+        problems.append(f"actor.dtype = {actor.dtype}: must be bfloat16 with actor.fp8 = {actor.fp8}")
+    if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and actor.fp8_bf16_first_last:
+        problems.append(
+            f"actor.fp8_bf16_first_last = {actor.fp8_bf16_first_last}: must be 0 with actor.fp8_recipe = delayed; "
+            "blockwise and tensorwise can leave layers in bfloat16"
+        )
     return problems
 
 
@@ -247,12 +347,19 @@ def notices(config: Config) -> list[str]:
             f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, also where "
             "the policy has not moved"
         )
-    if a.kind == "grpo" and a.clip_low != a.clip_high:
-        found.append(f"algorithm.clip_high = {a.clip_high:g} differs from clip_low = {a.clip_low:g}: GRPO's are equal")
-    if a.kind == "grpo" and not a.kl_coef:
-        found.append("algorithm.kl_coef = 0: GRPO has a KL term to the reference policy")
+    found += [
+        f"algorithm.{key} = {getattr(a, key)}: {a.kind} has {default}"
+        for key, default in KIND_DEFAULTS[a.kind].items()
+        if getattr(a, key) != default
+    ]
     if a.kl_coef and a.kl_estimator == "k1":
         found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
+    left_over = config.rollout.prompts_per_step % config.actor.prompts_per_mini_batch
+    if left_over:
+        found.append(
+            f"actor.prompts_per_mini_batch = {config.actor.prompts_per_mini_batch} does not divide "
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: the last update sees {left_over} prompts"
+        )
     return found
 
 
@@ -264,31 +371,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``key.path=value``, the value in YAML: ``algorithm.weight_clip=[0.8,1.2]``.
 
     Raises:
-        ConfigError: with every problem found.
-        FileNotFoundError: the file or one of its bases.
+        ConfigError: with every problem found; also where a file cannot be read.
     """
     values = _read(Path(path), seen=())
     for override in overrides:
         values = _merge(values, _parse_override(override))
-    algorithm = values.get("algorithm") or {}
+    values = {room: {} if value is None else value for room, value in values.items()}  # a room with nothing below it
+    algorithm = values.get("algorithm", {})
     kind = algorithm.get("kind", "fipo") if isinstance(algorithm, dict) else "fipo"
-    values = _merge({"algorithm": BASELINES.get(str(kind), {})}, values)
+    values = _merge({"algorithm": KIND_DEFAULTS.get(str(kind), {})}, values)
     try:
-        return TypeAdapter(Config).validate_python(values)
+        # By way of JSON, whose arrays strict validation takes for tuples.
+        return TypeAdapter(Config).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         problems = [line for detail in error.errors() for line in _explain(detail)]
         raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML silently takes the last of."""
+    """SafeLoader that takes 1e-6 and inf for numbers, and refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1} and below")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|[-+]?\.?inf$"),
+    list("-+.0123456789i"),
+)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -296,7 +411,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: base: the files name each other in a circle: {[p.name for p in seen]}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, got {type(values).__name__}")
@@ -357,12 +474,12 @@ def _explain(detail: Any) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the complete configuration and its notices; exit code 2 where it is not valid."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
     try:
         config = load_config(arguments[0], arguments[1:])
-    except (ConfigError, FileNotFoundError) as error:
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     values = TypeAdapter(Config).dump_python(config, mode="json")

@@ -110,8 +110,16 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
         (["rollout.top_p=2"], ["rollout.top_p = 2: must be less than or equal to 1"]),
         (["rollout.samples_per_prompt=1.5"], ["rollout.samples_per_prompt = 1.5: must be a valid integer"]),
         (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo' or 'grpo'"]),
+        (["algorithm.half_life=true"], ["algorithm.half_life = True: must be a valid number"]),
+        (["rollout.samples_per_prompt='16'"], ["rollout.samples_per_prompt = '16': must be a valid integer"]),
+        (["actor.optimizer.lr=inf"], ["actor.optimizer.lr = inf: must be a finite number"]),
+        (["seed=-1"], ["seed = -1: must be greater than or equal to 0"]),
+        (
+            ["algorithm.half_life=0", "algorithm.clip_low=2"],
+            ["algorithm.half_life: must be > 0 tokens", "algorithm.clip_low: must be in [0, 1], got 2"],
+        ),
         (["algorithm.dual_clip=1"], ["algorithm.dual_clip: must be > 1 + clip_high = 1.28, or inf for no cap, got 1"]),
-        (["actor.optimizer=7"], ["actor.optimizer = 7: must be a dictionary"]),
+        (["actor.optimizer=7"], ["actor.optimizer = 7: must be an object"]),
         (["algorithm.half_live=3", "seed=x"], ["algorithm.half_live = 3", "seed = 'x': must be a valid integer"]),
         (
             ["rollout.prompts_per_step=64"],
@@ -149,6 +157,24 @@ def test_broken_files_are_explained(tmp_path, text, message):
         load_config(tmp_path / "run.yaml")
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xe9\n")
+    for path, message in ((tmp_path, "cannot be read"), (tmp_path / "none.yaml", "cannot be read: No such file")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_empty_rooms_anchors_and_numbers_as_people_write_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm:\nactor:\n  optimizer: &o {lr: 2e-6}\n  ddp: {<<: *o, bucket_size: 3}\n")
+    config = load_config(file, ["algorithm.half_life=inf", "algorithm.dual_clip=1e1"])
+    assert config.actor.optimizer.lr == 2e-6
+    assert config.actor.ddp == {"lr": 2e-6, "bucket_size": 3}
+    assert (config.algorithm.half_life, config.algorithm.dual_clip) == (math.inf, 10.0)
+
+
 def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():
     one_update = ["rollout.prompts_per_step=64"]
     assert load_config(FIPO_32B, [*one_update, "algorithm.allow_inert=true"]).updates_per_step == 1
@@ -161,7 +187,11 @@ def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():
         ([], ["algorithm.safety_threshold = 10 has no effect on the gradient"]),
         (["algorithm.safety_threshold=3"], []),
         (["algorithm.safety_threshold=3", "algorithm.weight_clip=[1.1,1.2]"], ["does not contain 1"]),
-        (["algorithm.kind=grpo"], ["clip_high = 0.28 differs", "kl_coef = 0"]),
+        (
+            ["algorithm.kind=grpo"],
+            ["clip_high = 0.28: grpo has 0.2", "dual_clip = 10.0: grpo has inf", "kl_coef = 0.0: grpo has 0.04"],
+        ),
+        (["rollout.prompts_per_step=100", "algorithm.safety_threshold=3"], ["the last update sees 36 prompts"]),
         (["algorithm.kind=dapo", "algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], ["zero expected gradient"]),
     ],
 )
