@@ -1,0 +1,317 @@
+"""The one place that adapts Megatron-Core 0.16.1 to a machine without CUDA.
+
+Megatron-Core's sources stay unmodified. Each entry of :data:`ADAPTATIONS` replaces one thing, says which lines of
+Megatron need it and why; ``docs/upstream.md`` is generated from the list, and for every entry a test shows that
+upstream still needs it. Where a Megatron module asks ``torch`` for CUDA, that module alone sees another ``torch``.
+``Tensor.type`` and ``Tensor.cuda`` have to be replaced for all, and do what they always did unless the named Megatron
+module calls them.
+
+    python -m fipo_megatron.actor.cpu_backend
+
+prints the table of ``docs/upstream.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEGATRON_VERSION = "0.16.1"
+"""The version whose lines :data:`ADAPTATIONS` cites."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One runtime change to Megatron-Core or to torch.
+
+    Attributes:
+        name: ``module:attribute`` under ``megatron.core``, or the method of ``torch.Tensor`` and the module that calls
+            it.
+        effect: What happens instead.
+        needed_by: ``file:line`` under ``megatron/core``.
+        why: What goes wrong without it.
+        apply: Makes the change.
+    """
+
+    name: str
+    effect: str
+    needed_by: tuple[str, ...]
+    why: str
+    apply: Callable[[], None]
+
+
+class _Overlay:
+    """A module with some attributes replaced."""
+
+    def __init__(self, under: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _under=under)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._under, name)
+
+
+class _Stream:
+    """A CUDA stream where all work is done by the time a call returns: every stream is the current one."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A tensor factory that takes ``device="cuda"`` for the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _torch_on_cpu() -> Any:
+    """``torch`` as a Megatron module should see it: the current CUDA device is the CPU, its generator the CPU's."""
+
+    def get_rng_state(device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    cuda = _Overlay(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda device=None: None,
+        get_rng_state=get_rng_state,
+        manual_seed=manual_seed,
+        random=SimpleNamespace(get_rng_state=get_rng_state),
+        Stream=_Stream,
+        current_stream=_Stream,
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+    return _Overlay(torch, cuda=cuda, tensor=_on_cpu(torch.tensor), zeros=_on_cpu(torch.zeros))
+
+
+def _set(module: str, attribute: str, value: Callable[[Any], Any]) -> Callable[[], None]:
+    """Sets ``megatron.core.<module>.<attribute>`` to ``value(what it was)``."""
+
+    def apply() -> None:
+        target = importlib.import_module(f"megatron.core.{module}")
+        setattr(target, attribute, value(getattr(target, attribute, None)))
+
+    return apply
+
+
+def _sees_cpu(module: str, needed_by: tuple[str, ...], why: str) -> Adaptation:
+    return Adaptation(
+        f"{module}:torch",
+        "`torch.cuda` means the CPU in this module",
+        needed_by,
+        why,
+        _set(module, "torch", lambda _: _torch_on_cpu()),
+    )
+
+
+def _set_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _host_tensor(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+_type_of, _to_cuda = Tensor.type, Tensor.cuda
+_type_callers: set[str] = set()
+_cuda_callers: set[str] = set()
+
+
+@functools.wraps(_type_of)
+def _type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+    name = _type_of(self, *args, **kwargs)
+    if args or kwargs or sys._getframe(1).f_globals.get("__name__") not in _type_callers:
+        return name
+    return str(name).replace("torch.", "torch.cuda.", 1)
+
+
+@functools.wraps(_to_cuda)
+def _cuda(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if sys._getframe(1).f_globals.get("__name__") in _cuda_callers:
+        return self
+    return _to_cuda(self, *args, **kwargs)
+
+
+def _tensor_method(method: str, module: str, effect: str, needed_by: tuple[str, ...], why: str) -> Adaptation:
+    callers, replacement = {"type": (_type_callers, _type), "cuda": (_cuda_callers, _cuda)}[method]
+
+    def apply() -> None:
+        callers.add(f"megatron.core.{module}")
+        setattr(Tensor, method, replacement)
+
+    return Adaptation(f"Tensor.{method} in {module}", effect, needed_by, why, apply)
+
+
+_TYPE_EFFECT = "says `torch.cuda.FloatTensor` of a CPU float tensor, and so on, to this module"
+
+ADAPTATIONS: tuple[Adaptation, ...] = (
+    _sees_cpu(
+        "tensor_parallel.random",
+        ("tensor_parallel/random.py:55", "tensor_parallel/random.py:235", "tensor_parallel/random.py:422"),
+        "seeding and activation recompute ask for the state of the CUDA generator",
+    ),
+    Adaptation(
+        "tensor_parallel.random:_set_cuda_rng_state",
+        "sets the state of the CPU generator",
+        ("tensor_parallel/random.py:111",),
+        "the change is queued until CUDA starts, which is never: what draws in a forked state draws from another",
+        _set("tensor_parallel.random", "_set_cuda_rng_state", lambda _: _set_rng_state),
+    ),
+    _sees_cpu(
+        "tensor_parallel.mappings",
+        ("tensor_parallel/mappings.py:141", "tensor_parallel/mappings.py:181"),
+        "gathers and reduce-scatters of sequence parallelism allocate on the current CUDA device",
+    ),
+    _sees_cpu(
+        "tensor_parallel.layers",
+        ("tensor_parallel/layers.py:552",),
+        "the backward pass of sequence-parallel linear layers allocates on the current CUDA device",
+    ),
+    _sees_cpu(
+        "utils",
+        ("utils.py:631",),
+        "the buffer of the all-gather before sequence-parallel linear layers is on the current CUDA device",
+    ),
+    _sees_cpu(
+        "pipeline_parallel.p2p_communication",
+        ("pipeline_parallel/p2p_communication.py:190", "pipeline_parallel/p2p_communication.py:313"),
+        "receive buffers are on the current CUDA device",
+    ),
+    _sees_cpu(
+        "pipeline_parallel.schedules",
+        (
+            "pipeline_parallel/schedules.py:596",
+            "pipeline_parallel/schedules.py:983",
+            "pipeline_parallel/schedules.py:2138",
+        ),
+        "the token count is a CUDA tensor in all three schedules",
+    ),
+    _sees_cpu(
+        "distributed.param_and_grad_buffer",
+        ("distributed/param_and_grad_buffer.py:783", "distributed/param_and_grad_buffer.py:806"),
+        "parameter and gradient buffers are on the current CUDA device",
+    ),
+    _sees_cpu(
+        "optimizer.optimizer",
+        ("optimizer/optimizer.py:473", "optimizer/optimizer.py:485", "optimizer/optimizer.py:907"),
+        "the loss scale and the overflow flag are CUDA tensors",
+    ),
+    _sees_cpu(
+        "optimizer.clip_grads",
+        ("optimizer/clip_grads.py:103", "optimizer/clip_grads.py:174"),
+        "the flag that the gradient norm and its clipping take is a CUDA tensor",
+    ),
+    _tensor_method(
+        "type",
+        "optimizer.clip_grads",
+        _TYPE_EFFECT,
+        ("optimizer/clip_grads.py:167",),
+        "gradients to clip must be `torch.cuda.FloatTensor` by name",
+    ),
+    _tensor_method(
+        "type",
+        "optimizer.optimizer",
+        _TYPE_EFFECT,
+        ("optimizer/optimizer.py:671", "optimizer/optimizer.py:690"),
+        "bf16 parameters are told from fp32 ones by the name of their CUDA type",
+    ),
+    _tensor_method(
+        "type",
+        "optimizer.distrib_optimizer",
+        _TYPE_EFFECT,
+        ("optimizer/distrib_optimizer.py:361", "optimizer/distrib_optimizer.py:420"),
+        "the distributed optimizer tells parameters apart by the name of their CUDA type",
+    ),
+    _tensor_method(
+        "cuda",
+        "models.common.language_module.language_module",
+        "returns the tensor itself to this module",
+        ("models/common/language_module/language_module.py:244",),
+        "tied embeddings under pipeline parallelism are moved to CUDA before their first all-reduce",
+    ),
+    _sees_cpu(
+        "transformer.moe.router",
+        ("transformer/moe/router.py:90",),
+        "weights found on the CPU are moved to the current CUDA device",
+    ),
+    Adaptation(
+        "transformer.moe.moe_utils:te_general_gemm",
+        "None",
+        ("transformer/moe/moe_utils.py:1192", "transformer/moe/moe_utils.py:1225"),
+        "the name is not defined where Transformer Engine is not installed",
+        _set("transformer.moe.moe_utils", "te_general_gemm", lambda found: found),
+    ),
+    _sees_cpu(
+        "transformer.moe.token_dispatcher",
+        ("transformer/moe/token_dispatcher.py:445", "transformer/moe/token_dispatcher.py:871"),
+        "the all-to-all dispatcher copies its split sizes to the host on a CUDA stream of its own",
+    ),
+    Adaptation(
+        "transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        "converts to numpy where asked to",
+        ("transformer/moe/token_dispatcher.py:879", "transformer/moe/moe_utils.py:1093"),
+        "only CUDA tensors are converted, so tensors arrive where lists of split sizes are expected",
+        _set("transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", lambda _: _host_tensor),
+    ),
+)
+"""Every change, in the order in which :func:`install` makes them."""
+
+_installed = False
+
+
+def install(without: Collection[str] = ()) -> None:
+    """Makes all adaptations, once per process.
+
+    Args:
+        without: Names of adaptations to leave out: for the tests that show that they are needed.
+
+    Raises:
+        RuntimeError: CUDA is available: Megatron-Core needs none of this there.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_backend.install: CUDA is available; Megatron-Core runs on it as it is")
+    if _installed:
+        return
+    _installed = True
+    for adaptation in ADAPTATIONS:
+        if adaptation.name not in without:
+            adaptation.apply()
+
+
+def table() -> str:
+    """The adaptations as the Markdown table of ``docs/upstream.md``."""
+    rows = [
+        f"| `{a.name}` | {a.effect} | {', '.join(f'`{line}`' for line in a.needed_by)} | {a.why} |" for a in ADAPTATIONS
+    ]
+    return "\n".join(["| what | becomes | needed by | otherwise |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

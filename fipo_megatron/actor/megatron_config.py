@@ -1,0 +1,249 @@
+"""Our configuration and the model's shape, as Megatron-Core's three configuration classes.
+
+Every field of those classes can be set by name from ``actor.transformer``, ``actor.ddp`` and
+``actor.megatron_optimizer``, unless it follows from the model or from a setting of ours: two sources for one value
+would have to agree for ever.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from fipo_megatron.config import ActorConfig
+
+from .architecture import Architecture
+
+_HOPPER = (9, 0)
+
+
+def transformer_engine_found() -> bool:
+    """Whether Transformer Engine is installed and has a GPU to run on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def check(architecture: Architecture, actor: ActorConfig) -> None:
+    """Raises ValueError with every reason why this model cannot be built as configured; builds nothing."""
+    problems = architecture.problems(actor) + _fp8_problems(actor)
+    for name, cls, derived in (
+        ("transformer", TransformerConfig, _derived_transformer(architecture, actor)),
+        ("ddp", DistributedDataParallelConfig, _derived_ddp(actor)),
+        ("megatron_optimizer", OptimizerConfig, _derived_optimizer(actor)),
+    ):
+        problems += _field_problems(cls, name, getattr(actor, name), derived)
+    if architecture.mixture and torch.cuda.is_available() and not transformer_engine_found():
+        problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
+    if architecture.mixture and architecture.mixture.normalised and architecture.mixture.chosen == 1:
+        problems.append("config.json: norm_topk_prob = true: with one expert per token its weight has no gradient")
+    if actor.distributed_optimizer and (kind := actor.megatron_optimizer.get("optimizer", "adam")) != "adam":
+        problems.append(
+            f"actor.megatron_optimizer.optimizer = {kind!r}: must be 'adam' with actor.distributed_optimizer"
+        )
+    wanted = actor.transformer.get("transformer_impl")
+    if wanted not in (None, "local") and not transformer_engine_found():
+        problems.append(f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not here; valid: local")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def transformer_config(architecture: Architecture, actor: ActorConfig) -> TransformerConfig:
+    """The model for Megatron-Core; fields of ``actor.transformer`` win over defaults of ours.
+
+    Raises:
+        ValueError: see :func:`check`, and what Megatron-Core itself finds.
+    """
+    check(architecture, actor)
+    given = _converted(TransformerConfig, "transformer", actor.transformer)
+    return TransformerConfig(
+        **(_transformer_defaults(architecture, actor) | given | _derived_transformer(architecture, actor))
+    )
+
+
+def ddp_config(actor: ActorConfig) -> DistributedDataParallelConfig:
+    """Gradient buffers and their reduction, in float32 unless ``actor.ddp`` says otherwise."""
+    given = _converted(DistributedDataParallelConfig, "ddp", actor.ddp)
+    return DistributedDataParallelConfig(**({"grad_reduce_in_fp32": True} | given | _derived_ddp(actor)))
+
+
+def optimizer_config(actor: ActorConfig) -> OptimizerConfig:
+    """AdamW, unless ``actor.megatron_optimizer`` says otherwise."""
+    given = _converted(OptimizerConfig, "megatron_optimizer", actor.megatron_optimizer)
+    return OptimizerConfig(**({"optimizer": "adam"} | given | _derived_optimizer(actor)))
+
+
+def token_multiple(actor: ActorConfig) -> int:
+    """What the tokens of a micro-batch on one context-parallel rank must be a multiple of.
+
+    Sequence parallelism cuts them into ``tensor_parallel`` parts. FP8 matrix products need multiples of 16
+    (``get_fp8_align_size`` of ``megatron/core/fp8_utils.py``); blockwise scaling shares a scale between 128 tokens,
+    and no such block may lie on two tensor-parallel ranks, which would give it two scales.
+    """
+    parts = actor.parallel.tensor_parallel if actor.parallel.sequence_parallel else 1
+    if actor.fp8 == "off":
+        return parts
+    return 128 * parts if actor.fp8_recipe == "blockwise" else math.lcm(16, parts)
+
+
+def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
+    """What follows from the model and from our own settings."""
+    parallel, mixture, fp8 = actor.parallel, architecture.mixture, actor.fp8 != "off"
+    dtype = getattr(torch, actor.dtype)
+    return {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.kv_groups,
+        "kv_channels": architecture.head_dim,
+        "ffn_hidden_size": architecture.ffn,
+        "softmax_scale": architecture.rope.attention_factor**2 / math.sqrt(architecture.head_dim),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.family.qkv_bias,
+        "qk_layernorm": architecture.family.qk_norm,
+        # π_old and π_θ come from two forward passes, which must agree at equal weights.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "num_moe_experts": mixture.experts if mixture else None,
+        "moe_ffn_hidden_size": mixture.ffn if mixture else None,
+        "moe_router_topk": mixture.chosen if mixture else 2,
+        "moe_layer_freq": [int(sparse) for sparse in mixture.layers] if mixture else 1,
+        # Softmax over the chosen is softmax over all, normalised over the chosen.
+        "moe_router_pre_softmax": bool(mixture and not mixture.normalised),
+        "tensor_model_parallel_size": parallel.tensor_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "context_parallel_size": parallel.context_parallel,
+        "expert_model_parallel_size": parallel.expert_parallel,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "bf16": actor.dtype == "bfloat16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # The loss returns a sum and a count of tokens; Megatron divides by the global count.
+        "calculate_per_token_loss": True,
+        "recompute_granularity": None if actor.recompute == "none" else actor.recompute,
+        "fp8": actor.fp8 if fp8 else None,
+        "fp8_recipe": actor.fp8_recipe,
+        "first_last_layers_bf16": fp8 and actor.fp8_bf16_first_last > 0,
+        "num_layers_at_start_in_bf16": actor.fp8_bf16_first_last,
+        "num_layers_at_end_in_bf16": actor.fp8_bf16_first_last,
+    }
+
+
+def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
+    """What differs from Megatron-Core's defaults, and can be overridden."""
+    parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), transformer_engine_found()
+    interleaved = parallel.virtual_pipeline > 1
+    defaults: dict[str, Any] = {
+        "transformer_impl": "transformer_engine" if fused else "local",
+        "use_cpu_initialization": not cuda,
+        # Megatron-Core's own default is deprecated, and warns.
+        "cuda_graph_scope": [],
+        # On the CPU these would work but compile for many seconds.
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "apply_rope_fusion": fused,
+        # Micro-batches differ in length. Megatron forbids that with its default dispatcher, for dense models too.
+        "variable_seq_lengths": parallel.pipeline_parallel > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": fused and architecture.mixture is not None,
+        "moe_router_dtype": "fp32",
+        # On gloo, batched transfers of the interleaved schedule give wrong results, silently.
+        "batch_p2p_comm": cuda and not interleaved,
+        "overlap_p2p_comm": interleaved,
+    }
+    if actor.recompute == "selective":
+        # Attention keeps little of its own (linear in the tokens); the inner activations of the MLPs are the most.
+        defaults["recompute_modules"] = ["mlp", "moe"] if architecture.mixture else ["mlp"]
+    if actor.recompute == "full":
+        defaults |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return defaults
+
+
+def _derived_ddp(actor: ActorConfig) -> dict[str, Any]:
+    return {
+        "use_distributed_optimizer": actor.distributed_optimizer,
+        "overlap_grad_reduce": actor.overlap_grad_reduce,
+        "average_in_collective": False,
+    }
+
+
+def _derived_optimizer(actor: ActorConfig) -> dict[str, Any]:
+    own = actor.optimizer
+    return {
+        "lr": own.lr,
+        "min_lr": own.min_lr,
+        "weight_decay": own.weight_decay,
+        "adam_beta1": own.adam_beta1,
+        "adam_beta2": own.adam_beta2,
+        "adam_eps": own.adam_eps,
+        "clip_grad": own.clip_grad,
+        "bf16": actor.dtype == "bfloat16",
+        "params_dtype": getattr(torch, actor.dtype),
+        "fp8_recipe": actor.fp8_recipe if actor.fp8 != "off" else None,
+        "use_distributed_optimizer": actor.distributed_optimizer,
+    }
+
+
+def _fp8_problems(actor: ActorConfig) -> list[str]:
+    if actor.fp8 == "off":
+        return []
+    if not transformer_engine_found():
+        return [f"actor.fp8 = {actor.fp8}: needs CUDA and Transformer Engine, which are not here; valid: off"]
+    if (capability := torch.cuda.get_device_capability()) < _HOPPER:
+        return [
+            f"actor.fp8 = {actor.fp8}: needs Hopper (compute capability 9.0), this GPU has {capability}; valid: off"
+        ]
+    return []
+
+
+def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> list[str]:
+    """Names that the installed class does not have, that we derive, or whose value has no meaning there."""
+    names = [field.name for field in fields(cls)]
+    problems = []
+    for name, value in given.items():
+        where = f"actor.{room}.{name} = {value!r}"
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{where}: Megatron-Core's {cls.__name__} has no such field{hint}")
+        elif name in derived:
+            problems.append(
+                f"{where}: cannot be set here, it follows from the model and the other settings of actor "
+                f"({derived[name]!r})"
+            )
+    try:
+        _converted(cls, room, given)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _converted(cls: type, room: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of dtypes and of enum members, as YAML has them, by what the field's default is."""
+    defaults = {field.name: field.default for field in fields(cls)}
+    converted = dict(given)
+    for name, value in given.items():
+        default = defaults.get(name)
+        if isinstance(default, torch.dtype) and isinstance(value, str):
+            valid = ["float32", "bfloat16", "float16", "uint8"]
+            converted[name] = getattr(torch, value) if value in valid else None
+        elif isinstance(default, Enum) and isinstance(value, str):
+            valid = list(type(default).__members__)
+            converted[name] = type(default).__members__.get(value)
+        if converted[name] is None and value is not None:
+            raise ValueError(f"actor.{room}.{name} = {value!r}: must be one of {', '.join(valid)}")
+    return converted

@@ -1,0 +1,144 @@
+"""Builds the policy with Megatron-Core: the chunks of layers that this rank holds, ending in hidden states.
+
+Transformer Engine's layers where it is installed, else Megatron-Core's own with a norm and a core attention of ours,
+which they lack: the norm for sequence parallelism, the attention for packed sequences under context parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from fipo_megatron.config import ActorConfig
+
+from .architecture import Architecture
+from .attention import PackedCoreAttention
+from .megatron_config import transformer_config
+from .parallel import RankLayout
+from .rotary import PackedRotaryEmbedding, inverse_frequencies
+
+
+class SequenceParallelRMSNorm(torch.nn.Module):
+    """RMSNorm whose weight's gradient Megatron sums over the ranks that share the sequence.
+
+    Normalises in float32 and multiplies by the weight in the dtype of the input, as the models here were trained
+    (``Qwen2RMSNorm`` and the like of transformers). Megatron-Core has none without Transformer Engine or Apex:
+    ``WrappedTorchNorm`` refuses sequence parallelism.
+
+    Args:
+        config: Says the dtype of the weight and whether sequence parallelism is on.
+        hidden_size: Width of what is normalised.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[..., hidden_size]`` to the same shape and dtype."""
+        wide = hidden.float()
+        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalised.to(hidden.dtype)
+
+
+class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last stage returns hidden states instead of logits.
+
+    The log-probs are computed from them in chunks (:mod:`.log_probs`), so that logits of a whole micro-batch never
+    exist. ``output_layer`` stays where Megatron expects it: its weight is initialised, tied, sharded, checkpointed and,
+    under pipeline parallelism, summed with the embedding's by Megatron's own code; only its forward pass is not used.
+
+    Args:
+        frequencies: See :func:`.rotary.inverse_frequencies`.
+        true_vocab_size: Tokens without padding; rows of the output weight from there on belong to none.
+    """
+
+    def __init__(self, *args: Any, frequencies: Tensor, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="rope", **kwargs)
+        self.rotary_pos_emb = PackedRotaryEmbedding(frequencies)
+        self.true_vocab_size = true_vocab_size
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """``[T, 1, hidden]``, after the final norm at the last stage; T is cut under sequence parallelism."""
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """``[padded vocabulary / tensor_parallel, hidden]``: this rank's part of the output weight, on the last stage.
+
+        Raises:
+            RuntimeError: another stage has it.
+        """
+        if not self.post_process:
+            raise RuntimeError("output_weight: only the last pipeline stage has it")
+        return self.shared_embedding_or_output_weight() if self._tied else self.output_layer.weight
+
+    @property
+    def _tied(self) -> bool:
+        return bool(self.share_embeddings_and_output_weights)
+
+
+def build_model(architecture: Architecture, actor: ActorConfig, layout: RankLayout) -> list[HiddenStateGPTModel]:
+    """Builds this rank's chunks of the model, randomly initialised, on its device and in ``actor.dtype``.
+
+    Call one with ``(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)``. Every process group of the
+    layout must be up (:func:`.parallel.initialize`). All chunks share one ``config``.
+
+    Returns:
+        ``virtual_pipeline`` chunks, in the order of Megatron's interleaved schedule.
+
+    Raises:
+        ValueError: see :func:`.megatron_config.check`; nothing has been built then.
+    """
+    config = transformer_config(architecture, actor)
+    stages = range(layout.virtual_size) if layout.virtual_size > 1 else (None,)
+    return [_build_chunk(architecture, actor, config, layout, stage) for stage in stages]
+
+
+def _build_chunk(
+    architecture: Architecture, actor: ActorConfig, config: TransformerConfig, layout: RankLayout, stage: int | None
+) -> HiddenStateGPTModel:
+    return HiddenStateGPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, stage),
+        vocab_size=architecture.padded_vocab(actor.vocab_multiple * layout.tensor_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=architecture.tied,
+        vp_stage=stage,
+        frequencies=inverse_frequencies(architecture.rope, architecture.head_dim).to(layout.device),
+        true_vocab_size=architecture.vocab,
+    )
+
+
+def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one chunk, dense or mixtures as ``moe_layer_freq`` says."""
+    fused = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=fused, normalization=config.normalization, vp_stage=stage
+    )
+    if fused:
+        return block
+    block.layer_norm = SequenceParallelRMSNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PackedCoreAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    return block
+
+
+def _device(config: TransformerConfig) -> torch.device:
+    return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

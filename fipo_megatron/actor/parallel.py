@@ -1,0 +1,287 @@
+"""Process groups, seeds and the device: from torchrun's or Slurm's environment, or one rank alone.
+
+NCCL where CUDA is available, else gloo with Megatron-Core adapted by :mod:`.cpu_backend`. Many layouts can follow each
+other in one job: :func:`destroy` takes every process group down, :func:`initialize` sets the next ones up.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fipo_megatron.config import ParallelConfig
+from fipo_megatron.data.context_parallel import CpLayout
+
+from . import cpu_backend
+
+_PORT_BASE, _PORT_RANGE = 20000, 10000
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process.
+
+    Attributes:
+        rank: Of all processes.
+        world_size: Number of processes.
+        local_rank: Of the processes on this host.
+        address: Host of rank 0; empty for one process alone.
+        port: Where rank 0 listens.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """Reads torchrun's variables, else Slurm's (``srun``), else stands for one process alone.
+
+        Raises:
+            ValueError: a variable that is missing or no number.
+        """
+        if "RANK" in environment:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        elif "SLURM_PROCID" in environment:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        else:
+            return cls()
+        rank, world_size, local_rank = (_number(environment, name) for name in names)
+        address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", ""))
+        if not address:
+            raise ValueError(f"MASTER_ADDR: missing; {names[0]} = {rank} needs the host of rank 0")
+        if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
+            # Every task computes the same port, and two jobs that share a host most likely different ones.
+            return cls(
+                rank, world_size, local_rank, address, _PORT_BASE + _number(environment, "SLURM_JOB_ID") % _PORT_RANGE
+            )
+        return cls(rank, world_size, local_rank, address, _number(environment, "MASTER_PORT"))
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list: ``node003`` of ``node[003-007,9],gpu1``; empty for an empty list."""
+    first_of_each_range = re.sub(r"\[(\w+)[^\]]*\]", r"\1", node_list)
+    return first_of_each_range.partition(",")[0].strip()
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name)
+    if value is None or not value.isdecimal():
+        raise ValueError(f"{name}: expected a number in the environment, got {value!r}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Where this process stands in every kind of parallelism.
+
+    Attributes:
+        rank: Of all processes.
+        world_size: Number of processes.
+        device: Of its tensors.
+        tensor_rank: Its part of every weight matrix, of ``tensor_size``.
+        tensor_size: Ranks that share every weight matrix.
+        pipeline_rank: Its stage, of ``pipeline_size``.
+        pipeline_size: Stages.
+        virtual_size: Chunks of layers per stage; 1 without interleaving.
+        data_rank: Its part of the micro-batches, of ``data_size``.
+        data_size: Ranks that share the micro-batches.
+        expert_rank: Its part of the experts, of ``expert_size``.
+        expert_size: Ranks that share the experts.
+        expert_tensor_rank: Its part of every expert's matrices, of ``expert_tensor_size``.
+        expert_tensor_size: Ranks that share every expert's matrices.
+        context: Its part of every sequence.
+        sequence_parallel: Whether activations between matrices are shared over the tensor-parallel ranks.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int
+    data_rank: int
+    data_size: int
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    context: CpLayout
+    sequence_parallel: bool
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the output weight, and so the loss, is here."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Raises ValueError, naming every field at fault, unless the ranks can be split as asked."""
+    problems = []
+    sizes = {name: getattr(parallel, name) for name in ("tensor_parallel", "pipeline_parallel", "context_parallel")}
+    model_ranks = int(np.prod(list(sizes.values())))
+    if world_size % model_ranks:
+        named = " × ".join(f"{name} = {size}" for name, size in sizes.items())
+        problems.append(f"actor.parallel: {named} needs a multiple of {model_ranks} ranks, there are {world_size}")
+    else:
+        shared = world_size // parallel.pipeline_parallel
+        if shared % (parallel.expert_parallel * parallel.expert_tensor_size):
+            problems.append(
+                f"actor.parallel.expert_parallel = {parallel.expert_parallel}: times expert_tensor_parallel = "
+                f"{parallel.expert_tensor_size} must divide the {shared} ranks of a pipeline stage"
+            )
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        problems.append("actor.parallel.sequence_parallel = True: needs tensor_parallel of at least 2")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
+        problems.append(
+            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without pipeline_parallel"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+_store: dist.Store | None = None
+_generation = 0
+
+
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    environment: Mapping[str, str] | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+) -> RankLayout:
+    """Sets up process groups, Megatron's parallel state, the device and every random generator.
+
+    Args:
+        parallel: The layout.
+        seed: The same on every rank; pipeline stages and Megatron's tracker derive theirs from it.
+        environment: Of the launcher; ``os.environ`` where None.
+        timeout: Of a collective.
+
+    Raises:
+        ValueError: the world size does not fit the layout (before any process group is made), or the launcher's
+            environment is incomplete.
+        RuntimeError: a layout is up already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("parallel.initialize: process groups exist already; call destroy() first")
+    launch = Launch.from_environment(os.environ if environment is None else environment)
+    check_world_size(parallel, launch.world_size)
+    device = _device(launch)
+    if device.type == "cpu":
+        cpu_backend.install()
+    from megatron.core import parallel_state
+
+    _start_process_group(launch, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+    )
+    layout = _layout(parallel, launch, device)
+    _seed(seed + 100 * layout.pipeline_rank)
+    return layout
+
+
+def destroy() -> None:
+    """Takes down what :func:`initialize` set up; harmless where nothing is up."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(launch: Launch) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # A launcher may show each process its own GPU only, which is then number 0.
+    index = 0 if visible == 1 else launch.local_rank
+    if index >= visible:
+        raise ValueError(f"LOCAL_RANK = {launch.local_rank}: there are {visible} GPUs on this host")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _start_process_group(launch: Launch, timeout: timedelta) -> None:
+    """Every layout, and every restart by torchrun, has its own keys in one store, so that none meets another's."""
+    global _store, _generation
+    if _store is None:
+        _store = dist.HashStore() if not launch.address else _rendezvous(launch, timeout)
+    _generation += 1
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"attempt{attempt}/layout{_generation}", _store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
+
+
+def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
+    # torchrun's agent already listens on the port that it hands out.
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        launch.address,
+        launch.port,
+        launch.world_size,
+        is_master=launch.rank == 0 and not served,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _layout(parallel: ParallelConfig, launch: Launch, device: torch.device) -> RankLayout:
+    from megatron.core import parallel_state as state
+
+    return RankLayout(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device=device,
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        virtual_size=parallel.virtual_pipeline,
+        data_rank=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_size=state.get_expert_model_parallel_world_size(),
+        expert_tensor_rank=state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=state.get_expert_tensor_parallel_world_size(),
+        context=CpLayout(state.get_context_parallel_world_size(), state.get_context_parallel_rank()),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def _seed(seed: int) -> None:
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from it exist
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,0 +1,105 @@
+"""Rotary position embeddings of packed sequences, with the frequencies that transformers uses.
+
+Megatron-Core's own embeddings fall short for the models here: its llama3 scaling has no setting but the factor, and
+YaRN's attention factor is dropped by the fused kernel for packed sequences. So the frequencies are computed here and
+the attention factor goes into the softmax scale, which is the same: queries and keys are both multiplied by it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from .architecture import Rope
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Radians per position of every pair of dimensions.
+
+    Follows transformers' ``modeling_rope_utils`` operation by operation, so that the float32 values are the same.
+
+    Args:
+        rope: The kind and its settings.
+        head_dim: Width of a head.
+
+    Returns:
+        ``[head_dim / 2]`` float32.
+    """
+    wavelength_in_turns = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    base = 1.0 / wavelength_in_turns
+    if rope.kind == "linear":
+        return base / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(base, rope)
+    if rope.kind == "yarn":
+        kept = 1 - _yarn_ramp(rope, head_dim)
+        return 1.0 / (rope.factor * wavelength_in_turns) * (1 - kept) + base * kept
+    return base
+
+
+def _llama3(base: Tensor, rope: Rope) -> Tensor:
+    """Long waves are stretched, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / base
+    longest = rope.original_positions / rope.low_frequency_factor
+    shortest = rope.original_positions / rope.high_frequency_factor
+    blend = (rope.original_positions / wavelength - rope.low_frequency_factor) / (
+        rope.high_frequency_factor - rope.low_frequency_factor
+    )
+    blended = (1 - blend) * base / rope.factor + blend * base
+    outside = torch.where(wavelength > longest, base / rope.factor, base)
+    return torch.where((wavelength < shortest) | (wavelength > longest), outside, blended)
+
+
+def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
+    """From 0 for dimensions that are kept to 1 for those that are stretched (arXiv 2309.00071, Sec. 3.2)."""
+
+    def dimension_with(rotations: float) -> float:
+        positions_per_radian = rope.original_positions / (rotations * 2 * math.pi)
+        return (head_dim * math.log(positions_per_radian)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    return torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+    """The angles of every position, for packed sequences.
+
+    Megatron's class keeps the tables of the last 32 lengths of all models alive (an ``lru_cache`` on the method); here
+    one table, of the longest sequence seen, is kept per model.
+
+    Args:
+        frequencies: ``[head_dim / 2]`` float32, on the device of the model.
+    """
+
+    def __init__(self, frequencies: Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.inv_freq = frequencies
+        self._angles = frequencies.new_empty(0, 1, 1, 2 * len(frequencies))
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
+        """The angles of positions 0 to ``max_seq_len``, which must be the longest padded length of the micro-batch.
+
+        Exactly that many, never more: Megatron takes a table as long as the whole micro-batch for one that runs
+        through all its sequences (``rope_utils.py``, ``_apply_rotary_pos_emb_thd``).
+
+        Returns:
+            ``[max_seq_len, 1, 1, head_dim]`` float32. Under context parallelism, too: the positions of each rank are
+            picked where they are applied.
+
+        Raises:
+            ValueError: the sequences are not packed.
+        """
+        if not packed_seq or offset:
+            raise ValueError("PackedRotaryEmbedding: sequences must be packed (qkv_format 'thd') and start at 0")
+        if len(self._angles) < max_seq_len:
+            positions = torch.arange(max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
+            angles = torch.outer(positions, self.inv_freq)
+            self._angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return self._angles[:max_seq_len]
