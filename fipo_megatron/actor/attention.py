@@ -1,0 +1,355 @@
+"""Core attention of packed sequences under context parallelism in plain torch, for where Transformer Engine is absent.
+
+A query chunk attends to all earlier chunks of its sequence and, causally, to itself: at most two ranges of keys, the
+first without a mask and the second with the plain causal one, for every chunk of the zigzag layout. Each range is one
+call of a kernel that also returns the log-sum-exp of its scores; the results of the two are merged by it. Nothing of
+size L × L exists, in forward or backward.
+
+Keys and values of the other ranks are gathered once in forward and again in backward, so that what is kept between the
+two is this rank's share alone; their gradients are summed over the ranks in float32.
+
+Logical shapes, as suffixes of names: T tokens on this rank, P tokens of the whole packed micro-batch, R ranks of the
+context-parallel group (P = R·T), N query heads, G key/value heads (N is a multiple of G), D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fipo_megatron.algorithm.future_kl import Exchange, gather_over
+from fipo_megatron.data.context_parallel import CpLayout
+
+from .attention_kernels import Kernel, KernelInputs, choose_kernel, merge, wide_dtype
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+_NEUTRAL = {
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "apply_query_key_layer_scaling": False,
+    "attention_dropout": 0.0,
+}
+"""Fields of ``TransformerConfig`` that change core attention, and the values that leave it as computed here."""
+
+
+@dataclass(frozen=True)
+class KeyValueExchange:
+    """What moves keys, values and their gradients between the ranks of a context-parallel group.
+
+    Attributes:
+        gather: All-gather, ``[...]`` to ``[R, ...]`` in rank order.
+        reduce_scatter: ``[R, ...]`` to ``[...]``: the sum over all ranks of the part that is for this one.
+    """
+
+    gather: Exchange
+    reduce_scatter: Exchange
+
+
+def exchange_over(group: dist.ProcessGroup) -> KeyValueExchange:
+    """The exchange over a process group: one collective each way."""
+
+    def reduce_scatter(message: Tensor) -> Tensor:
+        mine = torch.empty_like(message[0], memory_format=torch.contiguous_format)
+        dist.reduce_scatter_tensor(mine, message.contiguous().flatten(0, 1), group=group)
+        return mine
+
+    return KeyValueExchange(gather_over(group), reduce_scatter)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries of this rank, ``[T]``, and a range of keys of the packed micro-batch, ``[P]``, that they see."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def _parts(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_Part]]:
+    """For each chunk on this rank: its own keys, causally; then those of the earlier chunks of its sequence."""
+    chunks, first = [], 0
+    for start, length in zip(cu_seqlens[:-1], layout.chunk_lengths(cu_seqlens), strict=True):
+        for chunk in layout.chunks:
+            queries, own = slice(first, first + length), start + chunk * length
+            chunks.append([_Part(queries, slice(own, own + length), True)])
+            if chunk:
+                chunks[-1].append(_Part(queries, slice(start, own), False))
+            first += length
+    return chunks
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One call's constants.
+
+    Attributes:
+        chunks: See :func:`_parts`.
+        rank_order: ``[P]`` int64: where in the packed micro-batch the gathered tokens belong; None for one rank.
+    """
+
+    chunks: list[list[_Part]]
+    rank_order: NDArray[np.int64] | None
+    scale: float
+    kernel: Kernel
+    exchange: KeyValueExchange | None
+
+    def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, G, D]`` of this rank to ``[P, G, D]`` in packed order."""
+        if self.exchange is None or self.rank_order is None:
+            return key, value
+        gathered = self.exchange.gather(torch.stack([key, value], dim=1)).flatten(0, 1)
+        packed = torch.empty_like(gathered)
+        packed[torch.from_numpy(self.rank_order).to(key.device)] = gathered
+        return packed[:, 0], packed[:, 1]
+
+    def scatter(self, grads_P2GD: Tensor) -> Tensor:
+        """The reverse: ``[P, 2, G, D]``, this rank's contribution to all, to ``[T, 2, G, D]``, all to this rank's."""
+        if self.exchange is None or self.rank_order is None:
+            return grads_P2GD
+        in_rank_order = grads_P2GD[torch.from_numpy(self.rank_order).to(grads_P2GD.device)]
+        tokens = sum(chunk[0].queries.stop - chunk[0].queries.start for chunk in self.chunks)
+        return self.exchange.reduce_scatter(in_rank_order.view(-1, tokens, *grads_P2GD.shape[1:]))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, N, D]`` and the log-sum-exp ``[N, T]``."""
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = query.new_empty(query.shape[1::-1], dtype=wide_dtype(query.dtype))
+        keys, values = self.gather(key, value)
+        for parts in self.chunks:
+            partial = None
+            for part in parts:
+                partial = merge(partial, self.kernel.forward(self._inputs(part, query, keys, values)))
+            if partial is not None:
+                rows = parts[0].queries
+                _heads_first(out[rows]).copy_(partial[0])
+                lse[:, rows] = partial[1][0]
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the queries, keys and values of this rank."""
+        keys, values = self.gather(key, value)
+        # Without context parallelism every token is in one part: there is nothing to sum up, nor to round between.
+        summed = query.dtype if self.exchange is None else wide_dtype(query.dtype)
+        grad_query = torch.zeros_like(query, dtype=summed, memory_format=torch.contiguous_format)
+        grads_P2GD = keys.new_zeros(len(keys), 2, *keys.shape[1:], dtype=summed)
+        for part in (part for parts in self.chunks for part in parts):
+            inputs, rows = self._inputs(part, query, keys, values), part.queries
+            of_query, of_key, of_value = self.kernel.backward(
+                inputs, _heads_first(grad[rows]), _heads_first(out[rows]), lse[None, :, rows]
+            )
+            _heads_first(grad_query[rows]).add_(of_query)
+            _heads_first(grads_P2GD[part.keys, 0]).add_(of_key)
+            _heads_first(grads_P2GD[part.keys, 1]).add_(of_value)
+        grad_key, grad_value = self.scatter(grads_P2GD).to(key.dtype).unbind(1)
+        return grad_query.to(query.dtype), grad_key, grad_value
+
+    def _inputs(self, part: _Part, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
+        rows, columns = part.queries, part.keys
+        heads = (_heads_first(query[rows]), _heads_first(keys[columns]), _heads_first(values[columns]))
+        return KernelInputs(*heads, part.causal, self.scale)
+
+
+def _heads_first(rows: Tensor) -> Tensor:
+    """``[Q, N, D]`` to ``[1, N, Q, D]``, as a view."""
+    return rows.transpose(0, 1)[None]
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Keeps queries, keys, values and outputs of this rank, and one float per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: _Attention) -> Tensor:
+        out, lse = attention.forward(query, key, value)
+        ctx.attention = attention
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.attention.backward(_dense_rows(grad), *ctx.saved_tensors), None
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous, which the kernels rely on; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def packed_causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Sequence[int],
+    layout: CpLayout | None = None,
+    scale: float | None = None,
+    exchange: KeyValueExchange | None = None,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Causal softmax attention within each packed sequence, exact, with grouped queries.
+
+    Padding is the end of its sequence and an ordinary token: no real token sees it. Every rank of the group must call
+    this, and its backward, with the same ``cu_seqlens``: the former gathers once, the latter gathers once and
+    reduce-scatters once. A layout of one rank does no collective.
+
+    Args:
+        query: ``[T, N, D]``, the tokens of this rank in the order of ``layout.indices``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
+        cu_seqlens: Boundaries ``[S + 1]`` of the whole padded sequences, on the host.
+        layout: This rank and the size of the context-parallel group; one rank if None.
+        scale: Of the scores; ``D ** -0.5`` if None.
+        exchange: Over the context-parallel group; needed for a layout of several ranks.
+        kernel: :func:`choose_kernel`'s if None.
+
+    Returns:
+        ``[T, N, D]``, the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes that do not go together or with the layout, or an exchange missing.
+    """
+    layout = layout or CpLayout()
+    if query.shape[0] * layout.size != cu_seqlens[-1]:
+        raise ValueError(f"query: cu_seqlens has {cu_seqlens[-1]} tokens for {layout.size} ranks, got {query.shape[0]}")
+    if key.shape != value.shape or key.shape[::2] != query.shape[::2] or query.shape[1] % key.shape[1]:
+        shapes = [tuple(each.shape) for each in (query, key, value)]
+        raise ValueError(
+            f"query, key, value: expected [T, N, D], [T, G, D], [T, G, D] with N a multiple of G: {shapes}"
+        )
+    rank_order = None
+    if layout.size > 1:
+        if exchange is None:
+            raise ValueError(f"exchange: keys are spread over {layout.size} ranks; pass exchange_over(cp_group)")
+        rank_order = np.concatenate([CpLayout(layout.size, rank).indices(cu_seqlens) for rank in range(layout.size)])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attention = _Attention(
+        _parts(cu_seqlens, layout),
+        rank_order,
+        scale,
+        kernel or choose_kernel(query),
+        exchange if layout.size > 1 else None,
+    )
+    return _PackedAttention.apply(_dense_rows(query), _dense_rows(key), _dense_rows(value), attention)  # type: ignore
+
+
+class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
+    """:func:`packed_causal_attention` where Megatron-Core asks for a ``core_attention``.
+
+    Takes the arguments of ``megatron/core/transformer/dot_product_attention.py``, and raises for all that it would have
+    to ignore. ``cp_comm_type`` has no effect.
+
+    Raises:
+        ValueError: dropout, a window, a mask that is not causal, cross attention, or a softmax other than plain.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        for field, neutral in _NEUTRAL.items():
+            found = getattr(config, field)
+            if field == "attention_dropout" and attention_dropout is not None:
+                found = attention_dropout
+            if found != neutral:
+                raise ValueError(f"{field}: attention without Transformer Engine needs {neutral!r}, got {found!r}")
+        if attention_type != "self":
+            raise ValueError(f"attention_type: must be 'self', got {attention_type!r}")
+        self.attn_mask_type = attn_mask_type
+        self._check_mask_type(None)
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        group = getattr(pg_collection, "cp", None)
+        self.group: dist.ProcessGroup = parallel_state.get_context_parallel_group() if group is None else group
+        self.layout = CpLayout(self.group.size(), self.group.rank())
+
+    def _check_mask_type(self, attn_mask_type: AttnMaskType | None) -> None:
+        found = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        if found not in _CAUSAL:
+            raise ValueError(f"attn_mask_type: must be causal or padding_causal, got {found}")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Packed or dense attention.
+
+        Args:
+            query: Packed ``[T, N, D]``, or dense ``[s, b, N, D]`` without ``packed_seq_params``.
+            key: ``[T, G, D]`` or ``[s, b, G, D]``.
+            value: Like ``key``.
+            attention_mask: None.
+            attn_mask_type: Causal, or None for that of the constructor.
+            attention_bias: None.
+            packed_seq_params: Boundaries of the whole sequences, padded where both are set. They are copied to the
+                host, which waits for the device, unless the object has an attribute ``cu_seqlens_host`` with the same
+                numbers as a sequence of int.
+
+        Returns:
+            ``[T, N·D]`` or ``[s, b, N·D]``.
+
+        Raises:
+            ValueError: a mask, a bias, a packed format other than thd, a context-parallel group for this micro-batch
+                alone, or dense input under context parallelism.
+        """
+        self._check_mask_type(attn_mask_type)
+        for name, given in (("attention_mask", attention_mask), ("attention_bias", attention_bias)):
+            if given is not None:
+                raise ValueError(f"{name}: must be None; causality and sequence boundaries are all that is applied")
+        if packed_seq_params is None:
+            return self._dense(query, key, value)
+        if packed_seq_params.qkv_format != "thd" or packed_seq_params.local_cp_size not in (None, self.layout.size):
+            raise ValueError(
+                f"packed_seq_params: qkv_format must be 'thd' and local_cp_size unset: {packed_seq_params}"
+            )
+        return self._packed(query, key, value, _boundaries(packed_seq_params)).flatten(1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+        exchange = exchange_over(self.group) if self.layout.size > 1 else None
+        return packed_causal_attention(query, key, value, cu_seqlens, self.layout, self.scale, exchange)
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Every entry of the batch is a sequence of a packed micro-batch."""
+        if self.layout.size > 1:
+            raise ValueError("packed_seq_params: needed under context parallelism")
+        length, batch = query.shape[:2]
+        query, key, value = (each.transpose(0, 1).flatten(0, 1) for each in (query, key, value))
+        out = self._packed(query, key, value, [length * entry for entry in range(batch + 1)])
+        return out.view(batch, length, -1).transpose(0, 1).contiguous()
+
+
+def _boundaries(packed_seq_params: PackedSeqParams) -> Sequence[int]:
+    """The padded boundaries on the host."""
+    on_host: Sequence[int] | None = getattr(packed_seq_params, "cu_seqlens_host", None)
+    if on_host is not None:
+        return on_host
+    padded = packed_seq_params.cu_seqlens_q_padded
+    tensor = packed_seq_params.cu_seqlens_q if padded is None else padded
+    return [int(boundary) for boundary in tensor.tolist()]

@@ -1,0 +1,11 @@
+"""Attention over real gloo ranks: equal to the simulation, with three collectives, one of them in forward."""
+
+import pytest
+
+from tests.distributed.launch import torchrun
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_attention_over_a_process_group(ranks):
+    torchrun("tests.distributed.attention_worker", ranks)
