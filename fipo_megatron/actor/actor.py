@@ -1,0 +1,415 @@
+"""MegatronActor: log-probs of, and FIPO updates on, packed long sequences under every parallelism.
+
+Every rank runs the same calls in the same order. Every pass goes through Megatron's own ``get_forward_backward_func``,
+so that one code serves one rank and pipelines of interleaved stages. The loss is a sum and a count; Megatron divides by
+the global count (``calculate_per_token_loss``), so that the gradient does not depend on how the work was split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from fipo_megatron.algorithm.future_kl import gather_over
+from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
+from fipo_megatron.config import Config
+from fipo_megatron.data.packing import MicroBatch, MiniBatch
+from fipo_megatron.data.trajectory import Trajectory
+
+from .architecture import Architecture
+from .log_probs import TokenLogProbs, megatron_token_log_probs
+from .megatron_config import token_multiple
+from .micro_batches import LocalMicroBatch, local_micro_batches
+from .model import HiddenStateGPTModel, build_model
+from .offload import Offloaded
+from .optimizer import build_optimizer, wrap_for_training
+from .parallel import RankLayout
+
+Trajectories = Mapping[int, Trajectory] | Sequence[Trajectory]
+StoredLogProbs = list[list[TokenLogProbs | None]]
+"""By mini-batch and micro-batch of this data-parallel rank: this context-parallel rank's part, ``[T]`` each; None on
+pipeline stages before the last."""
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """What one optimizer step did; the same on every rank.
+
+    Attributes:
+        loss: Numerator over denominator of the global mini-batch; NaN where the denominator is 0.
+        denominator: Tokens (or sequences) in the loss, over all ranks.
+        grad_norm: Global gradient norm before clipping; NaN where the step was skipped.
+        learning_rate: Of this step.
+        skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
+            was.
+        statistics: See :mod:`.algorithm.statistics`, over all ranks.
+    """
+
+    loss: float
+    denominator: int
+    grad_norm: float
+    learning_rate: float
+    skipped: str
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far two passes at equal weights disagree: what FIPO would take for drift.
+
+    Attributes:
+        shift: Largest |d|.
+        future_kl: Largest |F|; 0 for the baselines, which have none.
+    """
+
+    shift: float
+    future_kl: float
+
+
+class MegatronActor:
+    """The policy on this rank.
+
+    Args:
+        config: Of the run; ``actor``, ``algorithm``, ``rollout.temperature`` and ``actor.parallel`` are read.
+        architecture: Of the model.
+        layout: Of this rank, whose process groups are up (:func:`.parallel.initialize`).
+        load: Fills the chunks' parameters before the optimizer copies them.
+
+    Raises:
+        ValueError: the model cannot be built as configured; nothing has been built then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        layout: RankLayout,
+        load: Callable[[list[HiddenStateGPTModel]], None],
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.chunks = build_model(architecture, config.actor, layout)
+        load(self.chunks)
+        self.wrapped: list[DistributedDataParallel] = wrap_for_training(self.chunks, config.actor)
+        self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
+        self.skipped_steps = 0
+        self._token_multiple = token_multiple(config.actor)
+        self._reference: list[Tensor] | None = None
+        self._exchange = gather_over(parallel_state.get_context_parallel_group())
+
+    def log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
+        """log π and entropy of every label under the current weights, in the packing that :meth:`update` will use.
+
+        Args:
+            plan: Of the whole step.
+            trajectories: At least those of this data-parallel rank.
+
+        Returns:
+            Without gradient, on the device.
+        """
+        stored = []
+        for mini_batch in plan:
+            results: dict[int, TokenLogProbs] = {}
+
+            def keep(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                results[index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
+                return torch.zeros_like(found.log_probs[0]), micro.mask.sum().int(), {}
+
+            with torch.no_grad():
+                count = self._run(mini_batch, trajectories, keep, with_entropy=True, forward_only=True)
+            stored.append([results.get(index) for index in range(count)])
+        return stored
+
+    def update(
+        self,
+        plan: Sequence[MiniBatch],
+        trajectories: Trajectories,
+        old: StoredLogProbs,
+        reference: StoredLogProbs | None = None,
+    ) -> list[UpdateMetrics]:
+        """One optimizer step per mini-batch of the plan.
+
+        A mini-batch with a non-finite loss or gradient on any rank, or without a token left in the loss, changes
+        nothing on any rank and is counted.
+
+        Args:
+            plan: As given to :meth:`log_probs`.
+            trajectories: As given to :meth:`log_probs`, with advantages.
+            old: What :meth:`log_probs` returned before the first update on this plan.
+            reference: What :meth:`reference_log_probs` returned; needed where ``algorithm.kl_coef`` > 0.
+        """
+        return [
+            self._step(mini_batch, trajectories, old[number], reference[number] if reference else None)
+            for number, mini_batch in enumerate(plan)
+        ]
+
+    def noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories, old: StoredLogProbs) -> NoiseFloor:
+        """Runs the training pass of a mini-batch at unchanged weights and compares it with the log-prob pass.
+
+        Both are real passes: forward and backward through the training schedule here, forward alone in ``old``. Nothing
+        is changed: the gradients are thrown away.
+
+        Args:
+            mini_batch: The first of a plan.
+            trajectories: As given to :meth:`log_probs`.
+            old: What :meth:`log_probs` returned for ``[mini_batch]``.
+        """
+        _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None)
+        self._zero_grad()
+        return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
+
+    def check_noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories) -> NoiseFloor:
+        """The lr = 0 gate: the noise floor, within ``actor.max_noise_shift`` and ``actor.max_noise_future_kl``.
+
+        Raises:
+            ValueError: it is not; FIPO would weigh tokens by noise.
+        """
+        floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
+        actor = self.config.actor
+        for field, value in (("max_noise_shift", floor.shift), ("max_noise_future_kl", floor.future_kl)):
+            bound = getattr(actor, field)
+            if not value <= bound:
+                raise ValueError(
+                    f"actor.{field} = {bound:g}: the log-prob pass and the training pass differ by {value:g} at equal "
+                    "weights; look for kernels that are not deterministic, FP8 scaling, or different packing"
+                )
+        return floor
+
+    def keep_reference(self) -> None:
+        """Keeps a copy of the current weights on the host as the reference policy of the KL term."""
+        self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+
+    def reference_log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
+        """:meth:`log_probs` under the weights that :meth:`keep_reference` kept; the current weights come back after.
+
+        Raises:
+            RuntimeError: no reference was kept.
+        """
+        if self._reference is None:
+            raise RuntimeError("reference_log_probs: call keep_reference() first")
+        current = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+        with torch.no_grad():
+            _copy_all(self._reference, self._parameters())
+            try:
+                return self.log_probs(plan, trajectories)
+            finally:
+                _copy_all(current, self._parameters())
+
+    @contextmanager
+    def offloaded(self, *, parameters: bool = True, gradients: bool = True, optimizer: bool = True) -> Iterator[int]:
+        """Frees device memory while the engine generates; yields the bytes freed.
+
+        Parameters and optimizer state wait on the host; gradients are dropped, they are zero between steps.
+        """
+        away = []
+        if optimizer:
+            away.append(Offloaded(self._optimizer_tensors(), keep=True))
+        if parameters:
+            away.append(Offloaded(self._parameters(), keep=True))
+        if gradients:
+            away.append(Offloaded((buffer.grad_data for buffer in self._gradient_buffers()), keep=False))
+        freed = 0
+        for each in away:
+            each.free()
+            freed += each.num_bytes
+        if self.layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield freed
+        finally:
+            for each in reversed(away):
+                each.restore()
+
+    def _step(
+        self,
+        mini_batch: MiniBatch,
+        trajectories: Trajectories,
+        old: list[TokenLogProbs | None],
+        reference: list[TokenLogProbs | None] | None,
+    ) -> UpdateMetrics:
+        (numerator, denominator), statistics = self._forward_backward(mini_batch, trajectories, old, reference)
+        loss = numerator / denominator if denominator else math.nan
+        # A NaN loss need not have NaN gradients: max(NaN, NaN) passes none on.
+        if not denominator:
+            skipped = "empty loss"
+        elif not math.isfinite(numerator):
+            skipped = "non-finite loss"
+        else:
+            skipped = "" if self._gradient_is_finite() else "non-finite gradient"
+        grad_norm = math.nan
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            self.schedule.step(1)
+            _, grad_norm, _ = self.optimizer.step()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._zero_grad()
+        return UpdateMetrics(loss, int(denominator), float(grad_norm), float(rate), skipped, statistics)
+
+    def _forward_backward(
+        self,
+        mini_batch: MiniBatch,
+        trajectories: Trajectories,
+        old: list[TokenLogProbs | None],
+        reference: list[TokenLogProbs | None] | None,
+    ) -> tuple[tuple[float, float], dict[str, float]]:
+        """Gradients of a mini-batch; its numerator and denominator over all ranks, and its metrics, on every rank."""
+        outputs: list[LossOutput] = []
+        with_entropy = self.config.algorithm.entropy_coef != 0
+
+        def loss(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            before, anchor = old[index], reference[index] if reference else None
+            assert before is not None
+            output = policy_loss(
+                LossInputs(
+                    log_probs=found.log_probs,
+                    old_log_probs=before.log_probs,
+                    advantages=micro.advantages,
+                    mask=micro.mask,
+                    shards=micro.shards,
+                    reference_log_probs=anchor.log_probs if anchor else None,
+                    behaviour_log_probs=micro.behaviour_log_probs,
+                    entropy=found.entropy if with_entropy else before.entropy,
+                ),
+                self.config.algorithm,
+                self._exchange,
+            )
+            outputs.append(output)
+            return output.numerator, output.denominator.int(), {}
+
+        self._zero_grad()
+        self._run(mini_batch, trajectories, loss, with_entropy=with_entropy, forward_only=False)
+        return self._reduce(outputs)
+
+    def _run(
+        self,
+        mini_batch: MiniBatch,
+        trajectories: Trajectories,
+        loss: Callable[[int, LocalMicroBatch, TokenLogProbs], tuple[Tensor, Tensor, dict[str, Any]]],
+        *,
+        with_entropy: bool,
+        forward_only: bool,
+    ) -> int:
+        """One pass over this rank's micro-batches; ``loss`` is called on the last stage. Returns their number."""
+        members: Sequence[MicroBatch] = mini_batch.micro_batches[self.layout.data_rank]
+        micros = list(
+            enumerate(
+                local_micro_batches(
+                    members,
+                    trajectories,
+                    self.layout,
+                    token_multiple=self._token_multiple,
+                    mask_truncated=self.config.algorithm.mask_truncated,
+                )
+            )
+        )
+
+        def forward(
+            iterator: Iterator[tuple[int, LocalMicroBatch]], chunk: torch.nn.Module
+        ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            index, micro = next(iterator)
+            hidden = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+
+            def finish(hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                return loss(index, micro, self._token_log_probs(hidden_SBH, micro, with_entropy))
+
+            return hidden, finish
+
+        interleaved = len(self.wrapped) > 1
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(micros) for _ in self.wrapped] if interleaved else iter(micros),
+            model=self.wrapped if interleaved else self.wrapped[0],
+            num_microbatches=len(micros),
+            seq_length=max(micro.tokens.shape[1] * self.layout.context.size for _, micro in micros),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return len(micros)
+
+    def _token_log_probs(self, hidden_SBH: Tensor, micro: LocalMicroBatch, with_entropy: bool) -> TokenLogProbs:
+        last = self.chunks[-1]
+        found = megatron_token_log_probs(
+            hidden_SBH,
+            last.output_weight(),
+            micro.labels,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.layout.sequence_parallel,
+            temperature=self.config.rollout.temperature,
+            chunk_tokens=self.config.actor.log_prob_chunk_tokens,
+            vocab_size=last.true_vocab_size,
+            with_entropy=with_entropy,
+        )
+        return TokenLogProbs(found.log_probs[0], None if found.entropy is None else found.entropy[0])
+
+    def _reduce(self, outputs: list[LossOutput]) -> tuple[tuple[float, float], dict[str, float]]:
+        """Merges over micro-batches, then over data- and context-parallel ranks of the last stage, then tells all."""
+        message: list[Any] = [None]
+        if outputs:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            statistics = outputs[0].statistics
+            for output in outputs[1:]:
+                statistics = statistics + output.statistics
+            totals = torch.stack(
+                [
+                    torch.stack([output.numerator.detach() for output in outputs]).double().sum(),
+                    torch.stack([output.denominator for output in outputs]).sum().double(),
+                ]
+            )
+            dist.all_reduce(totals, group=group)
+            message = [(tuple(totals.tolist()), statistics.all_reduce(group).metrics())]
+        if self.layout.pipeline_size > 1:
+            dist.broadcast_object_list(
+                message,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+                device=self.layout.device,
+            )
+        (numerator, denominator), metrics = message[0]
+        return (numerator, denominator), metrics
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether every gradient of every rank is finite; the same answer everywhere."""
+        largest = [
+            torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
+            for buffer in self._gradient_buffers()
+            if buffer.grad_data.numel()
+        ]
+        bad = torch.stack([value.isfinite().logical_not() for value in largest]).any().int()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not bad.item()
+
+    def _zero_grad(self) -> None:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def _gradient_buffers(self) -> list[Any]:
+        return [buffer for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        """Main parameters and moments; those that alias model parameters are left to the parameters."""
+        model = {parameter.untyped_storage().data_ptr() for parameter in self._parameters()}
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            inner = optimizer.optimizer
+            tensors = [parameter.data for group in inner.param_groups for parameter in group["params"]]
+            tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+            yield from (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in model)
+
+
+def _copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)

@@ -1,0 +1,94 @@
+"""One packed micro-batch as the tensors that a rank feeds to Megatron and to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from fipo_megatron.algorithm.future_kl import SequenceShards
+from fipo_megatron.data.packing import MicroBatch, pack
+from fipo_megatron.data.trajectory import Trajectory
+
+from .parallel import RankLayout
+
+
+@dataclass(frozen=True)
+class LocalMicroBatch:
+    """The part of a packed micro-batch that one context-parallel rank holds, on its device.
+
+    Attributes:
+        tokens: ``[1, T]`` int64.
+        position_ids: ``[1, T]`` int64, in the whole sequences.
+        labels: ``[1, T]`` int64, the token that follows each position.
+        mask: ``[T]`` bool: the label is in the loss.
+        advantages: ``[T]`` float32.
+        behaviour_log_probs: ``[T]`` float32.
+        packed_seq_params: Boundaries of the whole padded sequences: padding is the end of its sequence, where causal
+            attention keeps it from every real token.
+        shards: Where the tokens sit in their sequences.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    advantages: Tensor
+    behaviour_log_probs: Tensor
+    packed_seq_params: PackedSeqParams
+    shards: SequenceShards
+
+
+def local_micro_batches(
+    members: Sequence[MicroBatch],
+    trajectories: Mapping[int, Trajectory] | Sequence[Trajectory],
+    layout: RankLayout,
+    *,
+    token_multiple: int = 1,
+    mask_truncated: bool = False,
+) -> Iterator[LocalMicroBatch]:
+    """Packs the micro-batches of this data-parallel rank, one after the other.
+
+    Args:
+        members: The trajectories of each micro-batch; none for a filler.
+        trajectories: By index; only those of ``members`` are looked up.
+        layout: Of this rank.
+        token_multiple: What the tokens per context-parallel rank must be a multiple of.
+        mask_truncated: See :func:`.data.packing.pack`.
+    """
+    device = layout.device
+    for micro_batch in members:
+        whole = pack(
+            [trajectories[i] for i in micro_batch],
+            layout.context,
+            multiple_of=token_multiple,
+            mask_truncated=mask_truncated,
+        )
+        part = whole.slice(layout.context)
+        cu_seqlens = torch.from_numpy(whole.cu_seqlens).to(device)
+        longest = int((whole.cu_seqlens[1:] - whole.cu_seqlens[:-1]).max())
+        packed_seq_params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        packed_seq_params.cu_seqlens_host = tuple(whole.cu_seqlens.tolist())  # saves a device sync in every layer
+        yield LocalMicroBatch(
+            tokens=torch.from_numpy(part.tokens)[None].to(device),
+            position_ids=torch.from_numpy(part.position_ids)[None].to(device),
+            labels=torch.from_numpy(part.labels)[None].to(device),
+            mask=torch.from_numpy(part.mask).to(device),
+            advantages=torch.from_numpy(part.advantages).to(device),
+            behaviour_log_probs=torch.from_numpy(part.behaviour_log_probs).to(device),
+            packed_seq_params=packed_seq_params,
+            shards=SequenceShards.build(
+                layout.context.chunk_lengths(whole.cu_seqlens), layout.context.owners, layout.context.rank, device
+            ),
+        )

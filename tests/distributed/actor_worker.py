@@ -1,0 +1,82 @@
+"""What only several ranks can show of the actor: steps that all skip together, and micro-batches that hold nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from fipo_megatron.actor import parallel
+from fipo_megatron.actor.log_probs import TokenLogProbs
+from fipo_megatron.actor.micro_batches import local_micro_batches
+from fipo_megatron.data.packing import plan_micro_batches
+from tests.distributed import layout_cases
+from tests.distributed.layout_matrix_worker import CP2, DISTRIBUTED, PP2, TP2, VPP2, Case
+
+LAYOUTS = {
+    "DP2": ({}, {}),
+    "DP2, distributed optimizer": ({}, DISTRIBUTED),
+    "TP2": (TP2, {}),
+    "PP2+VPP2": (PP2 | VPP2, {}),
+    "CP2": (CP2, {}),
+}
+
+
+def check_all_skip_together(case: Case) -> None:
+    """One rank has an infinite gradient: no rank changes a weight, every rank says why, and the next step works."""
+    actor, trajectories = case.actor, case.expected.trajectories
+    before = [p.detach().clone() for p in actor._parameters()]
+    hook = None
+    if case.layout.rank == 1:
+        hook = actor._parameters()[2].register_hook(lambda gradient: gradient * math.inf)
+    (metrics,) = actor.update(case.plan, trajectories, case.old)
+    assert metrics.skipped == "non-finite gradient", metrics
+    assert actor.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, actor._parameters(), strict=True))
+    if hook is not None:
+        hook.remove()
+    (metrics,) = actor.update(case.plan, trajectories, case.old)
+    assert not metrics.skipped
+    assert abs(metrics.grad_norm - case.expected.grad_norm) < 1e-4 * case.expected.grad_norm
+
+
+def check_fillers(case: Case, members: list[int]) -> None:
+    """Fewer trajectories than ranks or pipeline slots: fillers change neither the loss nor the gradient."""
+    model = layout_cases.build_transformers_model(case.name)
+    trajectories = case.expected.trajectories
+    loss, _ = layout_cases.backward(model, [trajectories[i] for i in members])
+    norm = float(torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt())
+    plan = plan_micro_batches(
+        [case.layout.context.padded_length(len(t)) for t in trajectories],
+        [members],
+        token_budget=128,
+        data_parallel_size=case.layout.data_size,
+        micro_batch_multiple=case.layout.pipeline_size,
+    )
+    everyone = [micro_batch for rank in plan[0].micro_batches for micro_batch in rank]
+    if case.layout.data_size * case.layout.pipeline_size > 1:
+        assert () in everyone, everyone
+    micros = local_micro_batches(plan[0].micro_batches[case.layout.data_rank], trajectories, case.layout)
+    old = [[TokenLogProbs(micro.behaviour_log_probs, None) for micro in micros]]
+    (metrics,) = case.actor.update(plan, trajectories, old)
+    assert abs(metrics.loss - loss) < 1e-5 * abs(loss), (metrics.loss, loss)
+    assert abs(metrics.grad_norm - norm) < 1e-5 * norm, (metrics.grad_norm, norm)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for name, (sizes, changes) in LAYOUTS.items():
+        for check in (check_all_skip_together, lambda case: check_fillers(case, [0])):
+            case = Case("qwen3", sizes, changes, "adam")
+            check(case)
+            parallel.destroy()
+        if os.environ["RANK"] == "0":
+            print(name, flush=True)
+    assert not dist.is_initialized()
+
+
+if __name__ == "__main__":
+    main()

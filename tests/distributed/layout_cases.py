@@ -1,0 +1,169 @@
+"""The data and the models of the layout matrix, and what transformers and a loop make of them.
+
+The reference shares nothing with the actor: transformers computes the log-probs one response at a time, the loop of
+tests/algorithm/reference.py the gradient of the loss with respect to them, autograd the rest, torch the
+optimizer steps.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
+from fipo_megatron.config import AlgorithmConfig
+from fipo_megatron.data.trajectory import Prompt, Trajectory
+from tests.algorithm import reference
+
+VOCAB = 150
+# A long half-life and unclipped weights, so that what crosses a shard boundary shows; a low bound, so that drops occur.
+ALGORITHM = AlgorithmConfig(half_life=64.0, weight_clip=None, dual_clip=3.0, safety_threshold=2.0)
+LENGTHS = [(5, 90), (17, 33), (2, 61), (9, 1), (30, 70), (1, 24), (12, 48), (3, 7)]  # prompt, response
+DROPPED = 4
+
+# The gradient of a key bias is 0 but for rounding, which Adam would scale up to steps of full size: hence its epsilon.
+# SGD has no decay and a rate at which the steps are large beside the rounding of the weights.
+OPTIMIZERS = {
+    "adam": {"lr": 1e-3, "warmup_steps": 0, "weight_decay": 0.1, "adam_eps": 1e-6},
+    "sgd": {"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.0},
+}
+STEPS = {"adam": 3, "sgd": 1}
+
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.12,
+    "attn_implementation": "eager",
+}
+_MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0}
+_OLD = {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+
+ARCHITECTURES = {
+    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen2-tied-yarn": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": _YARN | _OLD}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3 | _OLD}),
+    "qwen3-moe": ("Qwen3Moe", {"tie_word_embeddings": False, **_MIXTURE}),
+}
+
+
+def build_transformers_model(name: str) -> torch.nn.Module:
+    """A tiny random model in float32, the same on every rank, with norms and biases that are not trivial."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    family, changes = ARCHITECTURES[name]
+    config = getattr(transformers, f"{family}Config")(**(_SMALL | changes))
+    torch.manual_seed(11)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@dataclass
+class Expected:
+    """What a layout must reproduce.
+
+    Attributes:
+        log_probs: Of each response's tokens, ``[R]`` float32.
+        trajectories: The responses, with the *old* log-probs of the loss as ``behaviour_log_probs``.
+        loss: Of the mini-batch.
+        denominator: Tokens in the loss.
+        gradients: By transformers name.
+        grad_norm: Before clipping.
+        updated: Weights after steps of an optimizer, by optimizer and transformers name.
+    """
+
+    log_probs: list[Tensor]
+    trajectories: list[Trajectory]
+    loss: float = 0.0
+    denominator: int = 0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm: float = 0.0
+    updated: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def make_expected(model: torch.nn.Module) -> Expected:
+    """Responses and old log-probs around the model's own, with the loss and gradient of the first step."""
+    rng = np.random.default_rng(5)
+    texts = [(rng.integers(0, VOCAB, p), rng.integers(0, VOCAB, r)) for p, r in LENGTHS]
+    with torch.no_grad():
+        log_probs = [response_log_probs(model, prompt, response) for prompt, response in texts]
+    trajectories = []
+    for number, ((prompt, response), current) in enumerate(zip(texts, log_probs, strict=True)):
+        shift = rng.normal(0.02, 0.1, len(response))
+        if number == DROPPED:
+            shift[[10, 40]] = 1.5  # above ln 3
+        old = np.minimum(current.numpy() - shift, 0.0).astype(np.float32)
+        advantage = -0.8 if number == DROPPED else float(np.float32(rng.normal()))
+        mask = rng.random(len(response)) < 0.95
+        mask[0] = True
+        trajectories.append(Trajectory(Prompt(f"p{number}", prompt, ""), 0, response, old, mask, advantage=advantage))
+    expected = Expected(log_probs, trajectories)
+    expected.loss, expected.denominator = backward(model, trajectories)
+    expected.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    expected.grad_norm = float(
+        torch.stack([g.double().square().sum() for g in expected.gradients.values()]).sum().sqrt()
+    )
+    return expected
+
+
+def response_log_probs(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+    """log π of each response token, ``[R]``, from one unpadded sequence."""
+    tokens = torch.from_numpy(np.concatenate([prompt, response])).long()
+    logits = model(tokens[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
+
+
+def backward(
+    model: torch.nn.Module, trajectories: list[Trajectory], config: PolicyLossConfig = ALGORITHM
+) -> tuple[float, int]:
+    """Sets the gradients of the mini-batch loss; returns the loss and its denominator."""
+    model.zero_grad()
+    log_probs = [response_log_probs(model, t.prompt.tokens, t.tokens) for t in trajectories]
+    responses = [
+        reference.Response(
+            current.detach().double().numpy(),
+            t.behaviour_log_probs.astype(np.float64),
+            np.full(len(t.tokens), t.advantage),
+            t.mask,
+        )
+        for current, t in zip(log_probs, trajectories, strict=True)
+    ]
+    loss, gradients, denominator, _ = reference.mini_batch(responses, config)
+    upstream = [torch.from_numpy(gradient).float() for gradient in gradients]
+    sum((current * g).sum() for current, g in zip(log_probs, upstream, strict=True)).backward()
+    return float(loss), denominator
+
+
+def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dict[str, Tensor]:
+    """Weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
+    model, settings = build_transformers_model(name), OPTIMIZERS[kind]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    decay = settings["weight_decay"]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings["lr"])
+    if kind == "adam":
+        optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999), eps=settings["adam_eps"])
+    for _ in range(STEPS[kind]):
+        backward(model, trajectories)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {key: value.clone() for key, value in model.state_dict().items()}

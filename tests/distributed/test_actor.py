@@ -1,0 +1,10 @@
+"""What only several ranks can show of the actor, on two gloo ranks."""
+
+import pytest
+
+from tests.distributed.launch import torchrun
+
+
+@pytest.mark.distributed
+def test_skips_and_fillers_on_two_ranks():
+    assert "CP2" in torchrun("tests.distributed.actor_worker", 2)
