@@ -1,32 +1,15 @@
-"""The configuration of a run: typed dataclasses, one per room, from YAML and dotted overrides.
-
-A file may name another with ``base:`` (relative to itself) and then holds only what differs. ``algorithm.kind``
-chooses the defaults of its room (see :data:`.algorithm.policy_loss.KIND_DEFAULTS`); what the files and overrides say
-wins over them. Everything is checked before anything expensive starts: all keys, types and values at once, then how
-they go together.
-
-    python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
-
-prints the complete configuration and what is worth knowing about it.
-"""
+"""What can be configured: typed dataclasses, one per room, and what cannot go together."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import sys
-from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from .algorithm.advantages import Baseline
-from .algorithm.policy_loss import KIND_DEFAULTS, PolicyLossConfig
+from fipo_megatron.algorithm.advantages import Baseline
+from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS, PolicyLossConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -35,10 +18,6 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class ConfigError(ValueError):
-    """The configuration is not valid; the message names every key at fault, its value and what would be valid."""
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -361,133 +340,3 @@ def notices(config: Config) -> list[str]:
             f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: the last update sees {left_over} prompts"
         )
     return found
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies overrides.
-
-    Args:
-        path: The file; its ``base:`` chain is read first.
-        overrides: ``key.path=value``, the value in YAML: ``algorithm.weight_clip=[0.8,1.2]``.
-
-    Raises:
-        ConfigError: with every problem found; also where a file cannot be read.
-    """
-    values = _read(Path(path), seen=())
-    for override in overrides:
-        values = _merge(values, _parse_override(override))
-    values = {room: {} if value is None else value for room, value in values.items()}  # a room with nothing below it
-    algorithm = values.get("algorithm", {})
-    kind = algorithm.get("kind", "fipo") if isinstance(algorithm, dict) else "fipo"
-    values = _merge({"algorithm": KIND_DEFAULTS.get(str(kind), {})}, values)
-    try:
-        # By way of JSON, whose arrays strict validation takes for tuples.
-        return TypeAdapter(Config).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        problems = [line for detail in error.errors() for line in _explain(detail)]
-        raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes 1e-6 and inf for numbers, and refuses a key given twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1} and below")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|[-+]?\.?inf$"),
-    list("-+.0123456789i"),
-)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base: the files name each other in a circle: {[p.name for p in seen]}")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top level, got {type(values).__name__}")
-    base = values.pop("base", None)
-    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values) if base else values
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key=value, as in algorithm.half_life=32")
-    try:
-        parsed: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return dict(parsed)
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def keys(of: type = Config, prefix: str = "") -> list[str]:
-    """Every valid dotted key, rooms included."""
-    found = []
-    for entry in fields(of):
-        found.append(prefix + entry.name)
-        default = entry.default_factory
-        if isinstance(default, type) and is_dataclass(default):
-            found += keys(default, f"{prefix}{entry.name}.")
-    return found
-
-
-def _explain(detail: Any) -> list[str]:
-    """Our words for one pydantic error; several lines where a check of our own found several problems."""
-    location = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(location, keys(), n=1, cutoff=0.6)
-        hint = (
-            f"; did you mean {near[0]}?"
-            if near
-            else f"; see {location.rpartition('.')[0] or 'the rooms'}: "
-            + (", ".join(key for key in keys() if key.rpartition(".")[0] == location.rpartition(".")[0]))
-        )
-        return [f"{location} = {detail['input']!r}: unknown key{hint}"]
-    if detail["type"] == "value_error":
-        lines = str(detail["ctx"]["error"]).splitlines()
-        return [f"{location}.{line}" if location else line for line in lines]
-    message = detail["msg"].replace("Input should be", "must be")
-    return [f"{location} = {detail['input']!r}: {message[0].lower()}{message[1:]}"]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Prints the complete configuration and its notices; exit code 2 where it is not valid."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        config = load_config(arguments[0], arguments[1:])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    values = TypeAdapter(Config).dump_python(config, mode="json")
-    print(yaml.safe_dump(values, sort_keys=False), end="")
-    for notice in notices(config):
-        print(f"note: {notice}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""Prints the complete configuration and what is worth knowing about it; exit code 2 where it is not valid.
+
+python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import yaml
+from pydantic import TypeAdapter
+
+from .files import ConfigError, load_config
+from .schema import Config, notices
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config = load_config(arguments[0], arguments[1:])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    values = TypeAdapter(Config).dump_python(config, mode="json")
+    print(yaml.safe_dump(values, sort_keys=False), end="")
+    for notice in notices(config):
+        print(f"note: {notice}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
