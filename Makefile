@@ -4,11 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
+# Where CUDA is, torch often comes with the machine and the rest by PYTHONPATH: no virtual environment of ours.
+GPU_PYTHON ?= python3
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench verify clean
+.PHONY: help setup quickstart test lint format bench gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -38,9 +40,16 @@ format: setup ## Let ruff rewrite what it can
 
 bench: setup ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl
+	$(RUN) -m benchmarks.log_probs
+	$(RUN) -m benchmarks.actor
+
+gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON=python3, no .venv)
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: needs CUDA, and this torch (" + torch.__version__ + ") finds no device; choose another Python with GPU_PYTHON=...")'
+	$(GPU_PYTHON) -m pytest -W default -m gpu -rs --junitxml=build/gpu-tests.xml tests/gpu
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 verify: setup ## Everything slow: property tests with many more examples, then the benchmarks
-	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest --timeout 3600
+	$(RUN) -m benchmarks.verify
 	$(MAKE) bench
 
 clean: ## Remove the virtual environment and caches

@@ -1,0 +1,34 @@
+"""Everything slow: all tests, with many more examples per property, and the outcome with its date on file.
+
+python -m benchmarks.verify
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from benchmarks.report import write_result
+
+
+def main() -> int:
+    """Runs the tests under the ``thorough`` profile of tests/conftest.py; returns pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "--timeout", "3600", *sys.argv[1:]]
+    process = subprocess.Popen(
+        command, env=os.environ | {"HYPOTHESIS_PROFILE": "thorough"}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    code = process.wait()
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    write_result("verify", {"examples_per_property": 500, "outcome": counts, "exit_code": code, "summary": last})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
