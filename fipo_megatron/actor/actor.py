@@ -27,6 +27,7 @@ from fipo_megatron.data.packing import MicroBatch, MiniBatch
 from fipo_megatron.data.trajectory import Trajectory
 
 from .architecture import Architecture
+from .fp8 import drop_weight_copies, frozen_scaling
 from .log_probs import TokenLogProbs, megatron_token_log_probs
 from .megatron_config import token_multiple
 from .micro_batches import LocalMicroBatch, local_micro_batches
@@ -125,7 +126,7 @@ class MegatronActor:
                 results[index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
                 return torch.zeros_like(found.log_probs[0]), micro.mask.sum().int(), {}
 
-            with torch.no_grad():
+            with torch.no_grad(), frozen_scaling(self.chunks):
                 count = self._run(mini_batch, trajectories, keep, with_entropy=True, forward_only=True)
             stored.append([results.get(index) for index in range(count)])
         return stored
@@ -164,7 +165,8 @@ class MegatronActor:
             trajectories: As given to :meth:`log_probs`.
             old: What :meth:`log_probs` returned for ``[mini_batch]``.
         """
-        _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None)
+        with frozen_scaling(self.chunks):
+            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None)
         self._zero_grad()
         return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
 
@@ -174,8 +176,12 @@ class MegatronActor:
         Raises:
             ValueError: it is not; FIPO would weigh tokens by noise.
         """
-        floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
         actor = self.config.actor
+        if actor.fp8 != "off" and actor.fp8_recipe == "delayed":
+            # Every delayed scale is 1 until a first training pass has measured the tensors.
+            self._forward_backward(mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None)
+            self._zero_grad()
+        floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
         for field, value in (("max_noise_shift", floor.shift), ("max_noise_future_kl", floor.future_kl)):
             bound = getattr(actor, field)
             if not value <= bound:
@@ -219,6 +225,8 @@ class MegatronActor:
         if gradients:
             away.append(Offloaded((buffer.grad_data for buffer in self._gradient_buffers()), keep=False))
         freed = 0
+        if parameters:
+            drop_weight_copies(self.chunks)
         for each in away:
             each.free()
             freed += each.num_bytes
@@ -310,6 +318,7 @@ class MegatronActor:
                     self.layout,
                     token_multiple=self._token_multiple,
                     mask_truncated=self.config.algorithm.mask_truncated,
+                    boundaries_on_host=self.chunks[0].config.transformer_impl == "local",
                 )
             )
         )

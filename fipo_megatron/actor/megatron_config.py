@@ -32,6 +32,10 @@ def transformer_engine_found() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def _transformer_engine_used(actor: ActorConfig) -> bool:
+    return transformer_engine_found() and actor.transformer.get("transformer_impl") != "local"
+
+
 def check(architecture: Architecture, actor: ActorConfig) -> None:
     """Raises ValueError with every reason why this model cannot be built as configured; builds nothing."""
     problems = architecture.problems(actor) + _fp8_problems(actor)
@@ -41,7 +45,7 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         ("megatron_optimizer", OptimizerConfig, _derived_optimizer(actor)),
     ):
         problems += _field_problems(cls, name, getattr(actor, name), derived)
-    if architecture.mixture and torch.cuda.is_available() and not transformer_engine_found():
+    if architecture.mixture and torch.cuda.is_available() and not _transformer_engine_used(actor):
         problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
     if architecture.mixture and architecture.mixture.normalised and architecture.mixture.chosen == 1:
         problems.append("config.json: norm_topk_prob = true: with one expert per token its weight has no gradient")
@@ -145,7 +149,7 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
 
 def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
     """What differs from Megatron-Core's defaults, and can be overridden."""
-    parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), transformer_engine_found()
+    parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), _transformer_engine_used(actor)
     interleaved = parallel.virtual_pipeline > 1
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",
@@ -153,8 +157,8 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
         # Megatron-Core's own default is deprecated, and warns.
         "cuda_graph_scope": [],
         # On the CPU these would work but compile for many seconds.
-        "bias_activation_fusion": fused,
-        "bias_dropout_fusion": fused,
+        "bias_activation_fusion": cuda,
+        "bias_dropout_fusion": cuda,
         "apply_rope_fusion": fused,
         # Micro-batches differ in length. Megatron forbids that with its default dispatcher, for dense models too.
         "variable_seq_lengths": parallel.pipeline_parallel > 1,

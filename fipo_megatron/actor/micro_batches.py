@@ -49,6 +49,7 @@ def local_micro_batches(
     *,
     token_multiple: int = 1,
     mask_truncated: bool = False,
+    boundaries_on_host: bool = False,
 ) -> Iterator[LocalMicroBatch]:
     """Packs the micro-batches of this data-parallel rank, one after the other.
 
@@ -58,6 +59,8 @@ def local_micro_batches(
         layout: Of this rank.
         token_multiple: What the tokens per context-parallel rank must be a multiple of.
         mask_truncated: See :func:`.data.packing.pack`.
+        boundaries_on_host: Keep ``cu_seqlens`` on the host, where Megatron's unfused rope and our attention read it;
+            Transformer Engine reads it on the device.
     """
     device = layout.device
     for micro_batch in members:
@@ -68,7 +71,9 @@ def local_micro_batches(
             mask_truncated=mask_truncated,
         )
         part = whole.slice(layout.context)
-        cu_seqlens = torch.from_numpy(whole.cu_seqlens).to(device)
+        cu_seqlens = torch.from_numpy(whole.cu_seqlens)
+        if not boundaries_on_host:
+            cu_seqlens = cu_seqlens.to(device)
         longest = int((whole.cu_seqlens[1:] - whole.cu_seqlens[:-1]).max())
         packed_seq_params = PackedSeqParams(
             qkv_format="thd",

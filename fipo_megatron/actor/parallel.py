@@ -189,7 +189,7 @@ def initialize(
         cpu_backend.install()
     from megatron.core import parallel_state
 
-    _start_process_group(launch, timeout)
+    _start_process_group(launch, timeout, device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
@@ -225,7 +225,7 @@ def _device(launch: Launch) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _start_process_group(launch: Launch, timeout: timedelta) -> None:
+def _start_process_group(launch: Launch, timeout: timedelta, device: torch.device) -> None:
     """Every layout, and every restart by torchrun, has its own keys in one store, so that none meets another's."""
     global _store, _generation
     if _store is None:
@@ -238,6 +238,7 @@ def _start_process_group(launch: Launch, timeout: timedelta) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
     )
 
 

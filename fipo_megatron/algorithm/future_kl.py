@@ -93,10 +93,10 @@ class SequenceShards:
         """Repeats a value per sequence ``[S]`` for each of its tokens here: ``[T]``."""
         return per_sequence_S.repeat_interleave(self.chunk_lengths * self.num_slots, output_size=self.num_tokens)
 
-    def sum_by_sequence(self, values_T: Tensor) -> Tensor:
-        """Sums counts ``[T]`` over the tokens that each sequence has here: ``[S]`` float64, exact for integers."""
+    def count_by_sequence(self, flags_T: Tensor) -> Tensor:
+        """Counts the flagged of the tokens that each sequence has here, from ``[T]`` bool: ``[S]`` int64."""
         ends = (self.chunk_lengths * self.num_slots).cumsum(0)
-        totals = torch.nn.functional.pad(values_T.double().cumsum(0), (1, 0))[ends]
+        totals = torch.nn.functional.pad(flags_T.long().cumsum(0), (1, 0))[ends]
         return totals.diff(prepend=totals.new_zeros(1))
 
     def count_once(self, flags_S: Tensor) -> Tensor:

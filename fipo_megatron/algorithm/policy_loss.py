@@ -343,7 +343,7 @@ def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchan
     """
     shards, ratio_T = inputs.shards, shift_T.exp()
     dual_clipped_T = inputs.mask & (inputs.advantages < 0) & (ratio_T > config.dual_clip)
-    message = [shards.sum_by_sequence(flags_T.double())[:, None] for flags_T in (dual_clipped_T, inputs.mask)]
+    message = [shards.count_by_sequence(flags_T).double()[:, None] for flags_T in (dual_clipped_T, inputs.mask)]
     future_kl_T = torch.zeros_like(shift_T)
     if config.kind == "fipo":
         # "Not above the bound" and not "at most the bound": a NaN must stay visible in the sum.

@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.nn.functional import scaled_dot_product_attention
 
 from fipo_megatron.actor.attention import KeyValueExchange, PackedCoreAttention, packed_causal_attention
-from fipo_megatron.actor.attention_kernels import Blocked, CpuFlash, CudaFlash, choose_kernel
+from fipo_megatron.actor.attention_kernels import Blocked, CpuFlash, choose_kernel
 from fipo_megatron.data.context_parallel import CpLayout
 from tests.actor.plain_attention import (
     attend,
@@ -214,20 +214,6 @@ def test_the_cpu_gets_the_flash_kernel_and_other_devices_the_blocked_one():
     for dtype in BOUNDS:
         assert choose_kernel(torch.zeros(1, 1, 16, dtype=dtype)) == CpuFlash()
         assert choose_kernel(torch.zeros(1, 1, 16, dtype=dtype, device="meta")) == Blocked()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ratio", [1, 4])
-@pytest.mark.parametrize("cp", [1, 2])
-def test_on_a_gpu(dtype, ratio, cp):
-    case = random_case(0, [700, 33, 1], cp, groups=2, ratio=ratio, dim=64, dtype=dtype)
-    expected = plain_attention(case)
-    for name in ("query", "key", "value", "grad"):
-        setattr(case, name, getattr(case, name).cuda())
-    assert isinstance(choose_kernel(case.query), CudaFlash if dtype == torch.bfloat16 else Blocked)
-    got = [tensor.cpu() for tensor in whole(in_simulated_ranks(case, cp), case.cu_seqlens)]
-    assert largest_error(got, expected) <= BOUNDS[dtype]
 
 
 @pytest.fixture(scope="module")
