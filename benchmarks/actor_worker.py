@@ -26,13 +26,13 @@ from benchmarks.actor import LAYOUT_BUDGET, LAYOUT_COLUMNS, LAYOUT_TOKENS, LAYOU
 from benchmarks.log_probs import WIDTH, resident_bytes
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import LocalMicroBatch
 from fipo_megatron.config import ActorConfig, Config, ParallelConfig
 from fipo_megatron.data.packing import MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.weights.architecture import Architecture
 
 PROMPT_TOKENS = 16
 

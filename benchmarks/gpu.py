@@ -32,9 +32,9 @@ from benchmarks.actor_worker import Setup
 from benchmarks.future_kl import HALF_LIFE, chunked_product
 from benchmarks.report import print_table, write_result
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.megatron_config import transformer_engine_found
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
+from fipo_megatron.weights.architecture import Architecture
 
 PEAK_BF16 = {
     "NVIDIA H100 80GB HBM3": 989e12,

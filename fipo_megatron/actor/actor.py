@@ -25,8 +25,8 @@ from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_l
 from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MicroBatch, MiniBatch
 from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.weights.architecture import Architecture
 
-from .architecture import Architecture
 from .fp8 import drop_weight_copies, frozen_scaling
 from .log_probs import TokenLogProbs, megatron_token_log_probs
 from .megatron_config import token_multiple

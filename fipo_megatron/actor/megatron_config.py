@@ -21,8 +21,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from fipo_megatron.config import ActorConfig
-
-from .architecture import Architecture
+from fipo_megatron.weights.architecture import Architecture
 
 _HOPPER = (9, 0)
 

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from fipo_megatron.config import ActorConfig
+from fipo_megatron.weights.architecture import Architecture
 
-from .architecture import Architecture
 from .attention import PackedCoreAttention
 from .megatron_config import transformer_config
 from .parallel import RankLayout

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.model import HiddenStateGPTModel
 from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.weights.architecture import Architecture
 
 
 def full_tensors(hf: Mapping[str, Tensor], architecture: Architecture, padded_vocab: int) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ import torch
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, OptimizerConfig
 from fipo_megatron.data.packing import plan_micro_batches
+from fipo_megatron.weights.architecture import Architecture
 from tests.actor import hf_reference
 from tests.distributed import layout_cases
 

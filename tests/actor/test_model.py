@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.architecture import FAMILIES, Architecture
 from fipo_megatron.actor.megatron_config import check, token_multiple, transformer_config
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.actor.rotary import inverse_frequencies
 from fipo_megatron.config import ActorConfig, ParallelConfig
+from fipo_megatron.weights.architecture import FAMILIES, Architecture
 from tests.actor import hf_reference
 from tests.actor.models import MODELS, logits, random_model
 

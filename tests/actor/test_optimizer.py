@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
 from fipo_megatron.config import ActorConfig, OptimizerConfig, ParallelConfig
+from fipo_megatron.weights.architecture import Architecture
 from tests.actor.models import random_model
 
 

@@ -27,10 +27,10 @@ with warnings.catch_warnings(action="ignore"):
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from fipo_megatron.actor import cpu_backend, parallel
-    from fipo_megatron.actor.architecture import FAMILIES, Architecture, Mixture, Rope
     from fipo_megatron.actor.model import build_model
     from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
     from fipo_megatron.config import ActorConfig, ParallelConfig
+    from fipo_megatron.weights.architecture import FAMILIES, Architecture, Mixture, Rope
 
 DENSE = Architecture(
     name="Qwen2ForCausalLM",

@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.architecture import Architecture
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.algorithm.future_kl import chunk_carries, gather_over, scan_chunks
 from fipo_megatron.config import ActorConfig, Config, OptimizerConfig, ParallelConfig
 from fipo_megatron.data.packing import plan_micro_batches
+from fipo_megatron.weights.architecture import Architecture
 from tests.actor import hf_reference
 from tests.distributed import layout_cases, mutations
 

@@ -1,0 +1,125 @@
+"""The safetensors files of a Hugging Face model's directory, checked whole and read by slices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import tables
+from .architecture import Architecture
+from .placement import Piece
+from .tables import Shape
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What weights may be stored as, by its name in safetensors."""
+
+
+class WeightsError(ValueError):
+    """A model's files are not what its config.json says; the message names everything at fault, one line each."""
+
+
+class HfDirectory:
+    """The tensors of a model's directory. Opening maps the files into memory; only slices that are asked for are read.
+
+    Args:
+        path: With ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+
+    Attributes:
+        shapes: Of every tensor.
+        problems: Files that are missing, truncated or corrupt, tensors that are not where the index says, dtypes that
+            cannot be loaded; one line each.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.shapes: dict[str, Shape] = {}
+        self.problems: list[str] = []
+        self._files: dict[str, Any] = {}
+        self._unread: set[str] = set()
+        self._all_unread = False
+        for name, tensors in self._listed().items():
+            self._open(name, tensors)
+
+    def _listed(self) -> dict[str, set[str] | None]:
+        """By file, the tensors that the index says are in it; None: all."""
+        index = self.path / INDEX
+        if not index.exists():
+            if not (self.path / SINGLE).exists():
+                self.problems.append(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+                self._all_unread = True
+                return {}
+            return {SINGLE: None}
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {file: {t for t, f in where.items() if f == file} for file in sorted(set(where.values()))}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.problems.append(f"{index}: not an index of safetensors files: {error!r}")
+            self._all_unread = True
+            return {}
+
+    def _open(self, name: str, tensors: set[str] | None) -> None:
+        try:
+            file: Any = safe_open(self.path / name, "pt")
+        except FileNotFoundError:
+            self._unreadable(f"{self.path / name}: missing", tensors)
+            return
+        except (SafetensorError, OSError) as error:
+            self._unreadable(f"{self.path / name}: truncated or corrupt: {error}", tensors)
+            return
+        present = set(file.keys())
+        for tensor in sorted(present if tensors is None else tensors):
+            if tensor not in present:
+                self.problems.append(f"{tensor}: the index says it is in {name}, which does not hold it")
+                continue
+            part = file.get_slice(tensor)
+            if part.get_dtype() not in DTYPES:
+                self.problems.append(f"{tensor}: dtype {part.get_dtype()} is not supported; valid: {', '.join(DTYPES)}")
+            self.shapes[tensor] = tuple(part.get_shape())
+            self._files[tensor] = file
+
+    def _unreadable(self, problem: str, tensors: set[str] | None) -> None:
+        """What is in a file that cannot be read is not missing tensor by tensor."""
+        self.problems.append(problem)
+        self._all_unread |= tensors is None
+        self._unread |= tensors or set()
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises WeightsError with everything that keeps the model from being loaded."""
+        wanted = tables.hf_tensors(architecture)
+        unread = set(wanted) if self._all_unread else self._unread
+        assumed = {name: wanted.get(name, ()) for name in unread if name not in self.shapes}
+        problems = self.problems + tables.check(architecture, assumed | self.shapes)
+        if problems := problems + _tokenizer_problems(self.path / "tokenizer.json", architecture.vocab):
+            count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+            raise WeightsError(f"{self.path}: {count}\n" + "\n".join(problems))
+
+    def read(self, piece: Piece) -> Tensor:
+        """The slice, in the dtype of the file; not always contiguous."""
+        part = self._files[piece.tensor].get_slice(piece.tensor)
+        rows = slice(piece.start, piece.stop)
+        found: Tensor = part[rows] if piece.axis == 0 else part[:, rows]
+        return found
+
+
+def _tokenizer_problems(path: Path, vocab: int) -> list[str]:
+    """Whether a token has no row in the embedding; rows without a token are usual."""
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content["model"]["vocab"]
+        ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
+        largest = max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{path}: not a tokenizer: {error!r}"]
+    if largest < vocab:
+        return []
+    return [f"{path}: token {largest} has no row in the embedding; config.json: vocab_size = {vocab}"]

@@ -1,0 +1,226 @@
+"""Writes a Hugging Face model's directory: safetensors as a stream, everything or nothing.
+
+Which tensor goes where in which file follows from names and shapes, so that every rank knows it without asking, writes
+its own tensors in any order, and holds no more than one at a time. All is written beside the final place and renamed.
+
+The format of safetensors: 8 bytes with the length of the header, little-endian; the header, JSON with dtype, shape and
+offsets of every tensor; the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hf_directory import DTYPES, INDEX, SINGLE
+from .tables import Shape
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a complete model has beside its weights and config.json, where its source has it."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file before it is written.
+
+    Attributes:
+        name: In the directory.
+        owner: Who writes it.
+        header: Its first bytes.
+        offsets: Where each tensor's bytes begin.
+        size: Of the file in bytes.
+    """
+
+    name: str
+    owner: int
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def plan_files(tensors: Iterable[tuple[str, Shape, int]], dtype: torch.dtype, max_file_bytes: int) -> list[TensorFile]:
+    """Spreads tensors over files in their order; a file has one owner and, unless one tensor is larger, a bounded size.
+
+    Args:
+        tensors: Name, shape and owner.
+        dtype: Of all of them on disk.
+        max_file_bytes: Bound of the tensors' bytes in a file.
+    """
+    groups: list[tuple[int, list[tuple[str, Shape]]]] = []
+    filled = 0
+    for name, shape, owner in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        if not groups or groups[-1][0] != owner or filled + size > max_file_bytes:
+            groups.append((owner, []))
+            filled = 0
+        groups[-1][1].append((name, shape))
+        filled += size
+    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = [SINGLE] if len(groups) == 1 else names
+    return [_plan_file(name, owner, part, dtype) for name, (owner, part) in zip(names, groups, strict=True)]
+
+
+def _plan_file(name: str, owner: int, tensors: list[tuple[str, Shape]], dtype: torch.dtype) -> TensorFile:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[tensor] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors itself aligns them
+    first = 8 + len(text)
+    offsets = {tensor: first + header[tensor]["data_offsets"][0] for tensor, _ in tensors}
+    return TensorFile(name, owner, len(text).to_bytes(8, "little") + text, offsets, first + end)
+
+
+class TensorWriter:
+    """Writes the tensors of some planned files, in any order; each exactly once.
+
+    Args:
+        directory: Exists.
+        files: To write; created at once.
+        dtype: That they were planned with.
+    """
+
+    def __init__(self, directory: Path, files: Iterable[TensorFile], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._handles: list[int] = []
+        self._left: dict[str, tuple[int, int]] = {}
+        try:
+            for file in files:
+                handle = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                self._handles.append(handle)
+                _write(handle, memoryview(file.header), 0)
+                self._left |= {tensor: (handle, offset) for tensor, offset in file.offsets.items()}
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Casts a tensor to the dtype of the files and writes it.
+
+        Raises:
+            KeyError: it is not planned, or was written already.
+            OSError: the disk is full, and the like.
+        """
+        handle, offset = self._left.pop(name)
+        flat = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
+        _write(handle, flat.numpy().data, offset)
+
+    def finish(self) -> None:
+        """Makes sure that everything is on disk.
+
+        Raises:
+            RuntimeError: a planned tensor was not written.
+        """
+        if self._left:
+            raise RuntimeError(f"tensors that were planned but not written: {', '.join(sorted(self._left))}")
+        for handle in self._handles:
+            os.fsync(handle)
+
+    def close(self) -> None:
+        """Closes the files, as leaving the ``with`` block does."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles.clear()
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _write(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def partial_of(target: Path) -> Path:
+    """Where a directory is written before it takes its name."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def begin(source: Path, target: Path) -> None:
+    """Makes the directory that :func:`finish` will rename; what a run that was killed left there is removed.
+
+    Raises:
+        FileExistsError: the target exists.
+        FileNotFoundError: its parent does not, or the source holds no config.json.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target}: exists; it is not overwritten")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source / 'config.json'}: missing")
+    discard(target)
+    partial_of(target).mkdir()
+
+
+def discard(target: Path) -> None:
+    """Removes what was written so far, if anything is there."""
+    shutil.rmtree(partial_of(target), ignore_errors=True)
+
+
+def finish(source: Path, target: Path, files: list[TensorFile], dtype: torch.dtype) -> None:
+    """Adds all that a model has beside its weights, and gives the directory its name.
+
+    Args:
+        source: A model's directory: config.json, to which the dtype of the weights is added, and :data:`COMPANIONS`.
+        target: The name.
+        files: Of the weights, all on disk.
+        dtype: Of the weights.
+
+    Raises:
+        OSError: the disk is full, or something has that name by now.
+    """
+    partial = partial_of(target)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(partial / "config.json", config)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+            _sync(partial / name)
+    if len(files) > 1:
+        total = sum(file.size - len(file.header) for file in files)
+        where = {tensor: file.name for file in files for tensor in file.offsets}
+        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
