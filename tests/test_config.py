@@ -129,6 +129,10 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.prompts_per_step=32", "rollout.samples_per_prompt=1"],
             ["actor.prompts_per_mini_batch = 64: must be at most rollout.prompts_per_step = 32", "must be at least 2"],
         ),
+        (
+            ["rollout.max_response_tokens=40000"],
+            ["actor.token_budget = 32768: must be at least", "= 42048; a sequence"],
+        ),
         (["rollout.max_response_tokens=1000"], ["reward.overlong_buffer_tokens = 4096: must be at most"]),
         (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),
         (["algorithm.weight_clip=[1"], ["override 'algorithm.weight_clip=[1': the value is not valid YAML"]),

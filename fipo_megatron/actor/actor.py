@@ -7,10 +7,11 @@ the global count (``calculate_per_token_loss``), so that the gradient does not d
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from fipo_megatron.algorithm.future_kl import gather_over
-from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, PolicyLossConfig, policy_loss
 from fipo_megatron.config import Config
-from fipo_megatron.data.packing import MicroBatch, MiniBatch
+from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.weights.architecture import Architecture
 
@@ -35,6 +36,8 @@ from .model import HiddenStateGPTModel, build_model
 from .offload import Offloaded
 from .optimizer import build_optimizer, wrap_for_training
 from .parallel import RankLayout
+
+logger = logging.getLogger(__name__)
 
 Trajectories = Mapping[int, Trajectory] | Sequence[Trajectory]
 StoredLogProbs = list[list[TokenLogProbs | None]]
@@ -50,10 +53,11 @@ class UpdateMetrics:
         loss: Numerator over denominator of the global mini-batch; NaN where the denominator is 0.
         denominator: Tokens (or sequences) in the loss, over all ranks.
         grad_norm: Global gradient norm before clipping; NaN where the step was skipped.
-        learning_rate: Of this step.
+        learning_rate: Of this step; NaN where it was skipped.
         skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
             was.
-        statistics: See :mod:`.algorithm.statistics`, over all ranks.
+        statistics: See :mod:`.algorithm.statistics`, over all ranks. The entropy is that of π_old unless the loss has
+            an entropy term.
     """
 
     loss: float
@@ -87,7 +91,7 @@ class MegatronActor:
         load: Fills the chunks' parameters before the optimizer copies them.
 
     Raises:
-        ValueError: the model cannot be built as configured; nothing has been built then.
+        ValueError: the model cannot be built, or the loss not computed, as configured; nothing has been built then.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class MegatronActor:
         layout: RankLayout,
         load: Callable[[list[HiddenStateGPTModel]], None],
     ) -> None:
+        _check_auxiliary_losses(config)
         self.config = config
         self.layout = layout
         self.chunks = build_model(architecture, config.actor, layout)
@@ -104,19 +109,43 @@ class MegatronActor:
         self.wrapped: list[DistributedDataParallel] = wrap_for_training(self.chunks, config.actor)
         self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
         self.skipped_steps = 0
+        self._is_away = False
         self._token_multiple = token_multiple(config.actor)
+        self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
         self._reference: list[Tensor] | None = None
         self._exchange = gather_over(parallel_state.get_context_parallel_group())
+
+    def plan(self, lengths: Sequence[int], mini_batches: Sequence[Sequence[int]]) -> tuple[MiniBatch, ...]:
+        """The micro-batches of a step, as this actor's layout needs them: the same on every rank.
+
+        Args:
+            lengths: Tokens of each trajectory of the step, prompt included, without padding.
+            mini_batches: Indices of the trajectories of each mini-batch (:func:`.data.packing.split_mini_batches`).
+
+        Raises:
+            ValueError: see :func:`.data.packing.plan_micro_batches`.
+        """
+        return plan_micro_batches(
+            [self.layout.context.padded_length(length, self._token_multiple) for length in lengths],
+            mini_batches,
+            token_budget=self.config.actor.token_budget,
+            data_parallel_size=self.layout.data_size,
+            micro_batch_multiple=self._micro_batch_multiple,
+        )
 
     def log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
         """log π and entropy of every label under the current weights, in the packing that :meth:`update` will use.
 
         Args:
-            plan: Of the whole step.
-            trajectories: At least those of this data-parallel rank.
+            plan: Of the whole step (:meth:`plan`).
+            trajectories: At least those of this data-parallel rank, with advantages.
 
         Returns:
             Without gradient, on the device.
+
+        Raises:
+            ValueError: a plan for another layout.
+            RuntimeError: the actor is offloaded.
         """
         stored = []
         for mini_batch in plan:
@@ -145,10 +174,21 @@ class MegatronActor:
 
         Args:
             plan: As given to :meth:`log_probs`.
-            trajectories: As given to :meth:`log_probs`, with advantages.
+            trajectories: As given to :meth:`log_probs`.
             old: What :meth:`log_probs` returned before the first update on this plan.
             reference: What :meth:`reference_log_probs` returned; needed where ``algorithm.kl_coef`` > 0.
+
+        Raises:
+            ValueError: log-probs of another plan, a reference missing, or a plan for another layout.
+            RuntimeError: the actor is offloaded.
         """
+        if self.config.algorithm.kl_coef and reference is None:
+            raise ValueError(f"reference: missing, needed for algorithm.kl_coef = {self.config.algorithm.kl_coef:g}")
+        for name, stored in (("old", old), ("reference", reference)):
+            if stored is not None and [len(part) for part in stored] != [
+                self._num_micro_batches(part) for part in plan
+            ]:
+                raise ValueError(f"{name}: not the log-probs of this plan")
         return [
             self._step(mini_batch, trajectories, old[number], reference[number] if reference else None)
             for number, mini_batch in enumerate(plan)
@@ -164,10 +204,17 @@ class MegatronActor:
             mini_batch: The first of a plan.
             trajectories: As given to :meth:`log_probs`.
             old: What :meth:`log_probs` returned for ``[mini_batch]``.
+
+        Raises:
+            ValueError: no token of the mini-batch is in the loss.
         """
+        # d and F are asked for; the other terms of the loss have nothing to say, and may need what is not there.
+        bare = replace(self.config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
         with frozen_scaling(self.chunks):
-            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None)
+            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None, bare)
         self._zero_grad()
+        if not statistics["tokens"]:
+            raise ValueError("mini_batch: no token is in the loss, so there is nothing to compare")
         return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
 
     def check_noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories) -> NoiseFloor:
@@ -179,7 +226,8 @@ class MegatronActor:
         actor = self.config.actor
         if actor.fp8 != "off" and actor.fp8_recipe == "delayed":
             # Every delayed scale is 1 until a first training pass has measured the tensors.
-            self._forward_backward(mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None)
+            bare = replace(self.config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
+            self._forward_backward(mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None, bare)
             self._zero_grad()
         floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
         for field, value in (("max_noise_shift", floor.shift), ("max_noise_future_kl", floor.future_kl)):
@@ -189,10 +237,14 @@ class MegatronActor:
                     f"actor.{field} = {bound:g}: the log-prob pass and the training pass differ by {value:g} at equal "
                     "weights; look for kernels that are not deterministic, FP8 scaling, or different packing"
                 )
+        logger.info("noise floor at equal weights: |d| <= %.3g, |F| <= %.3g", floor.shift, floor.future_kl)
         return floor
 
     def keep_reference(self) -> None:
-        """Keeps a copy of the current weights on the host as the reference policy of the KL term."""
+        """Keeps a copy of the current parameters on the host as the reference policy of the KL term.
+
+        Call it on the weights that are meant: those of the start, before a checkpoint is loaded.
+        """
         self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
 
     def reference_log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
@@ -227,6 +279,7 @@ class MegatronActor:
         freed = 0
         if parameters:
             drop_weight_copies(self.chunks)
+        self._is_away = True
         for each in away:
             each.free()
             freed += each.num_bytes
@@ -237,6 +290,7 @@ class MegatronActor:
         finally:
             for each in reversed(away):
                 each.restore()
+            self._is_away = False
 
     def _step(
         self,
@@ -254,13 +308,15 @@ class MegatronActor:
             skipped = "non-finite loss"
         else:
             skipped = "" if self._gradient_is_finite() else "non-finite gradient"
-        grad_norm = math.nan
+        grad_norm = rate = math.nan
         if skipped:
             self.skipped_steps += 1
+            if self.layout.rank == 0:
+                logger.warning("optimizer step skipped on all ranks: %s (%d so far)", skipped, self.skipped_steps)
         else:
             self.schedule.step(1)
             _, grad_norm, _ = self.optimizer.step()
-        rate = self.optimizer.param_groups[0]["lr"]
+            rate = self.optimizer.param_groups[0]["lr"]
         self._zero_grad()
         return UpdateMetrics(loss, int(denominator), float(grad_norm), float(rate), skipped, statistics)
 
@@ -270,10 +326,12 @@ class MegatronActor:
         trajectories: Trajectories,
         old: list[TokenLogProbs | None],
         reference: list[TokenLogProbs | None] | None,
+        algorithm: PolicyLossConfig | None = None,
     ) -> tuple[tuple[float, float], dict[str, float]]:
         """Gradients of a mini-batch; its numerator and denominator over all ranks, and its metrics, on every rank."""
         outputs: list[LossOutput] = []
-        with_entropy = self.config.algorithm.entropy_coef != 0
+        algorithm = algorithm or self.config.algorithm
+        with_entropy = algorithm.entropy_coef != 0
 
         def loss(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
             before, anchor = old[index], reference[index] if reference else None
@@ -289,7 +347,7 @@ class MegatronActor:
                     behaviour_log_probs=micro.behaviour_log_probs,
                     entropy=found.entropy if with_entropy else before.entropy,
                 ),
-                self.config.algorithm,
+                algorithm,
                 self._exchange,
             )
             outputs.append(output)
@@ -309,6 +367,9 @@ class MegatronActor:
         forward_only: bool,
     ) -> int:
         """One pass over this rank's micro-batches; ``loss`` is called on the last stage. Returns their number."""
+        if self._is_away:
+            raise RuntimeError("the actor is offloaded: leave the block of offloaded() first")
+        self._num_micro_batches(mini_batch)
         members: Sequence[MicroBatch] = mini_batch.micro_batches[self.layout.data_rank]
         micros = list(
             enumerate(
@@ -345,6 +406,18 @@ class MegatronActor:
             forward_only=forward_only,
         )
         return len(micros)
+
+    def _num_micro_batches(self, mini_batch: MiniBatch) -> int:
+        """Of one rank; raises ValueError, on all ranks alike, where the plan was made for another layout."""
+        ranks = len(mini_batch.micro_batches)
+        if ranks != self.layout.data_size:
+            raise ValueError(f"plan: made for {ranks} data-parallel ranks, there are {self.layout.data_size}")
+        if (number := len(mini_batch.micro_batches[0])) % self._micro_batch_multiple:
+            raise ValueError(
+                f"plan: {number} micro-batches per rank; the interleaved schedule needs a multiple of "
+                f"{self._micro_batch_multiple}"
+            )
+        return number
 
     def _token_log_probs(self, hidden_SBH: Tensor, micro: LocalMicroBatch, with_entropy: bool) -> TokenLogProbs:
         last = self.chunks[-1]
@@ -388,13 +461,9 @@ class MegatronActor:
         return (numerator, denominator), metrics
 
     def _gradient_is_finite(self) -> bool:
-        """Whether every gradient of every rank is finite; the same answer everywhere."""
-        largest = [
-            torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
-            for buffer in self._gradient_buffers()
-            if buffer.grad_data.numel()
-        ]
-        bad = torch.stack([value.isfinite().logical_not() for value in largest]).any().int()
+        """Whether every gradient of every rank is finite, and so is its norm; the same answer everywhere."""
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in self._gradient_buffers()]
+        bad = torch.stack([norm.isfinite().logical_not() for norm in norms]).any().int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bad.item()
 
@@ -417,6 +486,16 @@ class MegatronActor:
             tensors = [parameter.data for group in inner.param_groups for parameter in group["params"]]
             tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
             yield from (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in model)
+
+
+def _check_auxiliary_losses(config: Config) -> None:
+    """Megatron scales a router's auxiliary losses by tokens and divides by our denominator."""
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if config.actor.transformer.get(name) and config.algorithm.aggregation != "token_mean":
+            raise ValueError(
+                f"actor.transformer.{name} = {config.actor.transformer[name]}: needs algorithm.aggregation = "
+                "token_mean; with sequence_mean it would grow with the length of the responses"
+            )
 
 
 def _copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

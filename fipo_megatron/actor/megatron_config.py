@@ -13,17 +13,43 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 
 from fipo_megatron.config import ActorConfig
 from fipo_megatron.weights.architecture import Architecture
 
 _HOPPER = (9, 0)
+_ANY_TYPE = ConfigDict(arbitrary_types_allowed=True)
+
+
+_FUNCTION: dict[str, Any] = {
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "layernorm_zero_centered_gamma": False,
+    "apply_query_key_layer_scaling": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "fp16": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
+    "moe_shared_expert_intermediate_size": None,
+}
+"""Fields that change the function that the model computes: none of the supported architectures wants another value, and
+two passes under a wrong one agree with each other, so that the lr = 0 gate could not tell."""
 
 
 def transformer_engine_found() -> bool:
@@ -137,6 +163,7 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
         "pipeline_dtype": dtype,
         # The loss returns a sum and a count of tokens; Megatron divides by the global count.
         "calculate_per_token_loss": True,
+        **_FUNCTION,
         "recompute_granularity": None if actor.recompute == "none" else actor.recompute,
         "fp8": actor.fp8 if fp8 else None,
         "fp8_recipe": actor.fp8_recipe,
@@ -181,6 +208,10 @@ def _derived_ddp(actor: ActorConfig) -> dict[str, Any]:
         "use_distributed_optimizer": actor.distributed_optimizer,
         "overlap_grad_reduce": actor.overlap_grad_reduce,
         "average_in_collective": False,
+        # The log-probs read the output weight without the hook that would wait for it.
+        "overlap_param_gather": False,
+        "use_megatron_fsdp": False,
+        "num_distributed_optimizer_instances": 1,
     }
 
 
@@ -195,6 +226,8 @@ def _derived_optimizer(actor: ActorConfig) -> dict[str, Any]:
         "adam_eps": own.adam_eps,
         "clip_grad": own.clip_grad,
         "bf16": actor.dtype == "bfloat16",
+        "fp16": False,
+        "overlap_param_gather": False,
         "params_dtype": getattr(torch, actor.dtype),
         "fp8_recipe": actor.fp8_recipe if actor.fp8 != "off" else None,
         "use_distributed_optimizer": actor.distributed_optimizer,
@@ -229,9 +262,27 @@ def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Map
                 f"({derived[name]!r})"
             )
     try:
-        _converted(cls, room, given)
+        converted = _converted(cls, room, given)
     except ValueError as error:
-        problems.append(str(error))
+        return [*problems, str(error)]
+    return problems + _type_problems(cls, room, {k: v for k, v in converted.items() if k in names and k not in derived})
+
+
+def _type_problems(cls: type, room: str, given: Mapping[str, Any]) -> list[str]:
+    """Values that are not of the annotated type; functions cannot be named in a configuration."""
+    hints = get_type_hints(cls)
+    problems = []
+    for name, value in given.items():
+        where = f"actor.{room}.{name} = {value!r}"
+        if "Callable" in str(hints[name]):
+            problems.append(f"{where}: is a function of Megatron-Core's and cannot be set here")
+            continue
+        try:
+            TypeAdapter(hints[name], config=_ANY_TYPE).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{where}: {error.errors()[0]['msg'].replace('Input should be', 'must be')}")
+        except PydanticSchemaGenerationError:
+            continue  # an annotation that pydantic cannot check
     return problems
 
 

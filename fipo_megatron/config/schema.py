@@ -278,6 +278,12 @@ def _impossible(config: Config) -> list[str]:
             f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
             f"rollout.max_response_tokens = {rollout.max_response_tokens}"
         )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if longest > actor.token_budget:
+        problems.append(
+            f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}; a sequence is never split over micro-batches"
+        )
     return problems + _impossible_actor(actor)
 
 

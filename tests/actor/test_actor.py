@@ -10,7 +10,7 @@ import torch
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
-from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, OptimizerConfig
+from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor import hf_reference
@@ -31,7 +31,7 @@ def trajectories(model):
 def build(model):
     """Builds an actor with changes to its configuration; takes everything down at the end."""
 
-    def make(algorithm=layout_cases.ALGORITHM, **changes):
+    def make(algorithm=layout_cases.ALGORITHM, temperature=1.0, **changes):
         actor = ActorConfig(**({"dtype": "float32", "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=0)} | changes))
         layout = parallel.initialize(actor.parallel, seed=1)
         architecture = Architecture.from_hf(model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]})
@@ -41,7 +41,8 @@ def build(model):
             for chunk in chunks:
                 hf_reference.load(chunk, state, architecture, layout)
 
-        return MegatronActor(Config(actor=actor, algorithm=algorithm), architecture, layout, load)
+        config = Config(actor=actor, algorithm=algorithm, rollout=RolloutConfig(temperature=temperature))
+        return MegatronActor(config, architecture, layout, load)
 
     yield make
     parallel.destroy()
@@ -83,6 +84,45 @@ def test_noise_floor_is_zero_and_a_perturbed_weight_trips_the_gate(build, plan, 
     assert actor.noise_floor(plan[0], trajectories, old).shift > 0
 
 
+def test_the_gate_is_a_real_training_pass_and_leaves_nothing(build, plan, trajectories):
+    actor, seen = build(), []
+    hook = actor._parameters()[3].register_hook(lambda gradient: seen.append(float(gradient.norm())))
+    actor.noise_floor(plan[0], trajectories, actor.log_probs(plan[:1], trajectories))
+    hook.remove()
+    assert len(seen) == len(plan[0].micro_batches[0])
+    assert max(seen) > 0
+    assert all(not buffer.grad_data.any() for buffer in actor._gradient_buffers())
+
+
+@pytest.mark.parametrize("kind", ["fipo", "dapo"])
+def test_the_gate_needs_no_reference_and_no_importance_weights(build, plan, trajectories, kind):
+    actor = build(algorithm=AlgorithmConfig(kind=kind, kl_coef=0.04, entropy_coef=0.1, importance_cap=2.0))
+    floor = actor.check_noise_floor(plan[0], trajectories)
+    assert (floor.shift, floor.future_kl) == (0.0, 0.0)
+
+
+def test_gate_bounds_the_future_kl_too(build, plan, trajectories, monkeypatch):
+    actor = build(max_noise_shift=1e9, max_noise_future_kl=1e-6)
+    original = actor.log_probs
+
+    def perturbed(*arguments):
+        stored = original(*arguments)
+        with torch.no_grad():
+            actor._parameters()[7].view(-1)[3] += 1.0
+        return stored
+
+    monkeypatch.setattr(actor, "log_probs", perturbed)
+    with pytest.raises(ValueError, match=r"actor.max_noise_future_kl = 1e-06"):
+        actor.check_noise_floor(plan[0], trajectories)
+
+
+def test_gate_on_a_mini_batch_without_loss_says_so(build, trajectories):
+    actor = build(algorithm=replace(layout_cases.ALGORITHM, mask_truncated=True))
+    cut = [replace(t, finish_reason="length") for t in trajectories]
+    with pytest.raises(ValueError, match="no token is in the loss"):
+        actor.check_noise_floor(actor.plan([len(t) for t in cut], [range(8)])[0], cut)
+
+
 def test_gate_refuses_to_start(build, plan, trajectories, monkeypatch):
     actor = build()
     original = actor.log_probs
@@ -108,7 +148,7 @@ def test_non_finite_loss_changes_nothing_and_is_counted(build, plan, trajectorie
     bad[:] = math.nan
     poisoned[0][0] = TokenLogProbs(bad, poisoned[0][0].entropy)
     before = weights(actor)
-    (first,) = actor.update(plan[:1], trajectories, poisoned)
+    (first,) = actor.update(plan[:1], trajectories, poisoned[:1])
     assert first.skipped == "non-finite loss"
     assert math.isnan(first.grad_norm)
     assert equal(before, weights(actor))
@@ -122,13 +162,101 @@ def test_non_finite_gradient_changes_nothing(build, plan, trajectories):
     actor = build()
     before = weights(actor)
     hook = actor._parameters()[3].register_hook(lambda gradient: gradient * math.inf)
-    (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan, trajectories))
+    (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
     assert metrics.skipped == "non-finite gradient"
     assert math.isfinite(metrics.loss)
     assert equal(before, weights(actor))
     hook.remove()
-    (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan, trajectories))
+    (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
     assert not metrics.skipped
+
+
+def test_a_gradient_whose_norm_overflows_is_no_step(build, plan, trajectories):
+    actor = build()
+    before = weights(actor)
+    hook = actor._parameters()[3].register_hook(lambda gradient: torch.full_like(gradient, 1e25))
+    (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
+    hook.remove()
+    assert metrics.skipped == "non-finite gradient"
+    assert equal(before, weights(actor))
+
+
+def test_warm_up_counts_the_steps_taken(build, plan, trajectories, caplog):
+    """Rates lr/4, lr/2, ... : a skipped step takes none, and is logged."""
+    actor = build(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4))
+    hook = actor._parameters()[3].register_hook(lambda gradient: gradient * math.nan)
+    skipped = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
+    hook.remove()
+    taken = actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
+    assert math.isnan(skipped[0].learning_rate)
+    assert [m.learning_rate for m in taken] == pytest.approx([2.5e-4, 5e-4])
+    assert "skipped on all ranks: non-finite gradient (1 so far)" in caplog.text
+    assert all(not buffer.grad_data.any() for buffer in actor._gradient_buffers())
+
+
+def test_temperature_is_that_of_the_sampling(build, plan, trajectories, model):
+    actor = build(temperature=0.7)
+    found = [x for part in actor.log_probs(plan[:1], trajectories) for x in part]
+    for members, each in zip(plan[0].micro_batches[0], found, strict=True):
+        start = 0
+        for i in members:
+            t = trajectories[i]
+            tokens = torch.from_numpy(np.concatenate([t.prompt.tokens, t.tokens])).long()
+            with torch.no_grad():
+                logits = model(tokens[None], use_cache=False).logits[0, :-1].float() / 0.7
+            want = logits.log_softmax(-1)
+            got = each.log_probs[start : start + len(tokens) - 1]
+            assert (got - want.gather(1, tokens[1:, None])[:, 0]).abs().max() <= 1e-5
+            entropy = -(want.exp() * want).sum(-1)
+            assert (each.entropy[start : start + len(tokens) - 1] - entropy).abs().max() <= 1e-5
+            start += len(t)
+
+
+def test_entropy_term_acts_on_the_current_policy(build, trajectories, plan):
+    """Without advantages it is the whole gradient, and it raises the entropy."""
+    idle = [replace(t, advantage=0.0) for t in trajectories]
+    actor = build(algorithm=AlgorithmConfig(kind="dapo", entropy_coef=1.0))
+    metrics = actor.update(plan * 3, idle, actor.log_probs(plan, idle) * 3)
+    assert metrics[0].grad_norm > 1e-3
+    assert metrics[-2].statistics["entropy"] > metrics[0].statistics["entropy"]
+
+
+def test_behaviour_log_probs_of_the_engine_reach_the_loss(build, plan, trajectories):
+    actor = build(algorithm=AlgorithmConfig(kind="dapo", importance_cap=1.05))
+    old = actor.log_probs(plan, trajectories)
+    gaps = []
+    for members, found in zip(plan[0].micro_batches[0], old[0], strict=True):
+        start = 0
+        for i in members:
+            t = trajectories[i]
+            first = start + len(t.prompt.tokens) - 1
+            gap = found.log_probs[first : first + len(t.tokens)].numpy() - t.behaviour_log_probs
+            gaps += list(gap[t.mask])
+            start += len(t)
+    statistics = actor.update(plan, trajectories, old)[0].statistics
+    assert statistics["mismatch_abs_mean"] == pytest.approx(np.mean(np.abs(gaps)), rel=1e-4)
+    assert statistics["importance_weight_mean"] == pytest.approx(np.mean(np.exp(gaps).clip(max=1.05)), rel=1e-4)
+
+
+def test_plans_and_log_probs_that_do_not_belong_are_refused(build, plan, trajectories):
+    actor = build()
+    lengths = [len(t) for t in trajectories]
+    assert actor.plan(lengths, [range(8)]) == plan_micro_batches(lengths, [range(8)], token_budget=32768)
+    two_ranks = plan_micro_batches(lengths, [range(8)], token_budget=112, data_parallel_size=2)
+    with pytest.raises(ValueError, match="plan: made for 2 data-parallel ranks, there are 1"):
+        actor.log_probs(two_ranks, trajectories)
+    old = actor.log_probs(plan, trajectories)
+    for wrong in (old[:1], [old[0][:1], old[1]]):
+        with pytest.raises(ValueError, match="old: not the log-probs of this plan"):
+            actor.update(plan, trajectories, wrong)
+    with actor.offloaded(), pytest.raises(RuntimeError, match="the actor is offloaded"):
+        actor.log_probs(plan, trajectories)
+
+
+def test_auxiliary_losses_need_the_token_mean(build):
+    algorithm = AlgorithmConfig(kind="grpo", aggregation="sequence_mean")
+    with pytest.raises(ValueError, match=r"moe_aux_loss_coeff = 0.01: needs algorithm.aggregation = token_mean"):
+        build(algorithm=algorithm, transformer={"moe_aux_loss_coeff": 0.01})
 
 
 def test_empty_loss_changes_nothing(build, trajectories):
@@ -160,7 +288,7 @@ def test_reference_is_needed_before_it_is_used(build, plan, trajectories):
     actor = build(algorithm=AlgorithmConfig(kl_coef=0.1))
     with pytest.raises(RuntimeError, match="keep_reference"):
         actor.reference_log_probs(plan, trajectories)
-    with pytest.raises(ValueError, match="reference_log_probs: missing"):
+    with pytest.raises(ValueError, match=r"reference: missing, needed for algorithm\.kl_coef = 0\.1"):
         actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
 
 

@@ -14,7 +14,7 @@ from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.data.packing import plan_micro_batches
 from tests.distributed import layout_cases
-from tests.distributed.layout_matrix_worker import CP2, DISTRIBUTED, PP2, TP2, VPP2, Case
+from tests.distributed.layout_matrix_worker import CP2, DISTRIBUTED, EP2, PP2, TP2, VPP2, Case
 
 LAYOUTS = {
     "DP2": ({}, {}),
@@ -31,7 +31,8 @@ def check_all_skip_together(case: Case) -> None:
     before = [p.detach().clone() for p in actor._parameters()]
     hook = None
     if case.layout.rank == 1:
-        hook = actor._parameters()[2].register_hook(lambda gradient: gradient * math.inf)
+        experts = [p for name, p in case.named_parameters() if "experts" in name]
+        hook = (experts or actor._parameters())[2].register_hook(lambda gradient: gradient * math.inf)
     (metrics,) = actor.update(case.plan, trajectories, case.old)
     assert metrics.skipped == "non-finite gradient", metrics
     assert actor.skipped_steps == 1
@@ -75,6 +76,8 @@ def main() -> None:
             parallel.destroy()
         if os.environ["RANK"] == "0":
             print(name, flush=True)
+    check_all_skip_together(Case("qwen3-moe", EP2, {}, "adam"))
+    parallel.destroy()
     assert not dist.is_initialized()
 
 

@@ -7,6 +7,7 @@ optimizer steps.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ DROPPED = 4
 # SGD has no decay and a rate at which the steps are large beside the rounding of the weights.
 OPTIMIZERS = {
     "adam": {"lr": 1e-3, "warmup_steps": 0, "weight_decay": 0.1, "adam_eps": 1e-6},
-    "sgd": {"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.0},
+    "sgd": {"lr": 1.0, "warmup_steps": 0, "weight_decay": 0.0},
 }
 STEPS = {"adam": 3, "sgd": 1}
 
@@ -43,8 +44,9 @@ _SMALL = {
     "head_dim": 8,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
-    "initializer_range": 0.12,
-    "attn_implementation": "eager",
+    "initializer_range": 0.06,
+    "attn_implementation": "sdpa",
+    "experts_implementation": "eager",  # the default has no float64
 }
 _MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -81,7 +83,7 @@ class Expected:
     """What a layout must reproduce.
 
     Attributes:
-        log_probs: Of each response's tokens, ``[R]`` float32.
+        log_probs: Of each response's tokens, ``[R]`` float64.
         trajectories: The responses, with the *old* log-probs of the loss as ``behaviour_log_probs``.
         loss: Of the mini-batch.
         denominator: Tokens in the loss.
@@ -100,7 +102,8 @@ class Expected:
 
 
 def make_expected(model: torch.nn.Module) -> Expected:
-    """Responses and old log-probs around the model's own, with the loss and gradient of the first step."""
+    """Responses and old log-probs around the model's own, with the loss and gradient of the first step, in float64."""
+    model = copy.deepcopy(model).double()
     rng = np.random.default_rng(5)
     texts = [(rng.integers(0, VOCAB, p), rng.integers(0, VOCAB, r)) for p, r in LENGTHS]
     with torch.no_grad():
@@ -125,9 +128,9 @@ def make_expected(model: torch.nn.Module) -> Expected:
 
 
 def response_log_probs(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    """log π of each response token, ``[R]``, from one unpadded sequence."""
+    """log π of each response token, ``[R]``, from one unpadded sequence, in the dtype of the model."""
     tokens = torch.from_numpy(np.concatenate([prompt, response])).long()
-    logits = model(tokens[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logits = model(tokens[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
 
 
@@ -147,14 +150,14 @@ def backward(
         for current, t in zip(log_probs, trajectories, strict=True)
     ]
     loss, gradients, denominator, _ = reference.mini_batch(responses, config)
-    upstream = [torch.from_numpy(gradient).float() for gradient in gradients]
+    upstream = [torch.from_numpy(gradient) for gradient in gradients]
     sum((current * g).sum() for current, g in zip(log_probs, upstream, strict=True)).backward()
     return float(loss), denominator
 
 
 def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dict[str, Tensor]:
     """Weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
-    model, settings = build_transformers_model(name), OPTIMIZERS[kind]
+    model, settings = build_transformers_model(name).double(), OPTIMIZERS[kind]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     decay = settings["weight_decay"]

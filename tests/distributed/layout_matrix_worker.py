@@ -194,7 +194,7 @@ class Case:
                 continue
             self.current.append(found.log_probs)
             cu_seqlens = micro.packed_seq_params.cu_seqlens_q.numpy()
-            want = torch.full((int(cu_seqlens[-1]),), float("nan"))
+            want = torch.full((int(cu_seqlens[-1]),), float("nan"), dtype=torch.float64)
             for start, i in zip(cu_seqlens, members, strict=False):
                 first = int(start) + len(self.expected.trajectories[i].prompt.tokens) - 1
                 want[first : first + len(self.expected.log_probs[i])] = self.expected.log_probs[i]
@@ -203,7 +203,7 @@ class Case:
             if self.actor.config.actor.dtype == "bfloat16":
                 # The same shifts d as in float32, from this layout's own log-probs: FIPO would sum up the difference
                 # of the two precisions over the future of each token.
-                old = found.log_probs - torch.where(known, local - micro.behaviour_log_probs, 0.0)
+                old = (found.log_probs - torch.where(known, local - micro.behaviour_log_probs, 0.0)).float()
                 self.old[0][len(self.current) - 1] = TokenLogProbs(old, None)
             if known.any():
                 worst = max(worst, float((found.log_probs - local)[known].abs().max()))
@@ -225,7 +225,13 @@ def run_gradient(case: Case, result: dict[str, Any]) -> None:
     )
     result["loss"] = abs(numerator / denominator - expected.loss) / abs(expected.loss)
     result["denominator"] = denominator - expected.denominator
-    result["dropped"] = statistics["dropped_sequences"]
+    # Every rank must know the statistics of all of them.
+    tokens = sum(int(t.mask.sum()) for t in expected.trajectories)
+    for choose in (min, max):
+        assert over_ranks(statistics["tokens"], choose) == tokens, statistics
+        assert over_ranks(statistics["sequences"], choose) == len(expected.trajectories), statistics
+    result["shift"] = [over_ranks(statistics["shift_abs_max"], choose) for choose in (min, max)]
+    result["dropped"] = over_ranks(statistics["dropped_sequences"], min)
     if actor.config.actor.distributed_optimizer:
         case.gather_gradients()
     named = case.named_parameters()

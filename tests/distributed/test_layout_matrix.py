@@ -41,6 +41,7 @@ def test_every_layout_equals_the_reference(cases):
         assert case["micro_batches"] >= 4, where
         assert case["dropped"] == 1, where
         assert case["denominator"] == 0, where
+        assert case["shift"] == pytest.approx([1.5, 1.5], abs=0.05), where  # of the dropped response, on every rank
         assert case["noise_floor"] == [0.0, 0.0], where
         assert case["carry"] > 0.05, where
         for name, bound in (BOUNDS_BF16 if "bf16" in case["layout"] else BOUNDS).items():
