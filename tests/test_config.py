@@ -131,7 +131,15 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
         ),
         (
             ["rollout.max_response_tokens=40000"],
-            ["actor.token_budget = 32768: must be at least", "= 42048; a sequence"],
+            ["actor.token_budget = 32768: must be at least", "multiple of 1: 42048"],
+        ),
+        (
+            [
+                "actor.token_budget=22529",
+                "rollout.max_response_tokens=20481",
+                "actor.parallel={context_parallel: 4, tensor_parallel: 2, sequence_parallel: true}",
+            ],
+            ["= 22529, padded for actor.parallel to a multiple of 16: 22544"],
         ),
         (["rollout.max_response_tokens=1000"], ["reward.overlong_buffer_tokens = 4096: must be at most"]),
         (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),

@@ -278,11 +278,14 @@ def _impossible(config: Config) -> list[str]:
             f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
             f"rollout.max_response_tokens = {rollout.max_response_tokens}"
         )
+    parallel = actor.parallel
+    multiple = 2 * parallel.context_parallel if parallel.context_parallel > 1 else 1
+    multiple *= parallel.tensor_parallel if parallel.sequence_parallel else 1
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if longest > actor.token_budget:
+    if (padded := -(-longest // multiple) * multiple) > actor.token_budget:
         problems.append(
             f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {longest}; a sequence is never split over micro-batches"
+            f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
         )
     return problems + _impossible_actor(actor)
 
