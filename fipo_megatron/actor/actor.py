@@ -30,7 +30,7 @@ from fipo_megatron.weights.architecture import Architecture
 
 from .fp8 import drop_weight_copies, frozen_scaling
 from .log_probs import TokenLogProbs, megatron_token_log_probs
-from .megatron_config import token_multiple
+from .megatron_config import check_auxiliary_losses, token_multiple
 from .micro_batches import LocalMicroBatch, local_micro_batches
 from .model import HiddenStateGPTModel, build_model
 from .offload import Offloaded
@@ -101,7 +101,7 @@ class MegatronActor:
         layout: RankLayout,
         load: Callable[[list[HiddenStateGPTModel]], None],
     ) -> None:
-        _check_auxiliary_losses(config)
+        check_auxiliary_losses(config)
         self.config = config
         self.layout = layout
         self.chunks = build_model(architecture, config.actor, layout)
@@ -110,6 +110,8 @@ class MegatronActor:
         self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
         self.skipped_steps = 0
         self._is_away = False
+        # The gate asks for d and F; the other terms of the loss may need what is not there.
+        self._drift_only = replace(config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
         self._token_multiple = token_multiple(config.actor)
         self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
         self._reference: list[Tensor] | None = None
@@ -208,10 +210,8 @@ class MegatronActor:
         Raises:
             ValueError: no token of the mini-batch is in the loss.
         """
-        # d and F are asked for; the other terms of the loss have nothing to say, and may need what is not there.
-        bare = replace(self.config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
         with frozen_scaling(self.chunks):
-            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None, bare)
+            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None, self._drift_only)
         self._zero_grad()
         if not statistics["tokens"]:
             raise ValueError("mini_batch: no token is in the loss, so there is nothing to compare")
@@ -226,8 +226,9 @@ class MegatronActor:
         actor = self.config.actor
         if actor.fp8 != "off" and actor.fp8_recipe == "delayed":
             # Every delayed scale is 1 until a first training pass has measured the tensors.
-            bare = replace(self.config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
-            self._forward_backward(mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None, bare)
+            self._forward_backward(
+                mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None, self._drift_only
+            )
             self._zero_grad()
         floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
         for field, value in (("max_noise_shift", floor.shift), ("max_noise_future_kl", floor.future_kl)):
@@ -486,16 +487,6 @@ class MegatronActor:
             tensors = [parameter.data for group in inner.param_groups for parameter in group["params"]]
             tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
             yield from (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in model)
-
-
-def _check_auxiliary_losses(config: Config) -> None:
-    """Megatron scales a router's auxiliary losses by tokens and divides by our denominator."""
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
-        if config.actor.transformer.get(name) and config.algorithm.aggregation != "token_mean":
-            raise ValueError(
-                f"actor.transformer.{name} = {config.actor.transformer[name]}: needs algorithm.aggregation = "
-                "token_mean; with sequence_mean it would grow with the length of the responses"
-            )
 
 
 def _copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

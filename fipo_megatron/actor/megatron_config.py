@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from fipo_megatron.config import ActorConfig
+from fipo_megatron.config import ActorConfig, Config
 from fipo_megatron.weights.architecture import Architecture
 
 _HOPPER = (9, 0)
@@ -83,6 +83,16 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         problems.append(f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not here; valid: local")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_auxiliary_losses(config: Config) -> None:
+    """Raises ValueError where a router's auxiliary loss, scaled by tokens, would be divided by a count of sequences."""
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if config.actor.transformer.get(name) and config.algorithm.aggregation != "token_mean":
+            raise ValueError(
+                f"actor.transformer.{name} = {config.actor.transformer[name]}: needs algorithm.aggregation = "
+                "token_mean; with sequence_mean it would grow with the length of the responses"
+            )
 
 
 def transformer_config(architecture: Architecture, actor: ActorConfig) -> TransformerConfig:
