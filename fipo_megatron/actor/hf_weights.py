@@ -6,8 +6,7 @@ parameters and process groups.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +15,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from fipo_megatron.weights import hf_files, tables
+from fipo_megatron.weights import hf_files, publish, tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import DTYPES, HfDirectory
 from fipo_megatron.weights.hf_files import TensorFile
 from fipo_megatron.weights.placement import Chunk, Naming, Place
 from fipo_megatron.weights.tables import LocalWeight, Weight
 
+from .agreement import all_or_none
 from .model import HiddenStateGPTModel
 from .parallel import RankLayout
 
 Bucket = list[tuple[str, Tensor | None]]
+Progress = Callable[[int], None]
+"""Is told of bytes that are done, on each rank of its own."""
 
 
 def place_of(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> Place:
@@ -76,12 +78,17 @@ def local_parameters(
 
 @torch.no_grad()
 def load_hf(
-    chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout, path: str | Path
+    chunks: Sequence[HiddenStateGPTModel],
+    architecture: Architecture,
+    layout: RankLayout,
+    path: str | Path,
+    *,
+    progress: Progress = lambda done: None,
 ) -> None:
     """Fills this rank's parameters from a model's directory, reading only the slices that it holds.
 
     Values are cast to the parameters' dtype; padding becomes 0. Not a collective. Call it before the optimizer copies
-    the parameters.
+    the parameters. ``progress`` is told of bytes that are filled.
 
     Raises:
         WeightsError: files or tensors are missing, unexpected, mis-shaped, corrupt or of a dtype that is not supported:
@@ -95,6 +102,7 @@ def load_hf(
             parameter.zero_()
         for piece in local.weight.pieces(*local.weight.share(place), padded_vocab):
             parameter.narrow(piece.axis, piece.offset, piece.size).copy_(directory.read(piece))
+        progress(parameter.nbytes)
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5 << 30,
     bucket_bytes: int = 256 << 20,
+    progress: Progress = lambda done: None,
 ) -> None:
     """Writes a complete Hugging Face directory: a collective of all ranks, which must see one file system.
 
@@ -288,6 +297,7 @@ def save_hf(
         dtype: Of the weights on disk; None: that of the parameters.
         max_file_bytes: Bound of the weights in one file, unless one tensor alone is larger.
         bucket_bytes: See :func:`export_hf`.
+        progress: Is told of bytes that this rank has written.
 
     Raises:
         FileExistsError: the target exists.
@@ -298,39 +308,37 @@ def save_hf(
     dtype = dtype or next(chunks[0].parameters()).dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, DTYPES.values()))}")
-    with _all_or_none("save_hf"):
+    with all_or_none("save_hf"):
         if layout.rank == 0:
-            hf_files.begin(source, target)
+            hf_files.check_source(source)
+            publish.begin(target)
     try:
         files = _plan(chunks, architecture, layout, dtype, max_file_bytes)
-        with _all_or_none("save_hf"):
+        with all_or_none("save_hf"):
             mine = [file for file in files if file.owner == layout.rank]
             stream = export_hf(
                 chunks, architecture, layout, bucket_bytes=bucket_bytes, on_ranks={file.owner for file in files}
             )
-            _write(stream, hf_files.partial_of(target), mine, dtype)
-        with _all_or_none("save_hf"):
+            _write(stream, publish.partial_of(target), mine, dtype, progress)
+        with all_or_none("save_hf"):
             if layout.rank == 0:
-                hf_files.finish(source, target, files, dtype)
+                hf_files.add_companions(source, publish.partial_of(target), dtype)
+                hf_files.add_index(publish.partial_of(target), files)
+                publish.publish(target)
     finally:
         if layout.rank == 0:
-            hf_files.discard(target)
+            publish.discard(target)
 
 
-@contextmanager
-def _all_or_none(what: str) -> Iterator[None]:
-    """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective."""
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if own is None else f"{type(own).__name__}: {own}")
-    if own is not None:
-        raise own
-    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]:
-        raise RuntimeError(f"{what} failed on other ranks:\n" + "\n".join(failed))
+def chunk_owners(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> dict[Chunk, int]:
+    """The first rank that holds each chunk of the model. A collective of all ranks."""
+    runs: list[tuple[Chunk, ...]] = [()] * layout.world_size
+    dist.all_gather_object(runs, place_of(chunks, layout).chunks)
+    owners: dict[Chunk, int] = {}
+    for rank, places in enumerate(runs):
+        for chunk in places:
+            owners.setdefault(chunk, rank)
+    return owners
 
 
 def _plan(
@@ -341,12 +349,7 @@ def _plan(
     max_file_bytes: int,
 ) -> list[TensorFile]:
     """The files, in the order of layers, each owned by the first rank of the stage that its tensors are on."""
-    runs: list[tuple[Chunk, ...]] = [()] * layout.world_size
-    dist.all_gather_object(runs, place_of(chunks, layout).chunks)
-    owners: dict[Chunk, int] = {}
-    for rank, places in enumerate(runs):
-        for chunk in places:
-            owners.setdefault(chunk, rank)
+    owners = chunk_owners(chunks, layout)
     experts = range(architecture.mixture.experts if architecture.mixture else 0)
     tensors = [
         (name, shape, owners[chunk])
@@ -358,7 +361,9 @@ def _plan(
     return hf_files.plan_files(tensors, dtype, max_file_bytes)
 
 
-def _write(stream: Iterator[Bucket], directory: Path, files: list[TensorFile], dtype: torch.dtype) -> None:
+def _write(
+    stream: Iterator[Bucket], directory: Path, files: list[TensorFile], dtype: torch.dtype, progress: Progress
+) -> None:
     """Writes what comes, and takes all of it even where writing has failed: the other ranks are in the collectives."""
     try:
         with hf_files.TensorWriter(directory, files, dtype) as writer:
@@ -366,6 +371,7 @@ def _write(stream: Iterator[Bucket], directory: Path, files: list[TensorFile], d
                 for name, tensor in bucket:
                     if files and tensor is not None:
                         writer.write(name, tensor)
+                        progress(tensor.numel() * dtype.itemsize)
             writer.finish()
     finally:
         for _ in stream:

@@ -34,6 +34,7 @@ class HfDirectory:
 
     Attributes:
         shapes: Of every tensor.
+        dtypes: Of every tensor, by its name in safetensors.
         problems: Files that are missing, truncated or corrupt, tensors that are not where the index says, dtypes that
             cannot be loaded; one line each.
     """
@@ -41,6 +42,7 @@ class HfDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
         self.problems: list[str] = []
         self._files: dict[str, Any] = {}
         self._unread: set[str] = set()
@@ -83,6 +85,7 @@ class HfDirectory:
             if part.get_dtype() not in DTYPES:
                 self.problems.append(f"{tensor}: dtype {part.get_dtype()} is not supported; valid: {', '.join(DTYPES)}")
             self.shapes[tensor] = tuple(part.get_shape())
+            self.dtypes[tensor] = part.get_dtype()
             self._files[tensor] = file
 
     def _unreadable(self, problem: str, tensors: set[str] | None) -> None:
@@ -91,15 +94,24 @@ class HfDirectory:
         self._all_unread |= tensors is None
         self._unread |= tensors or set()
 
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor, in the dtype of the file."""
+        return self.read(Piece(name, 0, 0, self.shapes[name][0], 0))
+
     def check(self, architecture: Architecture) -> None:
         """Raises WeightsError with everything that keeps the model from being loaded."""
         wanted = tables.hf_tensors(architecture)
         unread = set(wanted) if self._all_unread else self._unread
         assumed = {name: wanted.get(name, ()) for name in unread if name not in self.shapes}
         problems = self.problems + tables.check(architecture, assumed | self.shapes)
-        if problems := problems + _tokenizer_problems(self.path / "tokenizer.json", architecture.vocab):
+        if problems := problems + tokenizer_problems(self.path / "tokenizer.json", architecture.vocab):
             count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
             raise WeightsError(f"{self.path}: {count}\n" + "\n".join(problems))
+
+    @property
+    def training_dtype(self) -> str:
+        """What Megatron-Core can hold all tensors in exactly: bfloat16 where all are, else float32."""
+        return "bfloat16" if {*self.dtypes.values()} == {"BF16"} else "float32"
 
     def read(self, piece: Piece) -> Tensor:
         """The slice, in the dtype of the file; not always contiguous."""
@@ -109,7 +121,7 @@ class HfDirectory:
         return found
 
 
-def _tokenizer_problems(path: Path, vocab: int) -> list[str]:
+def tokenizer_problems(path: Path, vocab: int) -> list[str]:
     """Whether a token has no row in the embedding; rows without a token are usual."""
     if not path.exists():
         return []

@@ -1,7 +1,7 @@
-"""Writes a Hugging Face model's directory: safetensors as a stream, everything or nothing.
+"""Writes a Hugging Face model's directory: safetensors as a stream.
 
 Which tensor goes where in which file follows from names and shapes, so that every rank knows it without asking, writes
-its own tensors in any order, and holds no more than one at a time. All is written beside the final place and renamed.
+its own tensors in any order, and holds no more than one at a time.
 
 The format of safetensors: 8 bytes with the length of the header, little-endian; the header, JSON with dtype, shape and
 offsets of every tensor; the tensors' bytes.
@@ -159,68 +159,41 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def partial_of(target: Path) -> Path:
-    """Where a directory is written before it takes its name."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def begin(source: Path, target: Path) -> None:
-    """Makes the directory that :func:`finish` will rename; what a run that was killed left there is removed.
-
-    Raises:
-        FileExistsError: the target exists.
-        FileNotFoundError: its parent does not, or the source holds no config.json.
-    """
-    if target.exists():
-        raise FileExistsError(f"{target}: exists; it is not overwritten")
+def check_source(source: Path) -> None:
+    """Raises FileNotFoundError where :func:`add_companions` would, before anything is written."""
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source / 'config.json'}: missing")
-    discard(target)
-    partial_of(target).mkdir()
 
 
-def discard(target: Path) -> None:
-    """Removes what was written so far, if anything is there."""
-    shutil.rmtree(partial_of(target), ignore_errors=True)
-
-
-def finish(source: Path, target: Path, files: list[TensorFile], dtype: torch.dtype) -> None:
-    """Adds all that a model has beside its weights, and gives the directory its name.
+def add_companions(source: Path, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Copies all that a model has beside its weights: config.json and, where they are there, :data:`COMPANIONS`.
 
     Args:
-        source: A model's directory: config.json, to which the dtype of the weights is added, and :data:`COMPANIONS`.
-        target: The name.
-        files: Of the weights, all on disk.
-        dtype: Of the weights.
+        source: A model's directory.
+        directory: Exists.
+        dtype: Of the weights, to be named in config.json; None: config.json stays as it is.
 
     Raises:
-        OSError: the disk is full, or something has that name by now.
+        OSError: the disk is full, and the like.
     """
-    partial = partial_of(target)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(partial / "config.json", config)
+    if dtype is None:
+        shutil.copyfile(source / "config.json", directory / "config.json")
+    else:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        _write_json(directory / "config.json", config)
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
-            _sync(partial / name)
+            shutil.copyfile(source / name, directory / name)
+
+
+def add_index(directory: Path, files: list[TensorFile]) -> None:
+    """Writes which file holds which tensor, where there is more than one file."""
     if len(files) > 1:
         total = sum(file.size - len(file.header) for file in files)
         where = {tensor: file.name for file in files for tensor in file.offsets}
-        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    _sync(partial)
-    partial.rename(target)
-    _sync(target.parent)
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

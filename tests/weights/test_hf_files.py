@@ -65,35 +65,31 @@ def test_every_planned_tensor_is_written_once(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "other"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
-def test_directory_is_renamed_when_complete(key, other, tmp_path):
+def test_what_comes_beside_the_weights(key, other, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
+    target.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config.json: missing"):
+        hf_files.check_source(source)
     (source / "config.json").write_text(json.dumps({key: "float32", "more": [1]}))
     (source / "merges.txt").write_text("a b")
-    hf_files.begin(source, target)
-    partial = hf_files.partial_of(target)
-    (partial / "left by a run that was killed").touch()
-    hf_files.begin(source, target)
-    assert not list(partial.iterdir())
+    (source / "weights.bin").write_text("not this one")
+    hf_files.check_source(source)
     files = plan(100, torch.bfloat16)
-    hf_files.finish(source, target, files, torch.bfloat16)
-    assert not partial.exists()
+    hf_files.add_companions(source, target)
+    assert json.loads((target / "config.json").read_text()) == {key: "float32", "more": [1]}
+    hf_files.add_companions(source, target, torch.bfloat16)
+    hf_files.add_index(target, files)
     config = json.loads((target / "config.json").read_text())
     assert config == {key: "bfloat16", "more": [1]}
     assert other not in config
     assert (target / "merges.txt").read_text() == "a b"
+    assert not (target / "weights.bin").exists()
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file.name for file in files for name in file.offsets}
     assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in TENSORS.values())
 
 
-def test_beginning_says_what_is_wrong(tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match="it is not overwritten"):
-        hf_files.begin(tmp_path, tmp_path / "there")
-    with pytest.raises(FileNotFoundError, match=r"config.json: missing"):
-        hf_files.begin(tmp_path, tmp_path / "new")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError):
-        hf_files.begin(tmp_path, tmp_path / "no" / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "there"]
+def test_one_file_has_no_index(tmp_path):
+    hf_files.add_index(tmp_path, hf_files.plan_files([("a", (2,), 1)], torch.bfloat16, 1))
+    assert not list(tmp_path.iterdir())

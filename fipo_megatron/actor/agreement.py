@@ -1,0 +1,24 @@
+"""What goes wrong on one rank goes wrong on all: none waits for ever in a collective that another has left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+@contextmanager
+def all_or_none(what: str) -> Iterator[None]:
+    """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if own is None else f"{type(own).__name__}: {own}")
+    if own is not None:
+        raise own
+    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]:
+        raise RuntimeError(f"{what} failed on other ranks:\n" + "\n".join(failed))

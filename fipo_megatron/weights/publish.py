@@ -1,0 +1,54 @@
+"""Directories that appear whole or not at all: written beside their final place, synced and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def partial_of(target: Path) -> Path:
+    """Where a directory is written before it takes its name."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def begin(target: Path) -> None:
+    """Makes the directory that :func:`publish` will rename; what a run that was killed left there is removed.
+
+    Raises:
+        FileExistsError: the target exists.
+        FileNotFoundError: its parent does not.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target}: exists; it is not overwritten")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: is no directory; {target.name} cannot be written there")
+    discard(target)
+    partial_of(target).mkdir()
+
+
+def discard(target: Path) -> None:
+    """Removes what was written so far, if anything is there."""
+    shutil.rmtree(partial_of(target), ignore_errors=True)
+
+
+def publish(target: Path) -> None:
+    """Makes sure that all is on disk, and gives the directory its name.
+
+    Raises:
+        OSError: the disk is full, or something has that name by now.
+    """
+    partial = partial_of(target)
+    for path in sorted(partial.rglob("*")):
+        _sync(path)
+    _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,40 @@
+"""Directories appear whole or not at all."""
+
+import pytest
+
+from fipo_megatron.weights import publish
+
+
+def test_directory_is_renamed_when_complete(tmp_path):
+    target = tmp_path / "target"
+    publish.begin(target)
+    partial = publish.partial_of(target)
+    (partial / "left by a run that was killed").touch()
+    publish.begin(target)
+    assert not list(partial.iterdir())
+    (partial / "inner").mkdir()
+    (partial / "inner" / "file").write_text("1")
+    assert not target.exists()
+    publish.publish(target)
+    assert not partial.exists()
+    assert (target / "inner" / "file").read_text() == "1"
+
+
+def test_what_has_the_name_keeps_it(tmp_path):
+    target = tmp_path / "target"
+    publish.begin(target)
+    target.mkdir()
+    (target / "precious").touch()
+    with pytest.raises(OSError, match="not empty"):
+        publish.publish(target)
+    publish.discard(target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "precious"]
+
+
+def test_beginning_says_what_is_wrong(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="it is not overwritten"):
+        publish.begin(tmp_path / "there")
+    with pytest.raises(FileNotFoundError, match="no: is no directory; new cannot be written there"):
+        publish.begin(tmp_path / "no" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
