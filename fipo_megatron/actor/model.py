@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -133,6 +134,9 @@ def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBloc
     for layer in block.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+        if parts.mlp.module is MoELayer:
+            # Names in checkpoints are those of Transformer Engine's layers, which fuse this norm in dense layers only.
+            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share their specification
         attention = parts.self_attention.submodules
         attention.core_attention = PackedCoreAttention
         if config.qk_layernorm:

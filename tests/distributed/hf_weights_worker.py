@@ -1,6 +1,7 @@
 """Hugging Face weights through one layout after the other, and out again: run under torchrun.
 
-What one layout saves is what the next one loads; each time it must be, bit for bit, what transformers saved at first.
+What one layout saves is what the next one loads, Hugging Face files as well as Megatron's checkpoint; each time it must
+be, bit for bit, what transformers saved at first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fipo_megatron.actor import parallel
+from fipo_megatron.actor.checkpoint import load_weights, save_weights
 from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
 from tests.actor import hf_reference
 from tests.distributed import layout_cases, layout_matrix_worker
@@ -57,11 +59,19 @@ class Case(layout_matrix_worker.Case):
     path: Path
 
     def load(self, chunks: list[Any]) -> None:
-        with torch.no_grad():
-            for chunk in chunks:
-                for parameter in chunk.parameters():
-                    parameter.fill_(torch.nan)
+        forget(chunks)
         load_hf(chunks, self.architecture, self.layout, self.path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        forget(self.actor.chunks)
+        load_weights(self.actor.chunks, self.architecture, self.layout, path)
+
+
+def forget(chunks: list[Any]) -> None:
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
 
 
 def on_disk(path: Path) -> dict[str, torch.Tensor]:
@@ -132,6 +142,14 @@ def check_failed_save(case: Case, target: Path) -> str:
     return str(raised.value)
 
 
+def check_checkpoint(case: Case, source: Path, target: Path) -> None:
+    """Loads what the layout before saved, and saves it again."""
+    if source.exists():
+        case.load_checkpoint(source)
+        check_loaded(case)
+    save_weights(case.actor.chunks, case.layout, case.path, target)
+
+
 def run(name: str, sizes: dict[str, Any], changes: dict[str, Any], architecture: str, root: Path) -> dict[str, Any]:
     original = on_disk(root / architecture / "0")
     source = max(root.glob(f"{architecture}/*"), key=lambda path: int(path.name))
@@ -145,7 +163,9 @@ def run(name: str, sizes: dict[str, Any], changes: dict[str, Any], architecture:
         for bucket_bytes in (1, 40_000, 1 << 30)
         for on_ranks in (None, [0, last])
     ]
-    check_save(case, original, source.with_name(str(int(source.name) + 1)))
+    target = source.with_name(str(int(source.name) + 1))
+    check_save(case, original, target)
+    check_checkpoint(case, source / "megatron", target / "megatron")
     if name == "PP2":
         result["failure"] = check_failed_save(case, root / architecture / "failed")
     # Expert tensor parallelism gathers different numbers of tokens from its ranks, which gloo refuses.

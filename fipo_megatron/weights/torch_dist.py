@@ -1,0 +1,158 @@
+"""The directory of a ``torch_dist`` checkpoint, checked whole without Megatron: what it holds and what it should hold.
+
+Megatron-Core writes a tensor under one name whatever the layout: that which Transformer Engine's layers give it, with
+layers numbered in the whole model, and one tensor for all experts of a layer, stacked. Beside Megatron's files there is
+``huggingface/`` with the model's config.json, tokenizer and so on, so that the checkpoint can be turned back.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import io
+import json
+import pickle
+from pathlib import Path, PosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from . import tables
+from .architecture import Architecture
+from .hf_directory import WeightsError, tokenizer_problems
+from .placement import Naming
+from .tables import Shape, Weight
+
+HUGGING_FACE = "huggingface"
+"""Directory in the checkpoint with all that a model has beside its weights."""
+
+METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+DTYPES = (torch.float32, torch.bfloat16)
+"""What Megatron-Core trains in."""
+
+PADDED = {entry.parameter for table in tables.TABLES.values() for entry in table if entry.padded}
+"""Parameters with a row per token, and more rows where the layout needs them."""
+
+
+def _key(weight: Weight) -> str:
+    name = weight.name(Naming(fused_norms=True))
+    return name if weight.expert is None else name.replace(f".local_experts.{weight.expert}.", ".experts.")
+
+
+def checkpoint_tensors(architecture: Architecture) -> dict[str, Shape]:
+    """Name and shape of every tensor of a checkpoint, in the order of layers; the vocabulary without padding."""
+    experts = architecture.mixture.experts if architecture.mixture else 0
+    found = {}
+    for weight in tables.all_weights(architecture):
+        if not weight.copy:
+            shape = weight.shape(architecture.vocab)
+            found[_key(weight)] = shape if weight.expert is None else (experts, *shape)
+    return found
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads nothing but the classes that describe a checkpoint: a pickle from outside can run no code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("torch.distributed.checkpoint.") and name.lstrip("_")[:1].isupper():
+            return super().find_class(module, name)
+        if module.startswith("megatron.core.dist_checkpointing.strategies.") and name.startswith("MCore"):
+            return type(name, (), {})
+        allowed = {
+            ("torch", "Size"): torch.Size,
+            ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("collections", "defaultdict"): collections.defaultdict,
+            ("pathlib", "PosixPath"): PosixPath,
+            ("builtins", "set"): builtins.set,
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the checkpoint says of itself.
+
+    Raises:
+        WeightsError: it is no checkpoint, or one whose saving was not finished.
+    """
+    try:
+        text = json.loads((path / BACKEND).read_text(encoding="utf-8"))
+        content = (path / METADATA).read_bytes()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a torch_dist checkpoint: {error}") from error
+    if wrong := {key: text.get(key) for key, value in _FORMAT.items() if text.get(key) != value}:
+        raise WeightsError(f"{path / BACKEND}: {wrong}: expected {_FORMAT}")
+    try:
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise WeightsError(f"{path / METADATA}: truncated or corrupt: {error!r}") from error
+    if not isinstance(found, Metadata):
+        raise WeightsError(f"{path / METADATA}: holds a {type(found).__name__}, not the metadata of a checkpoint")
+    return found
+
+
+def check(path: Path, architecture: Architecture) -> torch.dtype:
+    """Compares a checkpoint with the model that it should hold; reads names, shapes and the sizes of files only.
+
+    Returns:
+        The dtype of the weights.
+
+    Raises:
+        WeightsError: with everything that keeps the checkpoint from being loaded, one line each.
+    """
+    metadata = read_metadata(path)
+    found = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    wanted = checkpoint_tensors(architecture)
+    problems = _file_problems(path, metadata)
+    for key, shape in wanted.items():
+        if key not in found:
+            problems.append(f"{key}: missing, expected {list(shape)}")
+            continue
+        size, dtype = tuple(found[key].size), found[key].properties.dtype
+        if size[1:] != shape[1:] or (size[0] < shape[0] if key in PADDED else size[0] != shape[0]):
+            problems.append(f"{key}: has shape {list(size)}, expected {list(shape)}")
+        if dtype not in DTYPES:
+            problems.append(f"{key}: dtype {dtype} is not supported; valid: {', '.join(map(str, DTYPES))}")
+    problems += [
+        f"{key}: unexpected; {architecture.name} has no such tensor"
+        for key in found
+        if key not in wanted and not key.startswith("optimizer.")
+    ]
+    problems += tokenizer_problems(path / HUGGING_FACE / "tokenizer.json", architecture.vocab)
+    if problems:
+        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+        raise WeightsError(f"{path}: {count}\n" + "\n".join(problems))
+    return found[next(iter(wanted))].properties.dtype
+
+
+def companions_of(checkpoint: Path, hf: Path | None) -> Path:
+    """Where config.json and all that belongs to it is for a checkpoint.
+
+    Raises:
+        WeightsError: nowhere.
+    """
+    found = hf or checkpoint / HUGGING_FACE
+    if not (found / "config.json").is_file():
+        raise WeightsError(f"{found / 'config.json'}: missing; name a Hugging Face directory that has the model's")
+    return found
+
+
+def _file_problems(path: Path, metadata: Metadata) -> list[str]:
+    """Files that are missing or end before the tensors that should be in them."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    problems = [] if (path / COMMON).is_file() else [f"{path / COMMON}: missing"]
+    for name, end in sorted(ends.items()):
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{file}: missing")
+        elif (size := file.stat().st_size) < end:
+            problems.append(f"{file}: truncated: {size} bytes, expected {end}")
+    return problems
