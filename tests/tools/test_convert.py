@@ -1,0 +1,187 @@
+"""The converters as their users run them: what they write, what they refuse, their exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests.actor.models import random_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, ranks=1):
+    """Exit code and everything printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_hf"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model with all that belongs to one, in several files."""
+    path = tmp_path_factory.mktemp("convert") / "model"
+    random_model("qwen3 moe").save_pretrained(path, max_shard_size=50_000)
+    vocab = {f"t{i}": i for i in range(60)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(path)
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model):
+    target = model.with_name("checkpoint")
+    code, text = run(TO_MEGATRON, model, target, "--verify", "--tensor-parallel", 2, ranks=2)
+    assert code == 0, text
+    assert f"{target}: " in text
+    assert "verifying" in text
+    return target
+
+
+def on_disk(path):
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_there_and_back_under_torchrun(model, checkpoint, tmp_path):
+    target = tmp_path / "hf"
+    code, text = run(TO_HF, checkpoint, target, "--verify", ranks=2)  # stages of a pipeline
+    assert code == 0, text
+    mine, original = on_disk(target), on_disk(model)
+    assert mine.keys() == original.keys()
+    assert all(torch.equal(mine[name], original[name]) for name in original)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (target / name).read_bytes() == (model / name).read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(target)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, random_model("qwen3 moe")(ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(target)("t5 t7")["input_ids"] == [5, 7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_dtype_and_files_from_elsewhere(model, checkpoint, tmp_path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    shutil.copy(model / "config.json", other)
+    code, text = run(TO_HF, checkpoint, tmp_path / "hf", "--dtype", "float16", "--hf", other, "--verify")
+    assert code == 0, text
+    original = on_disk(model)
+    assert all(torch.equal(tensor, original[name].half()) for name, tensor in on_disk(tmp_path / "hf").items())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float16"
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_names_and_shapes_only(model, checkpoint):
+    for command in ((TO_MEGATRON, model), (TO_HF, checkpoint)):
+        code, text = run(*command, "--meta", "--tensor-parallel", 2, "--expert-parallel", 2, "--pipeline-parallel", 2)
+        assert code == 0, text
+        count = sum(parameter.numel() for parameter in random_model("qwen3 moe").parameters())
+        assert f"Qwen3MoeForCausalLM: {len(on_disk(model))} tensors, {count:,} parameters" in text
+        assert "per rank (tensor 2, pipeline 2, expert 2): " in text
+    code, text = run(TO_MEGATRON, model, "--meta", "--tensor-parallel", 3)
+    assert code == 1
+    assert "actor.parallel.tensor_parallel = 3: must divide the model's attention heads, 4; valid: 1, 2" in text
+
+
+def test_nothing_of_megatron_is_imported_to_check(model, checkpoint):
+    program = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: print('exit', end.code)\n"
+        "print('megatron' in {name.partition('.')[0] for name in sys.modules})"
+    )
+    for command in ((TO_MEGATRON, model), (TO_HF, checkpoint)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, command), "--meta"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.endswith("exit 0\nFalse\n"), done.stdout + done.stderr
+
+
+def test_what_is_refused(model, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    tensors = on_disk(broken)
+    for file in broken.glob("model*"):
+        file.unlink()
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    for extra in ((tmp_path / "out",), ("--meta",)):
+        code, text = run(TO_MEGATRON, broken, *extra)
+        assert code == 1
+        assert "model.norm.weight: missing, expected [32]" in text
+        assert "model.layers.1.mlp.experts.3.up_proj.weight: missing, expected [24, 32]" in text
+        assert "Traceback" not in text
+    code, text = run(TO_MEGATRON, model, checkpoint)
+    assert (code, "it is not overwritten" in text) == (1, True), text
+    code, text = run(TO_HF, model, tmp_path / "out")
+    assert (code, "huggingface/config.json: missing" in text) == (1, True), text
+    assert run(TO_MEGATRON, model)[0] == 2
+    assert run(TO_HF, checkpoint, tmp_path / "out", "--dtype", "int8")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("command", [TO_MEGATRON, TO_HF])
+def test_a_full_disk_leaves_nothing(command, model, checkpoint, tmp_path):
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.argv = sys.argv[1:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__')"
+    )
+    source = model if command == TO_MEGATRON else checkpoint
+    done = subprocess.run(
+        [sys.executable, "-c", limited, command, str(source), str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_differences_are_found_and_set_aside(model, tmp_path, monkeypatch, capsys):
+    """The weights change between reading and writing: what was written is not what was read."""
+    from fipo_megatron.actor import conversion as converter
+    from tools import convert_hf_to_megatron
+
+    load = converter.load_hf
+
+    def load_wrong(chunks, *rest, **more):
+        load(chunks, *rest, **more)
+        with torch.no_grad():
+            dict(chunks[0].named_parameters())["decoder.layers.1.self_attention.linear_qkv.weight"][0, 0] += 1e-3
+
+    monkeypatch.setattr(converter, "load_hf", load_wrong)
+    code = convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"])
+    assert code == 4
+    assert "1 tensors differ" in (text := capsys.readouterr().err)
+    assert "model.layers.1.self_attn.q_proj.weight" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["out.differs"]

@@ -1,0 +1,1 @@
+"""Operator scripts: ``python -m tools.NAME`` from the root of the repository."""
