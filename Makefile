@@ -10,10 +10,10 @@ GPU_PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench gpu-check verify clean
+.PHONY: help setup quickstart test test-pretrained lint format bench gpu-check verify clean
 
 help: ## What there is to run
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
 setup: $(VENV)/.ready ## Virtual environment in .venv with everything pinned in constraints/
 
@@ -26,8 +26,11 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 quickstart: setup ## The algorithm on a small synthetic batch (the training loop is not there yet)
 	$(RUN) -m examples.quickstart.algorithm
 
-test: setup ## All tests
-	$(RUN) -m pytest
+test: setup ## All tests that need nothing but this environment
+	$(RUN) -m pytest -m "not pretrained and not sglang"
+
+test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
+	$(RUN) -m pytest -m pretrained tests/pretrained
 
 lint: setup ## ruff (format and lint) and mypy
 	$(VENV)/bin/ruff format --check .
