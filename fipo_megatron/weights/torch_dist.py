@@ -7,12 +7,10 @@ layers numbered in the whole model, and one tensor for all experts of a layer, s
 
 from __future__ import annotations
 
-import builtins
-import collections
 import io
 import json
 import pickle
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,26 +50,36 @@ def checkpoint_tensors(architecture: Architecture) -> dict[str, Shape]:
     return found
 
 
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "collections": {"OrderedDict", "defaultdict"},
+    "pathlib": {"PosixPath"},
+    "builtins": {"set", "dict", "list"},
+}
+"""What the metadata of a checkpoint is made of, whole names only."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads nothing but the classes that describe a checkpoint: a pickle from outside can run no code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") and name.lstrip("_")[:1].isupper():
+        if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
-        if module.startswith("megatron.core.dist_checkpointing.strategies.") and name.startswith("MCore"):
-            return type(name, (), {})
-        allowed = {
-            ("torch", "Size"): torch.Size,
-            ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("collections", "defaultdict"): collections.defaultdict,
-            ("pathlib", "PosixPath"): PosixPath,
-            ("builtins", "set"): builtins.set,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "megatron.core.dist_checkpointing.strategies.torch" and name in ("MCoreMetadata", "MCoreSavePlan"):
+            return type(name, (), {})  # empty there, too
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
 
 

@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,15 @@ def damage_code(path):
     return [".metadata: truncated or corrupt", "has no place in the metadata of a checkpoint"]
 
 
+def damage_code_by_attribute(path):
+    """A method of a class that torch's module happens to import."""
+    module, name = b"torch.distributed.checkpoint.filesystem", b"Path.touch"
+    names = b"".join(b"\x8c" + bytes([len(text)]) + text for text in (module, name))
+    target = pickle.dumps(Path("/tmp/fipo_megatron_was_here"), protocol=4)[2:-1]
+    (path / ".metadata").write_bytes(b"\x80\x04" + names + b"\x93" + target + b"\x85R.")
+    return ["Path.touch has no place in the metadata of a checkpoint"]
+
+
 def damage_backend(path):
     (path / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
     return ["{'sharded_backend': 'zarr'}: expected"]
@@ -257,6 +267,7 @@ DAMAGE = [
     damage_common,
     damage_metadata,
     damage_code,
+    damage_code_by_attribute,
     damage_backend,
     damage_tokenizer,
     damage_tensors,
