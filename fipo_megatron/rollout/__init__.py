@@ -1,0 +1,1 @@
+"""Sampling of responses: engines, what feeds them with weights, and what drives them."""

@@ -1,0 +1,280 @@
+"""The engine in this process: its log-probs are transformers', and nothing depends on what else is in the batch."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fipo_megatron.data.trajectory import TokenSpan
+from fipo_megatron.rollout.embedded import EmbeddedEngine, draw, weights_of
+from fipo_megatron.rollout.engine import (
+    EngineError,
+    GenerationRequest,
+    RequestError,
+    SamplingParameters,
+    sampling_seed,
+    spans_of,
+)
+from tests.actor.models import random_model
+
+CONTEXT = 512
+
+
+def models(name, seed=0):
+    return random_model(name, seed, max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    made = {}
+
+    def save(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("model")
+            models(name).save_pretrained(made[name])
+        return made[name]
+
+    return save
+
+
+def request(number, length=None, sampling=None, **changes):
+    generator = np.random.default_rng(number)
+    tokens = generator.integers(0, 61, length or 3 + 17 * number % 90).astype(np.int32)
+    sampling = sampling or SamplingParameters(temperature=1.0, max_tokens=5 + 13 * number % 60)
+    seed = sampling_seed(1, str(number), 0, 0)
+    return replace(GenerationRequest(str(number), str(number), tokens, sampling, seed), **changes)
+
+
+async def all_of(engine, requests):
+    return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+
+def expected(model, request, found, temperature):
+    ids = torch.from_numpy(np.concatenate([request.tokens, found.tokens]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0].double() / temperature
+    log_probs = torch.log_softmax(logits, -1)[len(request.tokens) - 1 : -1]
+    return log_probs.gather(1, ids[len(request.tokens) :, None])[:, 0].numpy()
+
+
+def identical(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.log_probs.tobytes() == b.log_probs.tobytes()
+        assert (a.spans, a.finish_reason) == (b.spans, b.finish_reason)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 moe", "llama3"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_those_of_transformers(name, temperature, path):
+    engine = EmbeddedEngine(path(name), slots=16)
+    requests = [request(n, sampling=SamplingParameters(temperature, 40, 0.9 if n % 2 else 1.0)) for n in range(9)]
+    for one, found in zip(requests, asyncio.run(all_of(engine, requests)), strict=True):
+        assert len(found.tokens) == 40
+        wanted = expected(models(name), one, found, temperature)
+        np.testing.assert_allclose(found.log_probs, wanted, atol=1e-5, rtol=0)
+        assert found.spans == (TokenSpan(0, 0),)
+        assert found.finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+def test_nothing_depends_on_what_else_is_there(name, path):
+    """Alone, in another order, among others and late: the same bits."""
+    requests = [request(n) for n in range(40)]
+    together = asyncio.run(all_of(EmbeddedEngine(path(name), slots=16), requests))
+    assert len({found.tokens.tobytes() for found in together}) == 40
+    backwards = asyncio.run(all_of(EmbeddedEngine(path(name), slots=16), requests[::-1]))
+    identical(together, backwards[::-1])
+
+    async def one_by_one():
+        engine = EmbeddedEngine(path(name), slots=16)
+        return [await engine.generate(one) for one in requests]
+
+    identical(together, asyncio.run(one_by_one()))
+
+
+def test_samples_of_a_prompt_differ_by_seed_alone(path):
+    base = request(3)
+    requests = [replace(base, id=str(n), seed=sampling_seed(1, "3", n, 0)) for n in range(6)]
+    found = asyncio.run(all_of(EmbeddedEngine(path("qwen3")), [*requests, replace(requests[2], id="again")]))
+    assert len({one.tokens.tobytes() for one in found[:6]}) == 6
+    identical([found[2]], [found[6]])
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it(path):
+    free = asyncio.run(all_of(EmbeddedEngine(path("qwen3")), [request(5, sampling=SamplingParameters(1.0, 50))]))[0]
+    stop = int(free.tokens[20])
+    first = free.tokens.tolist().index(stop)
+    sampling = SamplingParameters(1.0, 50, stop_token_ids=(stop,))
+    found = asyncio.run(all_of(EmbeddedEngine(path("qwen3")), [request(5, sampling=sampling)]))[0]
+    assert found.finish_reason == "stop"
+    assert found.tokens.tolist() == free.tokens[: first + 1].tolist()
+
+
+async def until(engine, tokens):
+    """Lets the engine sample so many tokens of its first request."""
+    while engine._running[0] is None or len(engine._running[0].tokens) < tokens:
+        await asyncio.sleep(0)
+
+
+def test_pause_changes_nothing(path):
+    async def paused():
+        engine = EmbeddedEngine(path("qwen3"))
+        task = asyncio.create_task(all_of(engine, [request(n) for n in range(6)]))
+        await until(engine, 3)
+        await engine.pause()
+        count = len(engine._running[0].tokens)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(engine._running[0].tokens) <= count + 1
+        await engine.resume()
+        return await task
+
+    identical(asyncio.run(paused()), asyncio.run(all_of(EmbeddedEngine(path("qwen3")), [request(n) for n in range(6)])))
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_aborted_response_goes_on_under_new_weights(path, paused):
+    """Counts, spans and versions add up, and every span has the log-probs of its own weights."""
+    sampling = SamplingParameters(1.0, 60)
+    new = models("qwen3", seed=7)
+
+    async def run():
+        engine = EmbeddedEngine(path("qwen3"), weight_version=4)
+        first = request(2, 30, sampling)
+        task = asyncio.create_task(all_of(engine, [first, request(9, 30, sampling)]))
+        await until(engine, 11)
+        if paused:
+            await engine.pause()
+        await engine.abort([first.id])
+        while engine._running[0] is not None:
+            await asyncio.sleep(0)
+        engine.update_weights(weights_of(new).items(), 5)
+        await engine.resume()
+        part, other = await task
+        assert part.finish_reason == "abort"
+        rest_of = replace(
+            first,
+            tokens=np.concatenate([first.tokens, part.tokens]),
+            sampling=replace(sampling, max_tokens=60 - len(part.tokens)),
+            seed=sampling_seed(1, "2", 0, 1),
+        )
+        return first, part, rest_of, await engine.generate(rest_of), other
+
+    first, part, rest_of, rest, other = asyncio.run(run())
+    assert 11 <= len(part.tokens) < 60
+    assert len(part.tokens) + len(rest.tokens) == 60
+    assert (part.spans, rest.spans) == ((TokenSpan(0, 4),), (TokenSpan(0, 5),))
+    np.testing.assert_allclose(part.log_probs, expected(models("qwen3"), first, part, 1.0), atol=1e-5)
+    np.testing.assert_allclose(rest.log_probs, expected(new, rest_of, rest, 1.0), atol=1e-5)
+    # The other one was never interrupted: two spans in one response.
+    assert other.finish_reason == "length"
+    [old_span, new_span] = other.spans
+    assert (old_span, new_span.weight_version) == (TokenSpan(0, 4), 5)
+    start, whole = new_span.start, request(9, 30, sampling)
+    np.testing.assert_allclose(other.log_probs[:start], expected(models("qwen3"), whole, other, 1.0)[:start], atol=1e-5)
+    np.testing.assert_allclose(other.log_probs[start:], expected(new, whole, other, 1.0)[start:], atol=1e-5)
+    assert np.abs(other.log_probs - expected(new, whole, other, 1.0))[:start].max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 moe"])
+def test_weights_that_do_not_fit_are_refused(name, path):
+    engine = EmbeddedEngine(path(name))
+    tensors = dict(weights_of(models(name)))
+    removed, wrong = [key for key in tensors if "layers.1" in key][:2]
+    del tensors[removed]
+    tensors[wrong] = torch.zeros(3)
+    tensors["more"] = torch.zeros(1)
+    with pytest.raises(EngineError) as raised:
+        engine.update_weights(tensors.items(), 1)
+    assert f"{removed}: missing" in str(raised.value)
+    assert f"{wrong} [3]: shape" in str(raised.value)
+    assert "more [1]: no such tensor" in str(raised.value)
+    with pytest.raises(EngineError, match="restore and update them"):
+        asyncio.run(engine.generate(request(1)))
+
+
+def test_released_memory_has_to_be_filled_again(path):
+    async def run():
+        engine = EmbeddedEngine(path("qwen3"))
+        before = await engine.generate(request(4))
+        task = asyncio.create_task(engine.generate(request(5)))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="requests are in flight"):
+            await engine.release_memory("weights")
+        await task
+        await engine.release_memory("kv_cache", "weights")
+        assert not sum(parameter.numel() for parameter in engine.model.parameters())
+        with pytest.raises(EngineError, match="were released"):
+            await engine.generate(request(4))
+        await engine.restore_memory("weights")
+        with pytest.raises(EngineError, match="were released"):
+            await engine.generate(request(4))
+        engine.update_weights(weights_of(models("qwen3")).items(), 1)
+        await engine.restore_memory("kv_cache")
+        after = await engine.generate(request(4))
+        assert after.tokens.tolist() == before.tokens.tolist()
+        assert (await engine.weight_version(), after.spans) == (1, (TokenSpan(0, 1),))
+        assert (await engine.health())[0].running == 0
+
+    asyncio.run(run())
+
+
+def test_what_can_never_be_served_is_refused(path):
+    engine = EmbeddedEngine(path("qwen3"))
+    for bad, text in (
+        (request(1, CONTEXT - 10, SamplingParameters(1.0, 11)), f"do not fit into the model's context of {CONTEXT}"),
+        (replace(request(1), tokens=np.array([61], dtype=np.int32)), "token 61 is not in the model's vocabulary"),
+        (replace(request(1), tokens=np.array([], dtype=np.int32)), "has no tokens"),
+    ):
+        with pytest.raises(RequestError, match=text):
+            asyncio.run(engine.generate(bad))
+    for field in ({"temperature": 0.0}, {"max_tokens": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(RequestError, match=next(iter(field))):
+            replace(SamplingParameters(1.0, 1), **field)
+    assert len(asyncio.run(engine.generate(request(1, CONTEXT - 10, SamplingParameters(1.0, 10)))).tokens) == 10
+
+
+def test_slots_fill_vector_registers(path):
+    with pytest.raises(ValueError, match="slots = 8: must be a multiple of 16"):
+        EmbeddedEngine(path("qwen3"), slots=8)
+
+
+def test_closing_ends_what_is_in_flight(path):
+    async def run():
+        engine = EmbeddedEngine(path("qwen3"))
+        tasks = [asyncio.create_task(engine.generate(request(n))) for n in range(3)]
+        await until(engine, 2)
+        await engine.pause()
+        await engine.close()
+        assert [(await task).finish_reason for task in tasks] == ["abort"] * 3
+        with pytest.raises(EngineError, match="closed"):
+            await engine.generate(request(1))
+
+    asyncio.run(run())
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    probabilities = np.array([0.1, 0.0, 0.4, 0.2, 0.3])
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(probabilities)
+    grid = (np.arange(1000) + 0.5) / 1000
+    counts = np.bincount([draw(log_probs, 1.0, u) for u in grid], minlength=5)
+    assert counts.tolist() == [100, 0, 400, 200, 300]
+    counts = np.bincount([draw(log_probs, 0.65, u) for u in grid], minlength=5)
+    np.testing.assert_allclose(counts, [0, 0, 571, 0, 429], atol=1)
+    assert draw(log_probs, 0.1, 0.99) == 2
+    assert draw(log_probs, 1.0, np.nextafter(1.0, 0.0)) == 4
+
+
+def test_seeds_and_spans():
+    seeds = {
+        sampling_seed(r, p, s, k) for r in range(3) for p in ("1", "11", "1/1") for s in range(12) for k in range(3)
+    }
+    assert len(seeds) == 3 * 3 * 12 * 3
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert sampling_seed(1, "a", 2, 3) == sampling_seed(1, "a", 2, 3) == 3692764328661748617
+    assert spans_of([]) == ()
+    assert spans_of([3, 3, 4, 3]) == (TokenSpan(0, 3), TokenSpan(2, 4), TokenSpan(3, 3))
