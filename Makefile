@@ -1,6 +1,7 @@
 # Everything a new clone needs: `make test` and `make quickstart` set up .venv by themselves. No root, no GPU.
 PYTHON ?= python3
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
@@ -10,7 +11,7 @@ GPU_PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-pretrained lint format bench gpu-check verify clean
+.PHONY: help setup quickstart test test-pretrained sglang-env test-sglang lint format bench gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -23,11 +24,21 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
+sglang-env: $(SGLANG_VENV)/.ready ## The rollout server's own environment in .venv-sglang (1.6 GB)
+
+$(SGLANG_VENV)/.ready: constraints/sglang-cpu.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/sglang-cpu.txt
+	@touch $@
+
 quickstart: setup ## The algorithm on a small synthetic batch (the training loop is not there yet)
 	$(RUN) -m examples.quickstart.algorithm
 
 test: setup ## All tests that need nothing but this environment
 	$(RUN) -m pytest -m "not pretrained and not sglang"
+
+test-sglang: setup sglang-env ## Against real SGLang servers on this machine
+	$(RUN) -m pytest -m sglang
 
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
@@ -56,4 +67,4 @@ verify: setup ## Everything slow: property tests with many more examples, then t
 	$(MAKE) bench
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
