@@ -73,15 +73,16 @@ class ServerSpec:
 
 
 def check_arguments(spec: ServerSpec) -> None:
-    """Compares the names of arguments with the installed SGLang's ``ServerArgs``; takes some seconds.
+    """Compares the names of arguments with the installed SGLang's; takes some seconds.
 
     Raises:
         EngineError: SGLang cannot be imported there.
         ValueError: names that it does not have, or that we set; all are listed.
     """
     program = (
-        "import dataclasses, json, sglang.srt.server_args as s\n"
-        "print(json.dumps([f.name for f in dataclasses.fields(s.ServerArgs)]))"
+        "import argparse, json, sglang.srt.server_args as s\n"
+        "parser = argparse.ArgumentParser(); s.ServerArgs.add_cli_args(parser)\n"
+        "print(json.dumps([action.dest for action in parser._actions]))"
     )
     try:
         done = subprocess.run(

@@ -1,0 +1,159 @@
+"""Every way to send weights makes a real server serve the actor's; a wrong bucket is noticed."""
+
+import asyncio
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fipo_megatron.actor import parallel
+from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
+from fipo_megatron.actor.model import build_model
+from fipo_megatron.config import ActorConfig, ParallelConfig
+from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.weight_sender import (
+    ActorSide,
+    DiskSender,
+    DistributedSender,
+    Servers,
+    TensorSender,
+    compare_with_probe,
+)
+from fipo_megatron.weights.architecture import Architecture
+from tests.actor.models import logits
+from tests.distributed.launch import torchrun
+from tests.sglang import models
+from tests.sglang.sync_worker import PATHS, sender_of
+from tests.sglang.test_client import client_of, expected, request
+
+pytestmark = pytest.mark.sglang
+
+
+def served(server, number=11, **options):
+    """A probe: what the server samples now, and with which version."""
+
+    async def run():
+        client = client_of(server, **options)
+        try:
+            one = request(number, 30)
+            return one, await client.generate(one), await client.weight_version()
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def layout():
+    yield parallel.initialize(ParallelConfig(), seed=1, environment={})
+    parallel.destroy()
+
+
+@pytest.fixture
+def actor(layout, tmp_path):
+    """Builds an actor with these weights, and what a sender needs of it."""
+
+    def build(seed, spoil=lambda name, tensor: tensor):
+        path = models.save(tmp_path / f"actor{seed}", seed=seed)
+        architecture = Architecture.from_directory(path)
+        chunks = build_model(architecture, ActorConfig(dtype="float32"), layout)
+        load_hf(chunks, architecture, layout, path)
+
+        def stream(on_ranks):
+            for bucket in export_hf(chunks, architecture, layout, bucket_bytes=60_000, on_ranks=on_ranks):
+                yield [(name, spoil(name, tensor)) for name, tensor in bucket]
+
+        side = ActorSide(
+            stage=0,
+            stages=1,
+            rank=0,
+            senders=(0,),
+            stream=stream,
+            save=lambda target: save_hf(chunks, architecture, layout, path, target),
+            together=lambda what: contextlib.nullcontext(),
+        )
+        return chunks, side
+
+    return build
+
+
+def actor_log_probs(chunks, one, found):
+    ids = torch.from_numpy(np.concatenate([one.tokens, found.tokens]).astype(np.int64))
+    with torch.no_grad():
+        [all_logits] = logits(chunks[0], [ids])
+    log_probs = torch.log_softmax(all_logits, -1)[len(one.tokens) - 1 : -1]
+    return log_probs.gather(1, ids[len(one.tokens) :, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_served_weights_are_the_actors(path, server, actor, tmp_path):
+    version = 10 + PATHS.index(path)
+    before, found_before, _ = served(server)
+    chunks, side = actor(seed=version)
+    sender = sender_of(path, side, Servers([server.url], "secret"), tmp_path)
+    try:
+        for again in range(2):  # the connection is used more than once
+            sender.send(version + 100 * again)
+    finally:
+        sender.close()
+    one, found, served_version = served(server)
+    assert served_version == version + 100
+    assert {span.weight_version for span in found.spans} == {version + 100}
+    largest = compare_with_probe(found.log_probs, actor_log_probs(chunks, one, found), version, 1e-4)
+    np.testing.assert_allclose(found.log_probs, expected(models.model(seed=version), one, found), atol=1e-4, rtol=0)
+    moved = np.abs(found_before.log_probs - actor_log_probs(chunks, before, found_before)).max()
+    assert moved > 0.1 > 1000 * largest
+    if path == "disk":
+        assert [entry.name for entry in tmp_path.glob("version-*")] == [f"version-{version + 100}"]
+
+
+@pytest.mark.parametrize("path", ["tensor", "distributed bucketed"])
+def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
+    def spoil(name, tensor):
+        return tensor.roll(1, 0) if name == "model.layers.1.mlp.down_proj.weight" else tensor
+
+    chunks, side = actor(seed=77, spoil=spoil)
+    sender = sender_of(path, side, Servers([server.url], "secret"), tmp_path)
+    sender.send(77)
+    sender.close()
+    one, found, _ = served(server)
+    with pytest.raises(EngineError, match=r"after the update to version 77, .* it does not serve these weights"):
+        compare_with_probe(found.log_probs, actor_log_probs(chunks, one, found), 77, 1e-2)
+    with pytest.raises(EngineError, match="nan"):
+        compare_with_probe(np.full(3, np.nan, np.float32), np.zeros(3, np.float32), 1, 1.0)
+
+
+def test_a_server_that_refuses_is_named(server, actor, tmp_path):
+    _, side = actor(seed=5)
+    sender = TensorSender(side, Servers([server.url], "wrong"))
+    with pytest.raises(EngineError, match=r"/begin_weight_update: HTTP status 401"):
+        sender.send(1)
+    with pytest.raises(EngineError, match=r"127.0.0.1:9/begin_weight_update: cannot be reached"):
+        TensorSender(side, Servers(["http://127.0.0.1:9"])).send(1)
+    with pytest.raises(EngineError, match="HTTP status 400"):
+        DiskSender(side, Servers([server.url], "secret"), tmp_path)._servers.all(
+            "/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")}
+        )
+    assert DistributedSender.send is TensorSender.send
+
+
+@pytest.mark.parametrize("layout_name", ["TP2", "PP2"])
+def test_actors_of_two_ranks_send(layout_name, server, tmp_path):
+    """Two ranks that share every matrix, and two stages that send one after the other."""
+    paths = {version: models.save(tmp_path / f"v{version}", seed=version) for version in range(20, 20 + len(PATHS))}
+    torchrun(
+        "tests.sglang.sync_worker",
+        2,
+        layout_name,
+        server.url,
+        json.dumps({version: str(path) for version, path in paths.items()}),
+        str(tmp_path),
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["path"] for result in results] == list(PATHS)
+    for result in results:
+        assert result["version"] == result["served_version"]
+        assert result["error"] <= 1e-4, result
+        assert result["moved"] > 0.1, result
