@@ -121,7 +121,7 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
 
 
 def _command(spec: ServerSpec, port: int) -> list[str]:
-    given = (CPU_ARGUMENTS if spec.cpu else {}) | dict(spec.arguments)
+    given = dict(CPU_ARGUMENTS if spec.cpu else {}) | dict(spec.arguments)
     given |= {
         "model_path": str(spec.model_path),
         "host": spec.host,
