@@ -192,12 +192,18 @@ class RewardConfig:
     """What a response is worth: +1 or −1 from the verifier, and a length penalty.
 
     Attributes:
-        verifier: How answers are checked.
+        verifier: How answers are checked: ``math``, ``exact``, ``python:MODULE.FUNCTION`` or a URL.
+        verifier_processes: Answers that are checked at a time.
+        verifier_seconds: CPU time for one answer; one that takes longer is wrong.
+        verifier_memory_mib: Of the process that checks an answer; one that needs more is wrong.
         overlong_buffer_tokens: The penalty grows over this many tokens before the length limit; 0: no penalty.
         overlong_penalty: The penalty at the limit.
     """
 
     verifier: str = "math"
+    verifier_processes: Positive = 4
+    verifier_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    verifier_memory_mib: Positive = 2048
     overlong_buffer_tokens: Count = 4096
     overlong_penalty: NotNegative = 1.0
 

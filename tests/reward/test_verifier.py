@@ -1,0 +1,182 @@
+"""Verifiers in real child processes and over real HTTP: whatever an answer says, the step goes on."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from fipo_megatron.config import RewardConfig
+from fipo_megatron.reward.verifier import Answer, check_verifier, open_verifier
+from tests.reward import hostile
+
+HOSTILE = int(os.environ.get("FIPO_HOSTILE_ANSWERS", "250"))
+
+
+def config(name, **changes):
+    return RewardConfig(verifier=name, **({"verifier_processes": 2, "verifier_seconds": 2.0} | changes))
+
+
+def verify(name, answers, **changes):
+    """Verdicts in the order of the answers, and the counts."""
+
+    async def run():
+        verifier = open_verifier(config(name, **changes))
+        try:
+            verdicts = await asyncio.gather(*(verifier.verify(answer) for answer in answers))
+            return verdicts, verifier.counts
+        finally:
+            await verifier.close()
+
+    return asyncio.run(run())
+
+
+def children():
+    """Processes of this one that check answers."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def test_right_and_wrong():
+    answers = [Answer("Answer: 34", "34"), Answer("Answer: 35", "34"), Answer("\\boxed{\\frac{1}{2}}", "0.5")]
+    verdicts, counts = verify("math", answers)
+    assert [verdict.correct for verdict in verdicts] == [True, False, True]
+    assert [verdict.extracted for verdict in verdicts] == ["34", "35", "\\frac{1}{2}"]
+    assert counts == {"verified": 3}
+    assert [verdict.correct for verdict in verify("exact", answers)[0]] == [True, False, False]
+    assert not children()
+
+
+def test_verifiers_of_users():
+    verdicts, _ = verify("python:tests.reward.verifiers.contains", [Answer("it is 34", "34"), Answer("no", "34")])
+    assert [verdict.correct for verdict in verdicts] == [True, False]
+    verdicts, _ = verify("python:tests.reward.verifiers.score", [Answer("0.5", ""), Answer("0", ""), Answer("a", "")])
+    assert [(verdict.correct, verdict.failure) for verdict in verdicts] == [(True, ""), (False, ""), (False, "error")]
+
+
+def test_what_a_verifier_does_costs_one_answer(tmp_path):
+    """Each failure is one wrong answer; those before and after it, in the same processes, are right."""
+    kinds = {
+        "hang": "timeout",
+        "spin": "timeout",
+        "exit": "crash",
+        "segfault": "crash",
+        "memory": "memory",
+        "raise": "error",
+        f"write {tmp_path / 'file'}": "error",
+    }
+    answers = [Answer("yes", "yes"), *(Answer(kind, "yes") for kind in kinds)] + [Answer("yes", "yes")] * 6
+    start = time.monotonic()
+    verdicts, counts = verify("python:tests.reward.verifiers.by_command", answers, verifier_seconds=1.0)
+    assert time.monotonic() - start < 60
+    assert [verdict.correct for verdict in verdicts] == [True] + [False] * 7 + [True] * 6
+    assert [verdict.failure for verdict in verdicts[1:8]] == list(kinds.values())
+    assert counts == {"verified": 14, "timeout": 2, "crash": 2, "memory": 1, "error": 2}
+    assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
+    assert not children()
+
+
+@pytest.mark.timeout(3600)
+def test_hostile_answers():
+    """None hangs, none executes anything, memory stays bounded, and a right answer among them is still right."""
+    Path(hostile.MARK).unlink(missing_ok=True)
+    peak = 0
+
+    async def run():
+        nonlocal peak
+        verifier = open_verifier(config("math", verifier_seconds=1.0, verifier_memory_mib=1024))
+        done = asyncio.Event()
+
+        async def watch():
+            nonlocal peak
+            while not done.is_set():
+                for child in children():
+                    try:
+                        lines = Path(f"/proc/{child}/status").read_text().splitlines()
+                    except OSError:
+                        continue
+                    peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+                await asyncio.sleep(0.05)
+
+        watcher = asyncio.create_task(watch())
+        answers = [Answer(text, "34") for text in hostile.answers(HOSTILE)]
+        right = [Answer("Answer: 34", "34")] * (HOSTILE // 20)
+        start = time.monotonic()
+        verdicts = await asyncio.gather(*(verifier.verify(answer) for answer in [*answers, *right]))
+        seconds = time.monotonic() - start
+        done.set()
+        await watcher
+        await verifier.close()
+        return verdicts[:HOSTILE], verdicts[HOSTILE:], seconds
+
+    verdicts, right, seconds = asyncio.run(run())
+    failures = Counter(verdict.failure for verdict in verdicts)
+    print(f"{HOSTILE} hostile answers in {seconds:.0f} s, {dict(failures)}, peak {peak // 1024} MiB in one child")
+    assert all(verdict.correct for verdict in right)
+    assert sum(verdict.correct for verdict in verdicts) == 0
+    assert peak < 1024 * 1024
+    assert not Path(hostile.MARK).exists()
+    assert seconds < 3.0 * HOSTILE  # 2 × 1 s + 1 of wall time at most for each, and two at a time
+
+
+def test_a_service():
+    """A real server on this machine: right, wrong, a score, failing at first, and nonsense."""
+    asked = Counter()
+
+    async def handle(request):
+        content = await request.json()
+        response = content["response"]
+        asked[response] += 1
+        assert content["data_source"] == "source"
+        if response == "flaky" and asked[response] < 3:
+            return web.Response(status=500)
+        if response == "nonsense":
+            return web.Response(text="<html>")
+        if response == "slow":
+            await asyncio.sleep(60)
+        return web.json_response({"score": -0.5} if response == "score" else {"correct": response != "wrong"})
+
+    async def run():
+        app = web.Application()
+        app.router.add_post("/check", handle)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]
+        verifier = open_verifier(config(f"http://127.0.0.1:{port}/check", verifier_seconds=0.5))
+        try:
+            names = ["right", "wrong", "score", "flaky", "nonsense", "slow"]
+            found = [await verifier.verify(Answer(name, "", "prompt", "source")) for name in names]
+            return dict(zip(names, found, strict=True)), verifier.counts
+        finally:
+            await verifier.close()
+            await runner.cleanup()
+
+    found, counts = asyncio.run(run())
+    assert {name: verdict.correct for name, verdict in found.items() if verdict.correct} == {
+        "right": True,
+        "flaky": True,
+    }
+    assert {name: verdict.failure for name, verdict in found.items() if verdict.failure} == {
+        "nonsense": "error",
+        "slow": "timeout",
+    }
+    assert counts == {"verified": 6, "error": 1, "timeout": 1}
+    assert (asked["flaky"], asked["wrong"]) == (3, 1)
+    [unreachable], _ = verify("http://127.0.0.1:9/", [Answer("a", "b")])
+    assert unreachable.failure == "unreachable"
+
+
+def test_wrong_names_are_refused_at_once():
+    for name in ("maths", "python:", "python:no.such.module", "python:tests.nowhere.function", "http:", "https:///x"):
+        with pytest.raises(ValueError, match=r"reward\.verifier = .*(valid:|must be) math, exact"):
+            check_verifier(name)
+    check_verifier("python:tests.reward.verifiers.contains")
+    with pytest.raises(RuntimeError, match=r"its process does not start:[^$]*no_such_function"):
+        verify("python:tests.reward.verifiers.no_such_function", [Answer("a", "b")])
