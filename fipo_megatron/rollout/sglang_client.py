@@ -297,6 +297,11 @@ class SglangClient:
         found = await asyncio.gather(*(self._ask_one(url, path, payload or {}) for url in urls))
         return dict(zip(urls, found, strict=True))
 
+    async def look_up(self, path: str) -> dict[str, dict[str, Any]]:
+        """Gets from every worker, by its URL; raises like :meth:`control`."""
+        found = await asyncio.gather(*(self._ask_one(url, path, None) for url in self._workers))
+        return dict(zip(self._workers, found, strict=True))
+
     async def _ask_one(self, url: str, path: str, payload: Mapping[str, Any] | None) -> dict[str, Any]:
         try:
             status, body = await self._exchange(url + path, payload)
