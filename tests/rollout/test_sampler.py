@@ -1,0 +1,222 @@
+"""Groups of a step with the engine in this process and verdicts known beforehand: everything as computed by hand."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.rollout.embedded import EmbeddedEngine, weights_of
+from fipo_megatron.rollout.engine import SamplingParameters
+from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
+from tests.actor.models import random_model
+
+SETTINGS = SamplerSettings(
+    prompts_per_step=3, samples_per_prompt=4, sampling=SamplingParameters(1.0, 12), run_seed=5, max_batches=3
+)
+
+
+def model(seed=0):
+    return random_model("qwen3", seed, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model().save_pretrained(path)
+    return path
+
+
+class Prompts:
+    """Prompt n has ``right[n]`` right responses; its number is its id."""
+
+    def __init__(self, right, longest=None):
+        self.right, self.given, self.asked = right, 0, []
+
+    def __call__(self, count):
+        self.asked.append(count)
+        numbers = range(self.given, min(self.given + count, len(self.right)))
+        self.given = numbers.stop
+        generator = np.random.default_rng(0)
+        tokens = [generator.integers(0, 61, 5 + n) for n in range(len(self.right))]
+        return [Prompt(str(n), tokens[n].astype(np.int32), "") for n in numbers]
+
+    async def score(self, trajectory):
+        right = trajectory.sample < self.right[int(trajectory.prompt.id)]
+        return Score(1.0 if right else -1.0, int(right))
+
+
+def names(groups):
+    return [int(group.prompt.id) for group in groups]
+
+
+def run(engine, settings, prompts, steps=1, state=None, versions=None):
+    async def go():
+        sampler = Sampler(engine, settings, prompts.score)
+        if state is not None:
+            sampler.restore(state)
+        found = []
+        for step in range(steps):
+            found.append((await sampler.step(prompts, versions[step] if versions else 0), dict(sampler.statistics)))
+        return sampler, found
+
+    return asyncio.run(go())
+
+
+def test_kept_refilled_and_carried_as_computed_by_hand(path):
+    """Batch 1: prompts 0 1 2, of which 1 is kept. Two are missing: 3 4, of which 3 is kept. One: 5."""
+    prompts = Prompts([0, 2, 4, 1, 4, 3, 2, 2])
+    _, [(groups, statistics)] = run(EmbeddedEngine(path), SETTINGS, prompts)
+    assert prompts.asked == [3, 2, 1]
+    assert names(groups) == [1, 3, 5]
+    assert {k: v for k, v in statistics.items() if v} == {
+        "batches": 3,
+        "groups_sampled": 6,
+        "groups_kept": 3,
+        "groups_all_wrong": 1,
+        "groups_all_right": 2,
+    }
+    for group in groups:
+        assert [t.sample for t in group.trajectories] == [0, 1, 2, 3]
+        assert sum(t.accuracy for t in group.trajectories) == prompts.right[int(group.prompt.id)]
+        assert all(len(t.tokens) == 12 and t.finish_reason == "length" for t in group.trajectories)
+        assert len({t.tokens.tobytes() for t in group.trajectories}) == 4
+
+
+def test_without_dynamic_sampling_all_are_kept(path):
+    prompts = Prompts([0, 4, 2, 1])
+    _, [(groups, _)] = run(EmbeddedEngine(path), replace(SETTINGS, dynamic_sampling=False), prompts)
+    assert sorted(names(groups)) == [0, 1, 2]
+    assert prompts.asked == [3]
+
+
+@pytest.mark.parametrize("right", [[0, 2, 4, 0, 0, 4, 0, 0, 2], [0, 2, 0]])
+def test_the_cap_ends_as_configured(right, path):
+    """After three batches, or where there are no more prompts."""
+    prompts = Prompts(right)
+    with pytest.raises(SamplingExhaustedError, match=r"1 of 3 groups after \d batches .*max_generation_batches = 3"):
+        run(EmbeddedEngine(path), SETTINGS, prompts)
+    _, [(groups, statistics)] = run(EmbeddedEngine(path), replace(SETTINGS, on_exhausted="smaller"), Prompts(right))
+    assert names(groups) == [1]
+    assert statistics["batches"] == (3 if len(right) > 3 else 1)
+
+
+def test_what_was_kept_before_the_error_is_not_lost(path):
+    prompts = Prompts([2, 0, 0, 0, 0, 0, 0, 2, 2, 2])
+
+    async def go():
+        sampler = Sampler(EmbeddedEngine(path), replace(SETTINGS, max_batches=2), prompts.score)
+        with pytest.raises(SamplingExhaustedError):
+            await sampler.step(prompts, 0)
+        return [names(await sampler.step(prompts, 0)), prompts.asked]
+
+    groups, asked = asyncio.run(go())
+    assert asked == [3, 2, 2, 2]  # 0 1 2, 3 4; then, 0 being carried, 5 6 and 7 8
+    assert groups == [0, 7, 8]
+
+
+def test_surplus_groups_are_carried_to_the_next_step(path):
+    """Twice as many prompts as missing: six groups are complete at the same token, three are too many."""
+    prompts = Prompts([2] * 12)
+    settings = replace(SETTINGS, over_sampling=2.0)
+    _, found = run(EmbeddedEngine(path), settings, prompts, steps=3)
+    assert prompts.asked == [6, 6]
+    assert [statistics["groups_carried_in"] for _, statistics in found] == [0, 3, 0]
+    assert sorted(names(found[0][0]) + names(found[1][0])) == list(range(6))
+    assert found[1][1].get("batches", 0) == 0
+
+
+LONG = replace(
+    SETTINGS, over_sampling=2.0, max_staleness=1, sampling=SamplingParameters(1.0, 60, stop_token_ids=(7, 9))
+)
+
+
+def test_the_tail_is_aborted_and_continued_under_the_next_weights(path):
+    """Spans and versions add up, nothing comes twice, and every response is whole."""
+    prompts = Prompts([2] * 40)
+    engine = EmbeddedEngine(path, slots=16, weight_version=1)
+
+    async def go():
+        sampler = Sampler(engine, LONG, prompts.score)
+        steps = [await sampler.step(prompts, 1)]
+        aborted = sampler.statistics["responses_aborted"]
+        carried = sampler.statistics["prompts_carried_out"]
+        engine.update_weights(weights_of(model(seed=3)).items(), 2)
+        steps.append(await sampler.step(prompts, 2))
+        return steps, aborted, carried, dict(sampler.statistics)
+
+    steps, aborted, carried, statistics = asyncio.run(go())
+    assert aborted > 0
+    assert carried > 0
+    assert statistics["prompts_carried_in"] > 0
+    assert statistics["responses_continued"] > 0
+    seen = names(steps[0]) + names(steps[1])
+    assert len(seen) == len({*seen}) == 6
+    everything = [t for groups in steps for group in groups for t in group.trajectories]
+    assert all(len(group.trajectories) == 4 for groups in steps for group in groups)
+    for t in everything:
+        assert t.finish_reason == ("stop" if t.tokens[-1] in (7, 9) else "length")
+        assert not {7, 9} & {*t.tokens[:-1].tolist()}
+        assert len(t.tokens) == 60 or t.finish_reason == "stop"
+    mixed = [t for t in everything if len(t.spans) == 2]
+    assert mixed
+    assert all([span.weight_version for span in t.spans] == [1, 2] for t in mixed)
+
+
+def test_nothing_stale_is_used(path):
+    """Without staleness the aborted start again; with it, what is older than allowed does."""
+    for allowed, versions, restarted in ((0, [1, 2], None), (1, [1, 3], True), (2, [1, 3], False)):
+        prompts = Prompts([2] * 60)
+        engine = EmbeddedEngine(path, slots=16, weight_version=1)
+        settings = replace(LONG, max_staleness=allowed)
+
+        async def go(engine=engine, settings=settings, prompts=prompts, versions=versions):
+            sampler = Sampler(engine, settings, prompts.score)
+            await sampler.step(prompts, versions[0])
+            engine.update_weights(weights_of(model()).items(), versions[1])
+            groups = await sampler.step(prompts, versions[1])
+            return groups, sampler.statistics
+
+        groups, statistics = asyncio.run(go())
+        used = {span.weight_version for group in groups for t in group.trajectories for span in t.spans}
+        assert min(used) >= versions[1] - allowed
+        if restarted is not None:
+            assert bool(statistics["prompts_restarted_stale"] + statistics["groups_dropped_stale"]) == restarted
+
+
+def test_a_restored_sampler_goes_on_as_if_nothing_had_happened(path):
+    def both(restored):
+        prompts = Prompts([2] * 60)
+        engine = EmbeddedEngine(path, slots=16)
+        sampler, [(first, _)] = run(engine, LONG, prompts)
+        state = {name: array.copy() for name, array in sampler.state().items()}
+        assert len(state) > 10
+        if not restored:
+            engine = EmbeddedEngine(path, slots=16)
+        given = prompts.given
+        fresh = Prompts(prompts.right)
+        fresh.given = given
+        _, [(second, statistics)] = run(engine, LONG, fresh, state=state)
+        return first, second, statistics
+
+    (_, left, left_statistics), (_, right, right_statistics) = both(False), both(True)
+    assert left_statistics == right_statistics
+    assert names(left) == names(right)
+    for a, b in zip(left, right, strict=True):
+        for t, u in zip(a.trajectories, b.trajectories, strict=True):
+            assert t.tokens.tobytes() == u.tokens.tobytes()
+            assert t.behaviour_log_probs.tobytes() == u.behaviour_log_probs.tobytes()
+            assert (t.spans, t.reward, t.accuracy, t.finish_reason) == (u.spans, u.reward, u.accuracy, u.finish_reason)
+
+
+def test_an_error_of_the_engine_ends_the_step(path):
+    prompts = Prompts([2] * 6)
+    engine = EmbeddedEngine(path)
+
+    async def go():
+        await engine.release_memory("weights")
+        await Sampler(engine, SETTINGS, prompts.score).step(prompts, 0)
+
+    with pytest.raises(RuntimeError, match="were released"):
+        asyncio.run(go())
