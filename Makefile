@@ -56,13 +56,15 @@ bench: setup ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl
 	$(RUN) -m benchmarks.log_probs
 	$(RUN) -m benchmarks.actor
+	$(RUN) -m benchmarks.reward
+	$(RUN) -m benchmarks.conversion
 
 gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON=python3, no .venv)
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: needs CUDA, and this torch (" + torch.__version__ + ") finds no device; choose another Python with GPU_PYTHON=...")'
 	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs --junitxml=build/gpu-tests.xml tests/gpu
 	$(GPU_PYTHON) -m benchmarks.gpu
 
-verify: setup ## Everything slow: property tests with many more examples, then the benchmarks
+verify: setup sglang-env ## Everything slow: property tests with many more examples, then the benchmarks
 	$(RUN) -m benchmarks.verify
 	$(MAKE) bench
 

@@ -12,13 +12,13 @@ import sys
 
 from benchmarks.report import write_result
 
+THOROUGH = {"HYPOTHESIS_PROFILE": "thorough", "FIPO_SGLANG_REQUESTS": "500", "FIPO_HOSTILE_ANSWERS": "10000"}
+
 
 def main() -> int:
     """Runs the tests under the ``thorough`` profile of tests/conftest.py; returns pytest's exit code."""
     command = [sys.executable, "-m", "pytest", "--timeout", "3600", *sys.argv[1:]]
-    process = subprocess.Popen(
-        command, env=os.environ | {"HYPOTHESIS_PROFILE": "thorough"}, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=os.environ | THOROUGH, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = ""
     for line in process.stdout:
