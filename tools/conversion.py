@@ -24,7 +24,7 @@ EXIT_CODES = """exit codes:
   1  the files, or the way to spread them, are not fit: nothing was written
   2  wrong arguments
   3  could not be written, disk full for example: nothing is left under the name
-  4  --verify found differences: what was written is called OUT.differs
+  4  --verify found differences: nothing is left under the name
 """
 _NOT_INTERACTIVE_SECONDS = 30.0
 
@@ -53,17 +53,25 @@ def _positive(text: str) -> int:
     return value
 
 
-def parallel_config(arguments: argparse.Namespace) -> ParallelConfig:
-    """How the model is spread over the ranks of this job; what is not given goes to the pipeline."""
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+def parallel_config(arguments: argparse.Namespace, layers: int) -> ParallelConfig:
+    """How the model is spread over the ranks of this job; what is not given goes to the pipeline, as far as it can."""
     tensor, expert = arguments.tensor_parallel or 1, arguments.expert_parallel or 1
-    left_over = max(1, ranks // max(tensor, expert))
+    left_over = max(1, _ranks() // max(tensor, expert))
+    stages = max(n for n in range(1, left_over + 1) if left_over % n == 0 and layers % n == 0)
     return ParallelConfig(
         tensor_parallel=tensor,
-        pipeline_parallel=arguments.pipeline_parallel or (1 if arguments.meta else left_over),
+        pipeline_parallel=arguments.pipeline_parallel or (1 if arguments.meta else stages),
         expert_parallel=expert,
         sequence_parallel=tensor > 1,
     )
+
+
+def _ranks() -> int:
+    """Of this job, as ``actor.parallel.Launch`` reads it, which --meta does without."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ:
+            return int(os.environ.get(size, 1))
+    return 1
 
 
 def report_shares(architecture: Architecture, parallel: ParallelConfig, dtype: str) -> None:
@@ -119,10 +127,10 @@ def exit_code(convert: Callable[[], None]) -> int:
     try:
         convert()
     except (WeightsError, ValueError, OSError, RuntimeError) as error:
-        code = _code_of(error)
-        if _rank() == 0 or not isinstance(error, WeightsError):
-            print(f"error{f' on rank {_rank()}' if _rank() else ''}: {error}", file=sys.stderr)
-        return code
+        where = f" on rank {_rank()}" if _rank() else ""
+        text = str(error).partition("\n")[0] if _rank() else error  # the first rank has the whole list
+        print(f"error{where}: {text}", file=sys.stderr)
+        return _code_of(error)
     return DONE
 
 

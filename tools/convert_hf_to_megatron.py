@@ -44,13 +44,18 @@ def _check(given: argparse.Namespace) -> None:
     architecture = Architecture.from_directory(given.model)
     directory = HfDirectory(given.model)
     directory.check(architecture)
-    conversion.report_shares(architecture, conversion.parallel_config(given), given.dtype or directory.training_dtype)
+    conversion.report_shares(
+        architecture, conversion.parallel_config(given, architecture.layers), given.dtype or directory.training_dtype
+    )
 
 
 def _convert(given: argparse.Namespace) -> None:
     from fipo_megatron.actor.conversion import Options, hf_to_megatron
 
-    options = Options(conversion.parallel_config(given), given.dtype, given.verify, conversion.progress_bar)
+    architecture = Architecture.from_directory(given.model)
+    options = Options(
+        conversion.parallel_config(given, architecture.layers), given.dtype, given.verify, conversion.progress_bar
+    )
     hf_to_megatron(given.model, given.out, options)
     conversion.say_written(given.out)
 

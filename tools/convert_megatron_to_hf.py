@@ -41,15 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    architecture = Architecture.from_directory(torch_dist.companions_of(given.checkpoint, given.hf))
-    held = str(torch_dist.check(given.checkpoint, architecture)).removeprefix("torch.")
-    conversion.report_shares(architecture, conversion.parallel_config(given), given.dtype or held)
+    companions = torch_dist.companions_of(given.checkpoint, given.hf)
+    architecture = Architecture.from_directory(companions)
+    held = str(torch_dist.check(given.checkpoint, architecture, companions)).removeprefix("torch.")
+    conversion.report_shares(architecture, conversion.parallel_config(given, architecture.layers), given.dtype or held)
 
 
 def _convert(given: argparse.Namespace) -> None:
     from fipo_megatron.actor.conversion import Options, megatron_to_hf
 
-    options = Options(conversion.parallel_config(given), given.dtype, given.verify, conversion.progress_bar)
+    architecture = Architecture.from_directory(torch_dist.companions_of(given.checkpoint, given.hf))
+    options = Options(
+        conversion.parallel_config(given, architecture.layers), given.dtype, given.verify, conversion.progress_bar
+    )
     megatron_to_hf(given.checkpoint, given.out, options, given.hf)
     conversion.say_written(given.out)
 

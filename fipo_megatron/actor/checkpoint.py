@@ -6,17 +6,21 @@ should be there is known without it (:mod:`fipo_megatron.weights.torch_dist`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, apply_factories
+from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -25,12 +29,12 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fipo_megatron.weights import checksums, hf_files, publish, torch_dist
+from fipo_megatron.weights import checksums, hf_files, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 from .agreement import all_or_none
-from .hf_weights import Progress
+from .hf_weights import Progress, begun, local_parameters, place_of
 from .model import HiddenStateGPTModel
 from .parallel import RankLayout
 
@@ -56,6 +60,7 @@ def save_weights(
     target: str | Path,
     *,
     progress: Progress = lambda done: None,
+    verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Writes a checkpoint of the weights alone: a collective of all ranks, which must see one file system.
 
@@ -68,31 +73,34 @@ def save_weights(
         source: The Hugging Face directory to copy config.json, tokenizer and so on from.
         target: Must not exist; its parent must.
         progress: Is told of bytes that this rank has written.
+        verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
 
     Raises:
         FileExistsError: the target exists.
         OSError: the disk is full, and the like; on ranks where all went well, RuntimeError says what failed on which.
     """
     source, target = Path(source), Path(target)
-    partial = publish.partial_of(target)
-    try:
+    with begun(source, target, layout) as partial:
+        with all_or_none("save_weights"):
+            state: ShardedStateDict = sharded_weights(chunks) | {_CONTENT_METADATA_KEY: CONTENT}
+            shards, common = save_preprocess(state, validate_access_integrity=False)
+            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+            tensors = mcore_to_pyt_state_dict(by_key)
         with all_or_none("save_weights"):
             if layout.rank == 0:
-                hf_files.check_source(source)
-                publish.begin(target)
+                content = io.BytesIO()
+                torch.save(common, content)
+                (partial / torch_dist.COMMON).write_bytes(content.getvalue())
         with all_or_none("save_weights"):
-            shards = sharded_weights(chunks)
-            dist_checkpointing.save(shards, str(partial), _InProcess(progress), content_metadata=CONTENT)
-        with all_or_none("save_weights"):
-            _write_checksums(partial, layout)
+            _write(tensors, partial, progress)
         with all_or_none("save_weights"):
             if layout.rank == 0:
+                save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+                torch_dist.check_files(partial)
                 (partial / torch_dist.HUGGING_FACE).mkdir()
                 hf_files.add_companions(source, partial / torch_dist.HUGGING_FACE)
-                publish.publish(target)
-    finally:
-        if layout.rank == 0:
-            publish.discard(target)
+        _write_checksums(partial, layout)
+        verify(partial)
 
 
 @torch.no_grad()
@@ -112,56 +120,62 @@ def load_weights(
     with all_or_none("load_weights"):
         torch_dist.check(path, architecture)
     _verify_checksums(path, layout)
-    shards = {
-        index: {name: shard for name, shard in shards.items() if not isinstance(shard, ShardedObject)}
-        for index, shards in sharded_weights(chunks).items()
-    }
+    with all_or_none("load_weights"):
+        shards = {
+            index: {name: shard for name, shard in shards.items() if not isinstance(shard, ShardedObject)}
+            for index, shards in sharded_weights(chunks).items()
+        }
     with all_or_none("load_weights"):
         try:
             dist_checkpointing.load(shards, str(path))
         except CheckpointException as error:
             raise WeightsError(f"{path}: corrupt: {_first(error)}") from error
+        except (CheckpointingException, pickle.UnpicklingError) as error:
+            raise WeightsError(f"{path}: corrupt: {error!r}") from error
+        _zero_padding(chunks, architecture, layout)
+
+
+def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> None:
+    """Rows of no token, which an equally padded checkpoint may hold anything in."""
+    place = place_of(chunks, layout)
+    for local, parameter in local_parameters(chunks, architecture, layout):
+        if local.weight.entry.padded:
+            pieces = local.weight.pieces(*local.weight.share(place), place.padded_vocab)
+            parameter[max((piece.offset + piece.size for piece in pieces), default=0) :].zero_()
 
 
 def _write_checksums(directory: Path, layout: RankLayout) -> None:
-    """Every rank reads the files that it wrote, the first those of all. A collective."""
-    mine = [path.name for path in directory.glob(f"__{layout.rank}_*")]
-    mine += [torch_dist.METADATA, torch_dist.COMMON] if layout.rank == 0 else []
+    """Every rank reads the files that it wrote, the first all others, too. A collective."""
     everywhere: list[dict[str, str]] = [{}] * layout.world_size
-    dist.all_gather_object(everywhere, checksums.compute(directory, mine))
-    if layout.rank == 0:
-        checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
+    mine: dict[str, str] = {}
+    with all_or_none("save_weights"):
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        own = [path for path in files if path.match(f"__{layout.rank}_*.distcp")]
+        own += [path for path in files if path.suffix != ".distcp"] if layout.rank == 0 else []
+        mine = checksums.compute(directory, [str(path.relative_to(directory)) for path in own])
+    dist.all_gather_object(everywhere, mine)
+    with all_or_none("save_weights"):
+        if layout.rank == 0:
+            checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
 
 def _verify_checksums(directory: Path, layout: RankLayout) -> None:
     """Every rank reads its share of the files; all raise WeightsError where any is corrupt. A collective."""
     everywhere: list[list[str]] = [[]] * layout.world_size
-    dist.all_gather_object(everywhere, checksums.problems(directory, layout.rank, layout.world_size))
+    mine: list[str] = []
+    with all_or_none("load_weights"):
+        mine = checksums.problems(directory, layout.rank, layout.world_size)
+    dist.all_gather_object(everywhere, mine)
     if found := [problem for problems in everywhere for problem in problems]:
         raise WeightsError("\n".join(found))
 
 
-class _InProcess(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Writes with torch's own writer, tensor by tensor: Megatron-Core's forks, and every child counts its memory again.
-
-    Args:
-        progress: Is told of bytes that are written.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__("torch_dist", 1)
-        self._progress = progress
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        try:
-            torch_checkpoint.save(
-                mcore_to_pyt_state_dict(by_key),
-                storage_writer=_Writer(checkpoint_dir),
-                planner=_Planner(self._progress),
-            )
-        except CheckpointException as error:
-            raise OSError(f"{checkpoint_dir}: {_first(error)}") from error
+def _write(tensors: dict[str, Any], directory: Path, progress: Progress) -> None:
+    """With torch's own writer, tensor by tensor: Megatron-Core's forks, and every child counts its memory again."""
+    try:
+        torch_checkpoint.save(tensors, storage_writer=_Writer(directory), planner=_Planner(progress))
+    except CheckpointException as error:
+        raise OSError(f"{directory}: {_first(error)}") from error
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):

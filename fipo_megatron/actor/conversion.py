@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fipo_megatron.config import ActorConfig, ParallelConfig
-from fipo_megatron.weights import tables, torch_dist
+from fipo_megatron.weights import publish, tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory
 
 from . import parallel
+from .agreement import all_or_none
 from .checkpoint import load_weights, save_weights
 from .hf_weights import Progress, chunk_owners, export_hf, load_hf, save_hf
 from .model import HiddenStateGPTModel, build_model
@@ -76,22 +76,31 @@ def hf_to_megatron(source: Path, target: Path, options: Options) -> None:
         ValueError: the model cannot be spread over these ranks.
         FileExistsError: the target exists.
         OSError: the disk is full, and the like.
-        VerificationError: see ``Options.verify``; what was written is then called ``TARGET.differs``.
+        VerificationError: see ``Options.verify``; nothing is left of what was written.
     """
     architecture = Architecture.from_directory(source)
     directory = HfDirectory(source)
     directory.check(architecture)
-    _refuse_existing(target)
+    publish.refuse_existing(target)
     with _built(architecture, options, options.dtype or directory.training_dtype) as model:
         with _phase(options, model, "reading", model.bytes) as progress:
             load_hf(model.chunks, architecture, model.layout, source, progress=progress)
+
+        def verify(written: Path) -> None:
+            with _as_difference(written):
+                _forget(model.chunks)
+                load_weights(model.chunks, architecture, model.layout, written)
+                _compare(model, options, source, lambda mine, files: (mine, files.to(mine.dtype)))
+
         with _phase(options, model, "writing", model.bytes) as progress:
-            save_weights(model.chunks, model.layout, source, target, progress=progress)
-        if options.verify:
-            _forget(model.chunks)
-            load_weights(model.chunks, architecture, model.layout, target)
-            with _set_aside(model, target):
-                _verify(model, options, source, lambda mine, files: (mine, files.to(mine.dtype)))
+            save_weights(
+                model.chunks,
+                model.layout,
+                source,
+                target,
+                progress=progress,
+                verify=verify if options.verify else _unverified,
+            )
 
 
 def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None = None) -> None:
@@ -109,16 +118,44 @@ def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None
     """
     hf = torch_dist.companions_of(source, hf)
     architecture = Architecture.from_directory(hf)
-    held = torch_dist.check(source, architecture)
-    _refuse_existing(target)
+    held = torch_dist.check(source, architecture, hf)
+    publish.refuse_existing(target)
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else held
     with _built(architecture, options, str(held).removeprefix("torch.")) as model:
+        _forget(model.chunks)
         load_weights(model.chunks, architecture, model.layout, source)
+
+        def verify(written: Path) -> None:
+            with _as_difference(written):
+                with all_or_none("reading the result again"):
+                    HfDirectory(written).check(architecture)
+                _compare(model, options, written, lambda mine, files: (mine.to(dtype), files))
+
         with _phase(options, model, "writing", written_bytes(model, dtype)) as progress:
-            save_hf(model.chunks, architecture, model.layout, hf, target, dtype=dtype, progress=progress)
-        if options.verify:
-            with _set_aside(model, target):
-                _verify(model, options, target, lambda mine, files: (mine.to(dtype), files))
+            save_hf(
+                model.chunks,
+                architecture,
+                model.layout,
+                hf,
+                target,
+                dtype=dtype,
+                progress=progress,
+                verify=verify if options.verify else _unverified,
+            )
+
+
+def _unverified(written: Path) -> None:
+    pass
+
+
+@contextmanager
+def _as_difference(written: Path) -> Iterator[None]:
+    """Whatever goes wrong while the result is read again, on any rank, is a reason not to publish it."""
+    try:
+        with all_or_none("reading the result again"):
+            yield
+    except Exception as error:
+        raise VerificationError(f"what was written is not what was read; nothing is left of it:\n{error}") from error
 
 
 def written_bytes(model: _Model, dtype: torch.dtype) -> int:
@@ -148,14 +185,6 @@ def _phase(options: Options, model: _Model, what: str, total: int) -> AbstractCo
     return options.phase(what, total) if model.layout.rank == 0 else _silent(what, total)
 
 
-def _refuse_existing(target: Path) -> None:
-    """Before anything expensive."""
-    if target.exists():
-        raise FileExistsError(f"{target}: exists; it is not overwritten")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: is no directory; {target.name} cannot be written there")
-
-
 @torch.no_grad()
 def _forget(chunks: Sequence[HiddenStateGPTModel]) -> None:
     """What is not read again will not compare equal."""
@@ -164,21 +193,12 @@ def _forget(chunks: Sequence[HiddenStateGPTModel]) -> None:
             parameter.fill_(torch.nan)
 
 
-@contextmanager
-def _set_aside(model: _Model, target: Path) -> Iterator[None]:
-    """Nothing that was found to be wrong keeps the final name."""
-    try:
-        yield
-    except VerificationError:
-        if model.layout.rank == 0:
-            target.rename(target.with_name(f"{target.name}.differs"))
-        raise
-
-
-def _verify(
+def _compare(
     model: _Model, options: Options, path: Path, alike: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     """Compares every tensor with a Hugging Face directory's, bit for bit. A collective of all ranks.
+
+    Takes the whole stream even where reading failed: the stage's other ranks are in its collectives.
 
     Args:
         model: Its weights are compared.
@@ -186,21 +206,27 @@ def _verify(
         path: The directory.
         alike: Brings a tensor of the model and that of the directory to the same dtype.
     """
-    directory = HfDirectory(path)
     owners = {*chunk_owners(model.chunks, model.layout).values()}
-    different = []
-    with _phase(options, model, "verifying", model.bytes) as progress:
+    total = written_bytes(model, next(model.chunks[0].parameters()).dtype)
+    different: list[str] = []
+    failed: Exception | None = None
+    with _phase(options, model, "verifying", total) as progress:
+        directory = HfDirectory(path)
         for bucket in export_hf(model.chunks, model.architecture, model.layout, on_ranks=owners):
             for name, tensor in bucket:
-                if tensor is not None:
+                if tensor is None or failed is not None:
+                    continue
+                try:
                     mine, files = alike(tensor.cpu(), directory.read_whole(name))
                     if not torch.equal(_bits(mine), _bits(files)):
                         different.append(name)
-                    progress(tensor.nbytes)
-    everywhere: list[list[str]] = [[]] * model.layout.world_size
-    dist.all_gather_object(everywhere, different)
-    if names := sorted({name for found in everywhere for name in found}):
-        raise VerificationError(f"{len(names)} tensors differ from {path}:\n" + "\n".join(names))
+                except Exception as error:
+                    failed = error
+                progress(tensor.nbytes)
+    if failed is not None:
+        raise failed
+    if different:
+        raise VerificationError(f"{len(different)} tensors differ from {path}:\n" + "\n".join(sorted(different)))
 
 
 def _bits(tensor: Tensor) -> Tensor:

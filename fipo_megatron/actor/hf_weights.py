@@ -7,6 +7,7 @@ parameters and process groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +283,7 @@ def save_hf(
     max_file_bytes: int = 5 << 30,
     bucket_bytes: int = 256 << 20,
     progress: Progress = lambda done: None,
+    verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Writes a complete Hugging Face directory: a collective of all ranks, which must see one file system.
 
@@ -298,6 +300,7 @@ def save_hf(
         max_file_bytes: Bound of the weights in one file, unless one tensor alone is larger.
         bucket_bytes: See :func:`export_hf`.
         progress: Is told of bytes that this rank has written.
+        verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
 
     Raises:
         FileExistsError: the target exists.
@@ -308,22 +311,44 @@ def save_hf(
     dtype = dtype or next(chunks[0].parameters()).dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, DTYPES.values()))}")
-    with all_or_none("save_hf"):
-        if layout.rank == 0:
-            hf_files.check_source(source)
-            publish.begin(target)
-    try:
+    with begun(source, target, layout) as partial:
         files = _plan(chunks, architecture, layout, dtype, max_file_bytes)
         with all_or_none("save_hf"):
             mine = [file for file in files if file.owner == layout.rank]
             stream = export_hf(
                 chunks, architecture, layout, bucket_bytes=bucket_bytes, on_ranks={file.owner for file in files}
             )
-            _write(stream, publish.partial_of(target), mine, dtype, progress)
+            _write(stream, partial, mine, dtype, progress)
         with all_or_none("save_hf"):
             if layout.rank == 0:
-                hf_files.add_companions(source, publish.partial_of(target), dtype)
-                hf_files.add_index(publish.partial_of(target), files)
+                hf_files.add_companions(source, partial, dtype)
+                hf_files.add_index(partial, files)
+        verify(partial)
+
+
+@contextmanager
+def begun(source: Path, target: Path, layout: RankLayout) -> Iterator[Path]:
+    """Gives a directory that takes the target's name at the end, if nothing fails on any rank. A collective.
+
+    Args:
+        source: Must hold a config.json.
+        target: Must not exist; its parent must.
+        layout: Of this rank; the first makes and renames the directory, all must see it.
+    """
+    partial = publish.partial_of(target)
+    with all_or_none("beginning to save"):
+        if layout.rank == 0:
+            hf_files.check_source(source)
+            publish.begin(target)
+    try:
+        with all_or_none("beginning to save"):
+            if not partial.is_dir():
+                raise FileNotFoundError(
+                    f"{partial}: not seen by rank {layout.rank}; all ranks must share a file system"
+                )
+        yield partial
+        with all_or_none("publishing"):
+            if layout.rank == 0:
                 publish.publish(target)
     finally:
         if layout.rank == 0:

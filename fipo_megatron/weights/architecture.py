@@ -191,6 +191,8 @@ class Architecture:
             config = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{file}: not the configuration of a model, but {type(config).__name__}")
         return cls.from_hf(config)
 
     def padded_vocab(self, multiple: int) -> int:

@@ -12,19 +12,33 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def begin(target: Path) -> None:
-    """Makes the directory that :func:`publish` will rename; what a run that was killed left there is removed.
+def refuse_existing(target: Path) -> None:
+    """Raises what :func:`begin` would, before anything expensive; makes nothing.
 
     Raises:
         FileExistsError: the target exists.
         FileNotFoundError: its parent does not.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise FileExistsError(f"{target}: exists; it is not overwritten")
-    if not target.parent.is_dir():
+    if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: is no directory; {target.name} cannot be written there")
-    discard(target)
-    partial_of(target).mkdir()
+
+
+def begin(target: Path) -> None:
+    """Makes the directory that :func:`publish` will rename.
+
+    Raises:
+        FileExistsError: the target exists; or another run writes it, or was killed while it did.
+        FileNotFoundError: its parent does not.
+    """
+    refuse_existing(target)
+    try:
+        partial_of(target).mkdir()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{partial_of(target)}: another run writes {target.name}, or was killed while it did; then remove it"
+        ) from None
 
 
 def discard(target: Path) -> None:
@@ -39,6 +53,7 @@ def publish(target: Path) -> None:
         OSError: the disk is full, or something has that name by now.
     """
     partial = partial_of(target)
+    refuse_existing(target)
     for path in sorted(partial.rglob("*")):
         _sync(path)
     _sync(partial)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from . import tables
 from .architecture import Architecture
@@ -26,7 +26,7 @@ HUGGING_FACE = "huggingface"
 """Directory in the checkpoint with all that a model has beside its weights."""
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 DTYPES = (torch.float32, torch.bfloat16)
 """What Megatron-Core trains in."""
 
@@ -66,7 +66,6 @@ _CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "collections": {"OrderedDict", "defaultdict"},
-    "pathlib": {"PosixPath"},
     "builtins": {"set", "dict", "list"},
 }
 """What the metadata of a checkpoint is made of, whole names only."""
@@ -80,6 +79,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "megatron.core.dist_checkpointing.strategies.torch" and name in ("MCoreMetadata", "MCoreSavePlan"):
             return type(name, (), {})  # empty there, too
+        if (module, name) == ("pathlib", "PosixPath"):
+            return type(name, (), {"__init__": lambda self, *parts: None})  # where it was written; nobody asks
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
 
 
@@ -94,6 +95,8 @@ def read_metadata(path: Path) -> Metadata:
         content = (path / METADATA).read_bytes()
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: not a torch_dist checkpoint: {error}") from error
+    if not isinstance(text, dict):
+        raise WeightsError(f"{path / BACKEND}: expected {_FORMAT}")
     if wrong := {key: text.get(key) for key, value in _FORMAT.items() if text.get(key) != value}:
         raise WeightsError(f"{path / BACKEND}: {wrong}: expected {_FORMAT}")
     try:
@@ -105,11 +108,16 @@ def read_metadata(path: Path) -> Metadata:
     return found
 
 
-def check(path: Path, architecture: Architecture) -> torch.dtype:
+def check(path: Path, architecture: Architecture, companions: Path | None = None) -> torch.dtype:
     """Compares a checkpoint with the model that it should hold; reads names, shapes and the sizes of files only.
 
+    Args:
+        path: Of the checkpoint.
+        architecture: Of the model.
+        companions: Where the tokenizer that belongs to it is; None: in the checkpoint.
+
     Returns:
-        The dtype of the weights.
+        A dtype that holds all of the weights exactly.
 
     Raises:
         WeightsError: with everything that keeps the checkpoint from being loaded, one line each.
@@ -132,11 +140,31 @@ def check(path: Path, architecture: Architecture) -> torch.dtype:
         for key in found
         if key not in wanted and not key.startswith("optimizer.")
     ]
-    problems += tokenizer_problems(path / HUGGING_FACE / "tokenizer.json", architecture.vocab)
+    problems += [f"{key}: parts of it are missing" for key in found if key in wanted and not _whole(key, metadata)]
+    problems += tokenizer_problems((companions or path / HUGGING_FACE) / "tokenizer.json", architecture.vocab)
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
         raise WeightsError(f"{path}: {count}\n" + "\n".join(problems))
-    return found[next(iter(wanted))].properties.dtype
+    return torch.bfloat16 if {found[key].properties.dtype for key in wanted} == {torch.bfloat16} else torch.float32
+
+
+def _whole(key: str, metadata: Metadata) -> bool:
+    """Whether every element of a tensor is in some file."""
+    tensor = metadata.state_dict_metadata[key]
+    assert isinstance(tensor, TensorStorageMetadata)
+    stored = [chunk for chunk in tensor.chunks if MetadataIndex(key, chunk.offsets) in metadata.storage_data]
+    inside = all(
+        offset >= 0 and offset + size <= whole
+        for chunk in stored
+        for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+    )
+    return inside and sum(chunk.sizes.numel() for chunk in stored) == tensor.size.numel()
+
+
+def check_files(path: Path) -> None:
+    """Raises WeightsError with every file of a checkpoint that is missing or too short."""
+    if problems := _file_problems(path, read_metadata(path)):
+        raise WeightsError("\n".join(problems))
 
 
 def companions_of(checkpoint: Path, hf: Path | None) -> Path:

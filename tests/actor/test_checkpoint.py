@@ -230,8 +230,38 @@ def damage_code_by_attribute(path):
     return ["Path.touch has no place in the metadata of a checkpoint"]
 
 
+def damage_parts(path):
+    """Without one half of a gated matrix."""
+    metadata = FileSystemReader(path).read_metadata()
+    stored = metadata.state_dict_metadata["decoder.layers.1.mlp.linear_fc1.weight"]
+    assert len(stored.chunks) == 2
+    stored.chunks.pop()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return ["decoder.layers.1.mlp.linear_fc1.weight: parts of it are missing"]
+
+
+def damage_place(path):
+    metadata = FileSystemReader(path).read_metadata()
+    metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if "final_layernorm" not in k.fqn}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return ["decoder.final_layernorm.weight: parts of it are missing"]
+
+
+def damage_backend_file(path):
+    (path / "metadata.json").write_text("[1]")
+    return ["metadata.json: expected"]
+
+
+def damage_companion(path):
+    file = path / "huggingface" / "config.json"
+    file.write_text(file.read_text().replace("1e-06", "1e-05"))
+    return ["huggingface/config.json: corrupt"]
+
+
 def damage_backend(path):
-    (path / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    (path / "metadata.json").write_text(
+        '{"sharded_backend": "zarr", "sharded_backend_version": 1, "common_backend": "torch"}'
+    )
     return ["{'sharded_backend': 'zarr'}: expected"]
 
 
@@ -241,7 +271,7 @@ def damage_tokenizer(path):
 
 
 def damage_tensors(path):
-    metadata = torch_dist.read_metadata(path)
+    metadata = FileSystemReader(path).read_metadata()
     stored = metadata.state_dict_metadata
     stored["decoder.layers.7.more"] = stored.pop("decoder.layers.0.self_attention.linear_proj.weight")
     stored["decoder.layers.1.mlp.linear_fc1.weight"].size = torch.Size([94, 32])
@@ -249,7 +279,7 @@ def damage_tensors(path):
     stored["decoder.final_layernorm.weight"].properties.dtype = torch.float16
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     return [
-        "5 problems",
+        "7 problems",  # with changed sizes, their parts do not add up either
         "decoder.layers.0.self_attention.linear_proj.weight: missing, expected [32, 32]",
         "decoder.layers.7.more: unexpected; Qwen2ForCausalLM has no such tensor",
         "decoder.layers.1.mlp.linear_fc1.weight: has shape [94, 32], expected [96, 32]",
@@ -269,6 +299,10 @@ DAMAGE = [
     damage_code,
     damage_code_by_attribute,
     damage_backend,
+    damage_backend_file,
+    damage_parts,
+    damage_place,
+    damage_companion,
     damage_tokenizer,
     damage_tensors,
 ]
@@ -287,6 +321,26 @@ def test_bad_checkpoints_are_refused_before_anything_is_touched(damage, saved, l
         assert line in str(raised.value)
     assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
     assert not os.path.exists("/tmp/fipo_megatron_was_here")
+
+
+def test_mixed_dtypes_are_kept_exactly(saved, layout, tmp_path):
+    path = tmp_path / "megatron"
+    shutil.copytree(saved("qwen2") / "megatron", path)
+    metadata = FileSystemReader(path).read_metadata()
+    metadata.state_dict_metadata["embedding.word_embeddings.weight"].properties.dtype = torch.bfloat16
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert torch_dist.check(path, saved.build(saved("qwen2"))[0]) is torch.float32
+
+
+def test_padding_becomes_zero(saved, layout, tmp_path):
+    architecture, chunks = saved.build(saved("qwen2 untied"))
+    load_hf(chunks, architecture, layout, saved("qwen2 untied") / "hf")
+    with torch.no_grad():
+        chunks[0].output_layer.weight[61:] = 7
+    save_weights(chunks, layout, saved("qwen2 untied") / "hf", tmp_path / "out")
+    load_weights(chunks, architecture, layout, tmp_path / "out")
+    assert not chunks[0].output_layer.weight[61:].any()
+    assert chunks[0].output_layer.weight[60].any()
 
 
 def test_failed_save_leaves_nothing(saved, layout, tmp_path):

@@ -138,16 +138,42 @@ def check_failed_save(case: Case, target: Path) -> str:
     assert writes or f"rank {last}: OSError" in str(raised.value)
     dist.barrier()
     left = [path.name for path in target.parent.iterdir() if target.name in path.name]
+    dist.barrier()
     assert not left, left
     return str(raised.value)
 
 
-def check_checkpoint(case: Case, source: Path, target: Path) -> None:
-    """Loads what the layout before saved, and saves it again."""
-    if source.exists():
-        case.load_checkpoint(source)
-        check_loaded(case)
-    save_weights(case.actor.chunks, case.layout, case.path, target)
+def check_checkpoint(case: Case, source: Path, target: Path) -> int:
+    """Loads what the layout before saved, saves it again, and loads that; returns how many were loaded."""
+    count = 0
+    for path in (source, target):
+        if path == target:
+            save_weights(case.actor.chunks, case.layout, case.path, target)
+        if path.exists() or path == target:
+            case.load_checkpoint(path)
+            check_loaded(case)
+            count += 1
+    return count
+
+
+def check_failed_checkpoint(case: Case, target: Path) -> list[str]:
+    """One rank cannot write, once the first and once the last, from the first file on or later: all ranks say so."""
+    messages = []
+    last, limits = dist.get_world_size() - 1, resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for rank, limit in ((0, 100), (0, 30_000), (last, 30_000)):
+        writes = case.layout.rank == rank
+        if writes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        with pytest.raises(Exception, match=r"File too large|failed on other ranks") as raised:
+            save_weights(case.actor.chunks, case.layout, case.path, target)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        messages.append(str(raised.value))
+        dist.barrier()
+        left = [path.name for path in target.parent.iterdir() if target.name in path.name]
+        dist.barrier()
+        assert not left, left
+    return messages
 
 
 def run(name: str, sizes: dict[str, Any], changes: dict[str, Any], architecture: str, root: Path) -> dict[str, Any]:
@@ -165,9 +191,10 @@ def run(name: str, sizes: dict[str, Any], changes: dict[str, Any], architecture:
     ]
     target = source.with_name(str(int(source.name) + 1))
     check_save(case, original, target)
-    check_checkpoint(case, source / "megatron", target / "megatron")
+    result["checkpoints"] = check_checkpoint(case, source / "megatron", target / "megatron")
     if name == "PP2":
         result["failure"] = check_failed_save(case, root / architecture / "failed")
+        result["failures"] = check_failed_checkpoint(case, root / architecture / "failed")
     # Expert tensor parallelism gathers different numbers of tokens from its ranks, which gloo refuses.
     if name != GATHERS_UNEVENLY:
         result["log_probs"] = over_ranks(case.log_prob_error(), max)

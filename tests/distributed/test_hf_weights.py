@@ -20,5 +20,8 @@ def test_there_and_back_is_exact_in_every_layout(ranks, count, tmp_path):
     for result in results:
         assert result.get("log_probs", 0.0) <= 1e-5, result
         assert result["buckets"][0] > result["buckets"][2] > result["buckets"][4] == 1, result
+    firsts = {result["architecture"]: result["checkpoints"] for result in reversed(results)}
+    assert {*firsts.values()} == {1}
+    assert sum(result["checkpoints"] for result in results) == 2 * count - len(firsts)
     assert sum("log_probs" in result for result in results) == count - (ranks == 4)
     assert sum("failure" in result for result in results) == (5 if ranks == 2 else 0)

@@ -1,5 +1,6 @@
 """The converters as their users run them: what they write, what they refuse, their exit codes."""
 
+import argparse
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fipo_megatron.actor import conversion as converter
 from tests.actor.models import random_model
+from tools import conversion, convert_hf_to_megatron, convert_megatron_to_hf
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,11 +170,8 @@ def test_a_full_disk_leaves_nothing(command, model, checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_differences_are_found_and_set_aside(model, tmp_path, monkeypatch, capsys):
+def test_differences_are_found_and_not_published(model, tmp_path, monkeypatch, capsys):
     """The weights change between reading and writing: what was written is not what was read."""
-    from fipo_megatron.actor import conversion as converter
-    from tools import convert_hf_to_megatron
-
     load = converter.load_hf
 
     def load_wrong(chunks, *rest, **more):
@@ -180,8 +180,63 @@ def test_differences_are_found_and_set_aside(model, tmp_path, monkeypatch, capsy
             dict(chunks[0].named_parameters())["decoder.layers.1.self_attention.linear_qkv.weight"][0, 0] += 1e-3
 
     monkeypatch.setattr(converter, "load_hf", load_wrong)
-    code = convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"])
-    assert code == 4
+    assert convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"]) == 4
     assert "1 tensors differ" in (text := capsys.readouterr().err)
     assert "model.layers.1.self_attn.q_proj.weight" in text
-    assert [path.name for path in tmp_path.iterdir()] == ["out.differs"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["to Megatron", "to Hugging Face"])
+def test_damage_before_publishing_is_found(way, model, checkpoint, tmp_path, monkeypatch, capsys):
+    """A bit flips, or the end of a file is lost, between writing and reading again."""
+
+    def damaged(save, pattern, damage):
+        def save_and_damage(*rest, verify, **more):
+            def damage_and_verify(written):
+                [file] = written.glob(pattern)
+                file.write_bytes(damage(file.read_bytes()))
+                verify(written)
+
+            save(*rest, verify=damage_and_verify, **more)
+
+        return save_and_damage
+
+    if way == "to Megatron":
+        flip = damaged(converter.save_weights, "__0_0.distcp", lambda b: b[:9999] + bytes([b[9999] ^ 1]) + b[10_000:])
+        monkeypatch.setattr(converter, "save_weights", flip)
+        code = convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"])
+        expected = "corrupt: its SHA-256"
+    else:
+        cut = damaged(converter.save_hf, "model.safetensors", lambda b: b[:-100])
+        monkeypatch.setattr(converter, "save_hf", cut)
+        code = convert_megatron_to_hf.main([str(checkpoint), str(tmp_path / "out"), "--verify"])
+        expected = "truncated or corrupt"
+    assert (code, expected in (text := capsys.readouterr().err)) == (4, True), text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_from_elsewhere_is_checked(model, checkpoint, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "other" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 500}}}')
+    for extra in ([str(tmp_path / "out")], ["--meta"]):
+        assert convert_megatron_to_hf.main([str(checkpoint), *extra, "--hf", str(tmp_path / "other")]) == 1
+        assert "token 500 has no row in the embedding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "layers", "stages"),
+    [
+        ({}, 28, 1),
+        ({"SLURM_NTASKS": "4"}, 28, 1),  # in a shell of salloc there is one process
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 28, 4),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, 28, 4),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, 94, 2),
+    ],
+)
+def test_stages_by_default(environment, layers, stages, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = argparse.Namespace(tensor_parallel=None, expert_parallel=None, pipeline_parallel=None, meta=False)
+    assert conversion.parallel_config(given, layers).pipeline_parallel == stages

@@ -9,9 +9,11 @@ def test_directory_is_renamed_when_complete(tmp_path):
     target = tmp_path / "target"
     publish.begin(target)
     partial = publish.partial_of(target)
-    (partial / "left by a run that was killed").touch()
-    publish.begin(target)
-    assert not list(partial.iterdir())
+    (partial / "of another run").touch()
+    with pytest.raises(FileExistsError, match=r"\.target\.partial: another run writes target, or was killed"):
+        publish.begin(target)
+    assert [path.name for path in partial.iterdir()] == ["of another run"]
+    (partial / "of another run").unlink()
     (partial / "inner").mkdir()
     (partial / "inner" / "file").write_text("1")
     assert not target.exists()
@@ -25,7 +27,7 @@ def test_what_has_the_name_keeps_it(tmp_path):
     publish.begin(target)
     target.mkdir()
     (target / "precious").touch()
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(FileExistsError, match="it is not overwritten"):
         publish.publish(target)
     publish.discard(target)
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "precious"]
@@ -38,3 +40,6 @@ def test_beginning_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no: is no directory; new cannot be written there"):
         publish.begin(tmp_path / "no" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "nowhere").symlink_to(tmp_path / "no")
+    with pytest.raises(FileExistsError, match="nowhere: exists"):
+        publish.refuse_existing(tmp_path / "nowhere")
