@@ -52,11 +52,12 @@ format: setup ## Let ruff rewrite what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: setup ## Benchmarks: print tables, write benchmarks/results/
+bench: setup sglang-env ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl
 	$(RUN) -m benchmarks.log_probs
 	$(RUN) -m benchmarks.actor
 	$(RUN) -m benchmarks.reward
+	$(RUN) -m benchmarks.rollout
 	$(RUN) -m benchmarks.conversion
 
 gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON=python3, no .venv)

@@ -77,6 +77,7 @@ class SglangClient:
         self._expected: int | None = None
         self._paused = False
         self._in_flight: set[str] = set()
+        self._parsing = asyncio.Lock()
         self._aborted: set[str] = set()
         self._groups: dict[str, tuple[_Worker, int]] = {}
         self._somebody = asyncio.Event()
@@ -209,7 +210,9 @@ class SglangClient:
         if status != 200:
             raise _WorkerLostError(f"HTTP status {status}: {error_text(body)}")
         try:
-            return parse_generation(body)
+            async with self._parsing:
+                await asyncio.sleep(0)  # many come at a time; others get their turn between two
+                return parse_generation(body)
         except MalformedAnswerError as error:
             raise _WorkerLostError(str(error)) from error
 
