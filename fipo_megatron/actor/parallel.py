@@ -204,6 +204,17 @@ def initialize(
     return layout
 
 
+def store() -> dist.Store:
+    """The store of all ranks of the layout that is up, for what must not wait inside a collective.
+
+    Raises:
+        RuntimeError: none is up.
+    """
+    if _store is None or not dist.is_initialized():
+        raise RuntimeError("parallel.store: call initialize() first")
+    return dist.PrefixStore(_prefix(), _store)
+
+
 def destroy() -> None:
     """Takes down what :func:`initialize` set up; harmless where nothing is up."""
     from megatron.core import parallel_state
@@ -231,15 +242,18 @@ def _start_process_group(launch: Launch, timeout: timedelta, device: torch.devic
     if _store is None:
         _store = dist.HashStore() if not launch.address else _rendezvous(launch, timeout)
     _generation += 1
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore(f"attempt{attempt}/layout{_generation}", _store),
+        store=dist.PrefixStore(_prefix(), _store),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _prefix() -> str:
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/layout{_generation}"
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:

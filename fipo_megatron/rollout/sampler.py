@@ -2,8 +2,10 @@
 
 A step samples batches of prompts until enough groups are kept. A group is kept unless its responses are all right or
 all wrong. With over-sampling the slowest responses are aborted as soon as enough groups are kept; what there is of
-them, and groups beyond the need, are carried to the next step (DAPO throws groups away; see docs/rollout.md). Nothing
-here looks at a clock.
+them, and groups beyond the need, are carried to the next step (DAPO throws groups away; see docs/rollout.md).
+
+Each leader samples its share of a batch. What they tell each other is metadata (:mod:`.dealing`), and every rank,
+leader or not, decides the same from it. With one leader nothing here looks at a clock.
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
 from . import sampler_state
+from .dealing import GroupRecord, deal, merged
 from .engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from .exchange import Exchange
 from .sampler_state import Draft, Unfinished
+
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -74,59 +82,139 @@ class SamplerSettings:
     on_exhausted: Literal["error", "smaller"] = "error"
 
 
-class Sampler:
-    """Samples groups with one engine.
-
-    Args:
-        engine: Samples responses.
-        settings: See :class:`SamplerSettings`.
-        scorer: Scores responses as they come.
+@dataclass(frozen=True)
+class Sampled:
+    """The groups of a step.
 
     Attributes:
-        statistics: Counts of the last step: batches, groups sampled, kept, dropped and why, carried in and out,
+        records: All of them, in one order, the same on every rank.
+        groups: Those of this leader, in the same order, scored.
+        statistics: Counts over all leaders: batches, groups sampled, kept, dropped and why, carried in and out,
             responses aborted and continued.
     """
 
-    def __init__(self, engine: RolloutEngine, settings: SamplerSettings, scorer: Scorer) -> None:
-        self.engine, self.settings, self.scorer = engine, settings, scorer
-        self.statistics: Counter[str] = Counter()
+    records: tuple[GroupRecord, ...]
+    groups: tuple[Group, ...]
+    statistics: Mapping[str, int]
+
+
+class Sampler:
+    """Samples groups with one engine per leader.
+
+    Args:
+        engine: Samples responses; None on ranks that do not lead.
+        settings: See :class:`SamplerSettings`; the same on every rank.
+        scorer: Scores responses as they come.
+        exchange: Where the ranks meet; None: there is one rank.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine | None,
+        settings: SamplerSettings,
+        scorer: Scorer,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.settings = settings
+        self._engine, self._scorer = engine, scorer
+        self._exchange = exchange or Exchange(dist.HashStore(), 0)
+        self._counts: Counter[str] = Counter()
         self._groups: deque[Group] = deque()
         self._unfinished: deque[Unfinished] = deque()
         self._aborting = False
 
-    async def step(self, next_prompts: Callable[[int], Sequence[Prompt]], version: int) -> list[Group]:
-        """The groups of a step, scored, in the order in which they were complete; carried ones first.
+    @property
+    def statistics(self) -> Mapping[str, int]:
+        """What this rank has counted in the last step."""
+        return self._counts
+
+    async def step(self, next_prompts: Callable[[int], Sequence[Prompt]], version: int) -> Sampled:
+        """The groups of a step: carried ones first, then in the order in which they were complete. On all ranks.
 
         Args:
-            next_prompts: Gives so many new prompts; fewer where there are no more.
+            next_prompts: Gives so many new prompts, the same on every rank; fewer where there are no more.
             version: Of the engine's weights.
 
         Raises:
-            SamplingExhaustedError: see ``on_exhausted``.
+            SamplingExhaustedError: see ``on_exhausted``; on every rank.
+            EngineError: of an engine, on its rank; elsewhere with its text.
         """
-        self.statistics = Counter()
+        self._counts = Counter()
         self._drop_stale(version)
-        kept = list(self._groups)
+        mine = {group.prompt.id: group for group in self._groups}
+        self._counts["groups_carried_in"] = len(mine)
         self._groups.clear()
-        self.statistics["groups_carried_in"] = len(kept)
+        try:
+            kept, batches, everyone = await self._sample(mine, next_prompts)
+        except BaseException:
+            self._groups.extend(mine.values())
+            raise
         need = self.settings.prompts_per_step
-        while len(kept) < need and self.statistics["batches"] < self.settings.max_batches:
-            missing = need - len(kept)
-            batch = self._batch(math.ceil(missing * self.settings.over_sampling), next_prompts)
-            if not batch:
-                break
-            self.statistics["batches"] += 1
-            kept += await self._run(batch, missing)
-        self._groups.extend(kept[need:])
-        self.statistics["groups_carried_out"] = len(self._groups)
-        self.statistics["prompts_carried_out"] = len(self._unfinished)
-        if len(kept) < need and self.settings.on_exhausted == "error":
-            self._groups.extend(kept)
+        statistics = everyone | {"batches": batches, "groups_carried_out": max(0, len(kept) - need)}
+        exhausted = len(kept) < need and self.settings.on_exhausted == "error"
+        carried = kept if exhausted else kept[need:]
+        self._groups.extend(mine[record.prompt] for record in carried if record.prompt in mine)
+        if exhausted:
             raise SamplingExhaustedError(
-                f"{len(kept)} of {need} groups after {self.statistics['batches']} batches of prompts "
-                f"(rollout.max_generation_batches = {self.settings.max_batches}): {dict(self.statistics)}"
+                f"{len(kept)} of {need} groups after {batches} batches of prompts "
+                f"(rollout.max_generation_batches = {self.settings.max_batches}): {statistics}"
             )
-        return kept[:need]
+        used = tuple(kept[:need])
+        return Sampled(used, tuple(mine[record.prompt] for record in used if record.prompt in mine), statistics)
+
+    async def _sample(
+        self, mine: dict[str, Group], next_prompts: Callable[[int], Sequence[Prompt]]
+    ) -> tuple[list[GroupRecord], int, dict[str, int]]:
+        """Batches of prompts until there are enough; adds this rank's groups to ``mine``."""
+        kept, unfinished, everyone = await self._tell(mine.values())
+        need, batches = self.settings.prompts_per_step, 0
+        while len(kept) < need and batches < self.settings.max_batches:
+            missing = need - len(kept)
+            wanted = math.ceil(missing * self.settings.over_sampling)
+            prompts = next_prompts(max(0, wanted - sum(unfinished)))
+            taken, new = deal(min(wanted, sum(unfinished) + len(prompts)), unfinished)
+            if not sum(taken) + len(prompts):
+                break
+            batches += 1
+            found, error = await self._share(taken, new, prompts, missing)
+            mine |= {group.prompt.id: group for group in found}
+            records, unfinished, everyone = await self._tell(found, error)
+            kept += records
+        return kept, batches, everyone
+
+    async def _tell(
+        self, groups: Iterable[Group], error: BaseException | None = None
+    ) -> tuple[list[GroupRecord], list[int], dict[str, int]]:
+        """Exchanges metadata: all leaders' groups, how many prompts each has begun, and what all have counted."""
+        records = [GroupRecord.of(group, self._exchange.rank) for group in groups]
+        self._counts["prompts_carried_out"] = len(self._unfinished)
+        report = {"records": records, "unfinished": len(self._unfinished), "counts": dict(self._counts)}
+        reports = await self._exchange.gather(report, error)
+        everyone: Counter[str] = Counter()
+        for one in reports:
+            everyone.update(one["counts"])
+        by_leader = [[GroupRecord.parse(record) for record in one["records"]] for one in reports]
+        return merged(by_leader), [one["unfinished"] for one in reports], dict(everyone)
+
+    async def _share(
+        self, taken: Sequence[int], new: Sequence[Sequence[int]], prompts: Sequence[Prompt], missing: int
+    ) -> tuple[list[Group], BaseException | None]:
+        """Samples this leader's share of a batch; an error is returned, so that all ranks hear of it."""
+        if self._exchange.rank not in self._exchange.leaders:
+            return [], None
+        place = self._exchange.leaders.index(self._exchange.rank)
+        batch = [self._unfinished.popleft() for _ in range(taken[place])]
+        self._counts["prompts_carried_in"] += len(batch)
+        batch += [self._begun(prompts[number]) for number in new[place]]
+        try:
+            async with self._exchange.alive():
+                return await self._run(batch, missing), None
+        except Exception as error:
+            return [], error
+
+    def _begun(self, prompt: Prompt) -> Unfinished:
+        drafts = (Draft.new(prompt, sample) for sample in range(self.settings.samples_per_prompt))
+        return Unfinished(prompt, (), tuple(drafts))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that is carried, as arrays to be saved; not to be called within a step."""
@@ -137,21 +225,11 @@ class Sampler:
         groups, unfinished = sampler_state.unpack(state)
         self._groups, self._unfinished = deque(groups), deque(unfinished)
 
-    def _batch(self, count: int, next_prompts: Callable[[int], Sequence[Prompt]]) -> list[Unfinished]:
-        """What was begun comes first."""
-        batch = [self._unfinished.popleft() for _ in range(min(count, len(self._unfinished)))]
-        self.statistics["prompts_carried_in"] += len(batch)
-        if len(batch) < count:
-            for prompt in next_prompts(count - len(batch)):
-                drafts = tuple(Draft.new(prompt, sample) for sample in range(self.settings.samples_per_prompt))
-                batch.append(Unfinished(prompt, (), drafts))
-        return batch
-
     def _drop_stale(self, version: int) -> None:
         """What has tokens of weights that are too old by now starts again, or is dropped where it was complete."""
         oldest = version - self.settings.max_staleness
         fresh = [group for group in self._groups if all(_age(t.spans) >= oldest for t in group.trajectories)]
-        self.statistics["groups_dropped_stale"] = len(self._groups) - len(fresh)
+        self._counts["groups_dropped_stale"] = len(self._groups) - len(fresh)
         self._groups = deque(fresh)
         for _ in range(len(self._unfinished)):
             one = self._unfinished.popleft()
@@ -159,41 +237,83 @@ class Sampler:
             if all(_age(span) >= oldest for span in spans):
                 self._unfinished.append(one)
             else:
-                self.statistics["prompts_restarted_stale"] += 1
-                drafts = tuple(Draft.new(one.prompt, n) for n in range(self.settings.samples_per_prompt))
-                self._unfinished.append(Unfinished(one.prompt, (), drafts))
+                self._counts["prompts_restarted_stale"] += 1
+                self._unfinished.append(self._begun(one.prompt))
 
     async def _run(self, batch: Sequence[Unfinished], missing: int) -> list[Group]:
-        """Samples a batch; groups that are kept, in the order in which they were complete."""
+        """Samples a share; groups that are kept, in the order in which they were complete."""
         self._aborting = False
         kept: list[Group] = []
         tasks = [asyncio.create_task(self._complete(one)) for one in batch]
         try:
-            for next_done in asyncio.as_completed(tasks):
-                found = await next_done
-                if isinstance(found, Unfinished):
-                    continue
-                self.statistics["groups_sampled"] += 1
-                if self._keeps(found):
-                    kept.append(found)
-                if len(kept) >= missing and not self._aborting and not all(task.done() for task in tasks):
-                    self._aborting = True
-                    await self.engine.abort()
+            async with self._watched(missing):
+                for next_done in asyncio.as_completed(tasks):
+                    found = await next_done
+                    if isinstance(found, Unfinished):
+                        continue
+                    self._counts["groups_sampled"] += 1
+                    if self._keeps(found):
+                        kept.append(found)
+                        if self._exchange.count(1) >= missing and not all(task.done() for task in tasks):
+                            await self._abort()
         except BaseException:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # What was kept of this share is sampled again: its prompts are not lost, its responses are.
+            self._unfinished.extendleft(reversed(batch))
             raise
-        left = [result for task in tasks if isinstance(result := task.result(), Unfinished)]
-        self._unfinished.extend(left)
+        self._unfinished.extend(result for task in tasks if isinstance(result := task.result(), Unfinished))
         return kept
+
+    async def _abort(self) -> None:
+        assert self._engine is not None
+        if not self._aborting:
+            self._aborting = True
+            await self._engine.abort()
+
+    @asynccontextmanager
+    async def _watched(self, missing: int) -> AsyncIterator[None]:
+        """A block that ends where another rank fails; responses are aborted where all leaders together have enough."""
+        if len(self._exchange.leaders) == 1:
+            yield
+            return
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(_LOOK_SECONDS)
+                self._exchange.look()
+                if self._exchange.count(0) >= missing:
+                    await self._abort()
+
+        block = asyncio.current_task()
+        assert block is not None
+        failed: list[BaseException] = []
+
+        def stop(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed.append(error)
+                block.cancel()
+
+        watcher = asyncio.create_task(watch())
+        watcher.add_done_callback(stop)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if failed:
+                block.uncancel()
+                raise failed[0] from None
+            raise
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
 
     def _keeps(self, group: Group) -> bool:
         right = sum(trajectory.accuracy or 0 for trajectory in group.trajectories)
         if not self.settings.dynamic_sampling or 0 < right < len(group.trajectories):
-            self.statistics["groups_kept"] += 1
+            self._counts["groups_kept"] += 1
             return True
-        self.statistics["groups_all_right" if right else "groups_all_wrong"] += 1
+        self._counts["groups_all_right" if right else "groups_all_wrong"] += 1
         return False
 
     async def _complete(self, one: Unfinished) -> Group | Unfinished:
@@ -212,7 +332,8 @@ class Sampler:
         while True:
             if self._aborting:
                 return draft
-            generation = await self.engine.generate(self._request(draft))
+            assert self._engine is not None
+            generation = await self._engine.generate(self._request(draft))
             start = len(draft.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]
             draft = Draft(
@@ -225,7 +346,7 @@ class Sampler:
             )
             if generation.finish_reason != "abort":
                 return await self._scored(draft, generation.finish_reason)
-            self.statistics["responses_aborted"] += 1
+            self._counts["responses_aborted"] += 1
 
     def _request(self, draft: Draft) -> GenerationRequest:
         prompt, sampling = draft.prompt, self.settings.sampling
@@ -239,7 +360,7 @@ class Sampler:
 
     async def _scored(self, draft: Draft, reason: Any) -> Trajectory:
         if draft.interruptions:
-            self.statistics["responses_continued"] += 1
+            self._counts["responses_continued"] += 1
         trajectory = Trajectory(
             prompt=draft.prompt,
             sample=draft.sample,
@@ -249,7 +370,7 @@ class Sampler:
             spans=draft.spans,
             finish_reason=reason,
         )
-        score = await self.scorer(trajectory)
+        score = await self._scorer(trajectory)
         return replace(trajectory, reward=score.reward, accuracy=score.accuracy)
 
 

@@ -1,7 +1,8 @@
-"""What a sampler carries from one step to the next, groups and unfinished responses: as arrays, and back."""
+"""Groups and unfinished responses as few arrays, and back: for checkpoints, and for the way to another rank."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,13 +58,16 @@ class Unfinished:
 
 
 def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str, NDArray[Any]]:
-    """Arrays by name; ``records`` holds the rest as JSON, ``[bytes]`` uint8."""
-    arrays: dict[str, NDArray[Any]] = {}
+    """All arrays of a type in one, under its name; ``records`` holds the rest as JSON, ``[bytes]`` uint8."""
+    parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
+    ends = dict.fromkeys(parts, 0)
 
-    def keep(array: NDArray[Any]) -> str:
-        name = f"array_{len(arrays)}"
-        arrays[name] = array
-        return name
+    def keep(array: NDArray[Any]) -> list[Any]:
+        """Where it is: type, first and one past the last element."""
+        kind = str(array.dtype)
+        parts[kind].append(array)
+        ends[kind] += len(array)
+        return [kind, ends[kind] - len(array), ends[kind]]
 
     def prompt_of(prompt: Prompt) -> dict[str, Any]:
         return {
@@ -109,20 +113,24 @@ def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str,
             for one in unfinished
         ],
     }
-    arrays[_RECORDS] = np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)
-    return arrays
+    arrays = {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in parts.items()}
+    return arrays | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
 def unpack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[Group], list[Unfinished]]:
     """What :func:`pack` was given."""
     records = json.loads(bytes(arrays[_RECORDS]).decode())
 
+    def at(where: list[Any]) -> NDArray[Any]:
+        kind, start, end = where
+        return arrays[kind][start:end]
+
     def prompt_of(record: dict[str, Any]) -> Prompt:
-        return Prompt(**(record | {"tokens": arrays[record["tokens"]]}))
+        return Prompt(**(record | {"tokens": at(record["tokens"])}))
 
     def filled(record: dict[str, Any], *names: str) -> dict[str, Any]:
         spans = tuple(TokenSpan(start, version) for start, version in record["spans"])
-        return record | {"spans": spans} | {name: arrays[record[name]] for name in names}
+        return record | {"spans": spans} | {name: at(record[name]) for name in names}
 
     def trajectory_of(prompt: Prompt, record: dict[str, Any]) -> Trajectory:
         return Trajectory(prompt=prompt, **filled(record, "tokens", "behaviour_log_probs", "mask"))
@@ -137,3 +145,16 @@ def unpack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[Group], list[Unfini
         drafts = tuple(Draft(prompt=prompt, **filled(d, "tokens", "log_probs")) for d in record["drafts"])
         unfinished.append(Unfinished(prompt, finished, drafts))
     return groups, unfinished
+
+
+def to_bytes(groups: Iterable[Group], unfinished: Iterable[Unfinished] = ()) -> bytes:
+    """:func:`pack` as the content of an ``.npz`` file."""
+    file = io.BytesIO()
+    np.savez(file, **pack(groups, unfinished))
+    return file.getvalue()
+
+
+def from_bytes(content: bytes) -> tuple[list[Group], list[Unfinished]]:
+    """What :func:`to_bytes` was given."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return unpack(dict(arrays))

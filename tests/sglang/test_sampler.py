@@ -42,11 +42,11 @@ def test_groups_over_an_update_of_the_weights(server, tmp_path):
         try:
             payload = {"model_path": str(models.save(tmp_path / "a", seed=1)), "weight_version": "41"}
             await client.control("/update_weights_from_disk", payload)
-            steps = [await sampler.step(prompts, 41)]
+            steps = [(await sampler.step(prompts, 41)).groups]
             first = dict(sampler.statistics)
             payload = {"model_path": str(models.save(tmp_path / "b", seed=2)), "weight_version": "42"}
             await client.control("/update_weights_from_disk", payload)
-            steps += [await sampler.step(prompts, 42) for _ in range(2)]
+            steps += [(await sampler.step(prompts, 42)).groups for _ in range(2)]
             return steps, first
         finally:
             await client.close()

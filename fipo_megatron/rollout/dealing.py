@@ -1,0 +1,93 @@
+"""Who samples what: decided from metadata, by the same function on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fipo_megatron.data.trajectory import Group
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """What every rank knows of a group.
+
+    Attributes:
+        prompt: ``Prompt.id``.
+        leader: The rank that has it.
+        samples: Numbers of its responses.
+        prompt_tokens: Of the prompt.
+        response_tokens: Of each response.
+        rewards: Of each response.
+        accuracies: Of each response.
+        oldest: The oldest version of the weights that sampled any of it.
+    """
+
+    prompt: str
+    leader: int
+    samples: tuple[int, ...]
+    prompt_tokens: int
+    response_tokens: tuple[int, ...]
+    rewards: tuple[float, ...]
+    accuracies: tuple[int, ...]
+    oldest: int
+
+    @classmethod
+    def of(cls, group: Group, leader: int) -> GroupRecord:
+        """Of a scored group."""
+        all_ = group.trajectories
+        return cls(
+            prompt=group.prompt.id,
+            leader=leader,
+            samples=tuple(t.sample for t in all_),
+            prompt_tokens=len(group.prompt.tokens),
+            response_tokens=tuple(len(t.tokens) for t in all_),
+            rewards=tuple(float(t.reward or 0.0) for t in all_),
+            accuracies=tuple(int(t.accuracy or 0) for t in all_),
+            oldest=min(span.weight_version for t in all_ for span in t.spans),
+        )
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> GroupRecord:
+        """Of JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @property
+    def names(self) -> list[str]:
+        """``Trajectory.name`` of each response."""
+        return [f"{self.prompt}/{sample}" for sample in self.samples]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response with its prompt."""
+        return [self.prompt_tokens + length for length in self.response_tokens]
+
+
+def deal(wanted: int, unfinished: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """Shares a batch of prompts among leaders, about as many for each: first what was begun, which stays where it is.
+
+    Args:
+        wanted: Prompts of the batch.
+        unfinished: How many each leader has begun.
+
+    Returns:
+        For each leader: how many of those it goes on with, and which of the new prompts it begins.
+    """
+    left, taken = list(unfinished), [0] * len(unfinished)
+    for _ in range(min(wanted, sum(unfinished))):
+        most = max(range(len(left)), key=lambda n: (left[n], -n))
+        left[most] -= 1
+        taken[most] += 1
+    loads, new = list(taken), [[] for _ in unfinished]  # type: tuple[list[int], list[list[int]]]
+    for number in range(wanted - sum(taken)):
+        least = min(range(len(loads)), key=lambda n: (loads[n], n))
+        loads[least] += 1
+        new[least].append(number)
+    return taken, new
+
+
+def merged(by_leader: Sequence[Sequence[GroupRecord]]) -> list[GroupRecord]:
+    """Groups of all leaders in one order: the first of each, then the second of each, and so on."""
+    longest = max(map(len, by_leader), default=0)
+    return [records[place] for place in range(longest) for records in by_leader if place < len(records)]

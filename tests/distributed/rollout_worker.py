@@ -1,0 +1,168 @@
+"""Two leaders, each with an engine of its own, and ranks that only train: run under torchrun."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from fipo_megatron.actor import parallel
+from fipo_megatron.config import ParallelConfig
+from fipo_megatron.data.packing import plan_micro_batches
+from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.rollout.delivery import Routes, deliver
+from fipo_megatron.rollout.embedded import EmbeddedEngine
+from fipo_megatron.rollout.engine import EngineError, SamplingParameters
+from fipo_megatron.rollout.exchange import Exchange
+from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
+
+SETTINGS = SamplerSettings(
+    prompts_per_step=6, samples_per_prompt=4, sampling=SamplingParameters(1.0, 12), run_seed=5, max_batches=3
+)
+RIGHT = [0, 2, 4, 1, 2, 3, 4, 0, 2, 1, 1, 2, 3, 2, 0, 2, 3, 1, 1, 2]
+
+
+class Prompts:
+    """Prompt n has ``RIGHT[n % 20]`` right responses."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __call__(self, count: int) -> list[Prompt]:
+        first, self.given = self.given, self.given + count
+        return [
+            Prompt(str(n), np.random.default_rng(n).integers(0, 61, 5 + n % 7).astype(np.int32), "")
+            for n in range(first, self.given)
+        ]
+
+
+async def score(trajectory: Trajectory) -> Score:
+    right = trajectory.sample < RIGHT[int(trajectory.prompt.id) % len(RIGHT)]
+    return Score(1.0 if right else -1.0, int(right))
+
+
+def describe(t: Trajectory) -> dict:
+    return {"tokens": t.tokens.tolist(), "log_probs": t.behaviour_log_probs.tolist(), "reward": t.reward}
+
+
+def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dict]:
+    """Two steps; every trajectory that this rank would train on."""
+    routes = Routes.build(layout.data_rank)
+    leads = layout.rank in routes.leaders
+    sampler = Sampler(
+        EmbeddedEngine(path) if leads else None, SETTINGS, score, Exchange(store, layout.rank, routes.leaders)
+    )
+    prompts, found = Prompts(), []
+
+    async def run() -> list:
+        return [await sampler.step(prompts, 0) for _ in range(2)]
+
+    for sampled in asyncio.run(run()):
+        names = [name for record in sampled.records for name in record.names]
+        lengths = [length for record in sampled.records for length in record.lengths]
+        plan = plan_micro_batches(lengths, [range(len(lengths))], token_budget=64, data_parallel_size=layout.data_size)
+        mine = deliver(routes, sampled.groups, names, plan)
+        assert sorted(mine) == sorted(
+            i for mini in plan for micro in mini.micro_batches[layout.data_rank] for i in micro
+        )
+        found.append(
+            {
+                "names": names,
+                "rewards": [reward for record in sampled.records for reward in record.rewards],
+                "statistics": dict(sampled.statistics),
+                "mine": {names[i]: describe(t) for i, t in mine.items()},
+                "sampled": len(sampled.groups),
+                "given": prompts.given,
+            }
+        )
+    return found
+
+
+def over_sampling(path: str, layout: parallel.RankLayout, store: dist.Store) -> dict:
+    """The tail is aborted everywhere as soon as all leaders together have enough."""
+    settings = replace(
+        SETTINGS,
+        over_sampling=3.0,
+        dynamic_sampling=False,
+        max_staleness=1,
+        sampling=SamplingParameters(1.0, 80, stop_token_ids=(7, 9, 11)),
+    )
+    routes = Routes.build(layout.data_rank)
+    leads = layout.rank in routes.leaders
+    sampler = Sampler(
+        EmbeddedEngine(path, slots=16) if leads else None,
+        settings,
+        score,
+        Exchange(dist.PrefixStore("over", store), layout.rank, routes.leaders),
+    )
+    prompts = Prompts()
+
+    async def run() -> list:
+        return [await sampler.step(prompts, 0) for _ in range(3)]
+
+    found = asyncio.run(run())
+    return {
+        "records": [[record.prompt for record in sampled.records] for sampled in found],
+        "statistics": [dict(sampled.statistics) for sampled in found],
+    }
+
+
+def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[str]:
+    """What each rank says where the engine of the last leader fails, where nothing is kept, and where one is silent."""
+    routes = Routes.build(layout.data_rank)
+    leads, said = layout.rank in routes.leaders, []
+
+    async def broken() -> None:
+        engine = EmbeddedEngine(path) if leads else None
+        if layout.rank == routes.leaders[-1]:
+            await engine.release_memory("weights")
+        exchange = Exchange(dist.PrefixStore("broken", store), layout.rank, routes.leaders)
+        await Sampler(engine, SETTINGS, score, exchange).step(Prompts(), 0)
+
+    async def wrong(trajectory: Trajectory) -> Score:
+        return Score(-1.0, 0)
+
+    async def exhausted() -> None:
+        exchange = Exchange(dist.PrefixStore("exhausted", store), layout.rank, routes.leaders)
+        await Sampler(EmbeddedEngine(path) if leads else None, SETTINGS, wrong, exchange).step(Prompts(), 0)
+
+    async def silent() -> None:
+        exchange = Exchange(
+            dist.PrefixStore("silent", store), layout.rank, range(layout.world_size), silence_seconds=0.5
+        )
+        if layout.rank == layout.world_size - 1:
+            await asyncio.sleep(2.5)
+            exchange.look()
+        await exchange.gather({})
+
+    for attempt in (broken, exhausted, silent):
+        try:
+            asyncio.run(attempt())
+            said.append("nothing")
+        except (EngineError, SamplingExhaustedError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def main(path: str, directory: str) -> None:
+    warnings.simplefilter("ignore")
+    for name, config in {"DP2": ParallelConfig(), "TP2": ParallelConfig(tensor_parallel=2)}.items():
+        layout = parallel.initialize(config, seed=1)
+        store = dist.PrefixStore(name, parallel.store())
+        result = {
+            "steps": steps(path, layout, store),
+            "over": over_sampling(path, layout, store),
+            "failures": failures(path, layout, store),
+        }
+        Path(directory, f"{name}-{layout.rank}.json").write_text(json.dumps(result))
+        parallel.destroy()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
