@@ -109,10 +109,10 @@ class MegatronActor:
         self.wrapped: list[DistributedDataParallel] = wrap_for_training(self.chunks, config.actor)
         self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
         self.skipped_steps = 0
-        self._is_away = False
+        self._away = 0
         # The gate asks for d and F; the other terms of the loss may need what is not there.
         self._drift_only = replace(config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
-        self._token_multiple = token_multiple(config.actor)
+        self.token_multiple = token_multiple(config.actor)
         self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
         self._reference: list[Tensor] | None = None
         self._exchange = gather_over(parallel_state.get_context_parallel_group())
@@ -128,7 +128,7 @@ class MegatronActor:
             ValueError: see :func:`.data.packing.plan_micro_batches`.
         """
         return plan_micro_batches(
-            [self.layout.context.padded_length(length, self._token_multiple) for length in lengths],
+            [self.layout.context.padded_length(length, self.token_multiple) for length in lengths],
             mini_batches,
             token_budget=self.config.actor.token_budget,
             data_parallel_size=self.layout.data_size,
@@ -280,7 +280,7 @@ class MegatronActor:
         freed = 0
         if parameters:
             drop_weight_copies(self.chunks)
-        self._is_away = True
+        self._away += 1
         for each in away:
             each.free()
             freed += each.num_bytes
@@ -291,7 +291,7 @@ class MegatronActor:
         finally:
             for each in reversed(away):
                 each.restore()
-            self._is_away = False
+            self._away -= 1
 
     def _step(
         self,
@@ -368,7 +368,7 @@ class MegatronActor:
         forward_only: bool,
     ) -> int:
         """One pass over this rank's micro-batches; ``loss`` is called on the last stage. Returns their number."""
-        if self._is_away:
+        if self._away:
             raise RuntimeError("the actor is offloaded: leave the block of offloaded() first")
         self._num_micro_batches(mini_batch)
         members: Sequence[MicroBatch] = mini_batch.micro_batches[self.layout.data_rank]
@@ -378,7 +378,7 @@ class MegatronActor:
                     members,
                     trajectories,
                     self.layout,
-                    token_multiple=self._token_multiple,
+                    token_multiple=self.token_multiple,
                     mask_truncated=self.config.algorithm.mask_truncated,
                     boundaries_on_host=self.chunks[0].config.transformer_impl == "local",
                 )

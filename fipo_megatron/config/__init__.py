@@ -18,6 +18,7 @@ from .schema import (
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
+    ServersConfig,
     notices,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "ParallelConfig",
     "RewardConfig",
     "RolloutConfig",
+    "ServersConfig",
     "keys",
     "load_config",
     "notices",

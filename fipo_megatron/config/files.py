@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
 
-from .schema import Config
+from .schema import IMPORTANCE_CAP, Config
 
 
 class ConfigError(ValueError):
@@ -38,13 +38,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = {room: {} if value is None else value for room, value in values.items()}  # a room with nothing below it
     algorithm = values.get("algorithm", {})
     kind = algorithm.get("kind", "fipo") if isinstance(algorithm, dict) else "fipo"
-    values = _merge({"algorithm": KIND_DEFAULTS.get(str(kind), {})}, values)
+    values = _merge({"algorithm": KIND_DEFAULTS.get(str(kind), {}) | _correction(values)}, values)
     try:
         # By way of JSON, whose arrays strict validation takes for tuples.
         return TypeAdapter(Config).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         problems = [line for detail in error.errors() for line in _explain(detail)]
         raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def _correction(values: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of the loss where responses may be older than the weights."""
+    rollout = values.get("rollout", {})
+    staleness = rollout.get("max_staleness") if isinstance(rollout, dict) else None
+    return {"importance_cap": IMPORTANCE_CAP} if isinstance(staleness, int) and staleness > 0 else {}
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +123,8 @@ def _explain(detail: Any) -> list[str]:
     """Our words for one pydantic error; several lines where a check of our own found several problems."""
     location = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(location, keys(), n=1, cutoff=0.6)
+        begins = [key for key in keys() if key.startswith(location)]
+        near = begins or difflib.get_close_matches(location, keys(), n=1, cutoff=0.6)
         hint = (
             f"; did you mean {near[0]}?"
             if near

@@ -17,7 +17,11 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+IMPORTANCE_CAP = 2.0
+"""``algorithm.importance_cap`` where ``rollout.max_staleness`` > 0 and it is not given."""
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -167,6 +171,45 @@ class ActorConfig:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class ServersConfig:
+    """SGLang servers.
+
+    Attributes:
+        urls: Of servers that run already; none: they are started here.
+        router: A URL in front of them that takes ``/generate``; control calls still go to each of ``urls``.
+        per_host: How many are started on each host of the actor, where ``urls`` is empty.
+        python: Of SGLang's environment (``make sglang-env``).
+        api_key_variable: The environment variable that holds the servers' key; the key itself is in no file.
+        concurrency: Requests in flight per server and leader.
+        progress_seconds: A server with requests in flight that samples nothing for so long is lost.
+        patience_seconds: With no server left, wait so long for one to come back.
+        ready_seconds: A server that is started must serve within.
+        restarts: How often each server may be started again.
+        colocated: Servers and actor share their GPUs, and take turns.
+        sync: How weights get there: a directory that both see, in the request itself, or by broadcast.
+        bucket_mib: Of weights sent at a time.
+        probe_tokens: Sampled after each update of the weights and compared with the actor; 0: no comparison.
+        max_probe_shift: The largest difference of log-probs in that comparison.
+    """
+
+    urls: tuple[str, ...] = ()
+    router: str | None = None
+    per_host: Positive = 1
+    python: str = ".venv-sglang/bin/python"
+    api_key_variable: str = "FIPO_SGLANG_API_KEY"
+    concurrency: Positive = 256
+    progress_seconds: Seconds = 300.0
+    patience_seconds: Seconds = 600.0
+    ready_seconds: Seconds = 600.0
+    restarts: Count = 3
+    colocated: bool = False
+    sync: Literal["disk", "tensor", "distributed"] = "distributed"
+    bucket_mib: Positive = 256
+    probe_tokens: Count = 32
+    max_probe_shift: NotNegative = 0.5
+
+
+@dataclass(config=_STRICT, frozen=True)
 class RolloutConfig:
     """Sampling of responses.
 
@@ -177,6 +220,15 @@ class RolloutConfig:
         temperature: Of the sampling; log-probs are after it.
         top_p: Nucleus; 1: off.
         max_generation_batches: Dynamic sampling gives up after this many batches of prompts.
+        on_exhausted: What happens then: an error, or a smaller step.
+        over_sampling: So many times the missing groups are sampled at a time; above 1 the slowest are aborted.
+        max_staleness: How many versions older than the current one a token's weights may be. Above 0, aborted
+            responses go on in the next step, and ``algorithm.importance_cap`` is 2 unless it is given.
+        silence_seconds: A rank that is waited for and has shown no sign for so long has failed.
+        engine: SGLang servers, or transformers in the trainer's own processes (no GPU needed).
+        embedded_slots: Requests that the embedded engine samples at a time: a multiple of 16.
+        servers: See :class:`ServersConfig`.
+        sglang: Arguments of the servers by the names of SGLang's ``ServerArgs``.
     """
 
     prompts_per_step: Positive = 512
@@ -185,6 +237,14 @@ class RolloutConfig:
     temperature: Temperature = 1.0
     top_p: Fraction = 1.0
     max_generation_batches: Positive = 10
+    on_exhausted: Literal["error", "smaller"] = "error"
+    over_sampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    max_staleness: Count = 0
+    silence_seconds: Seconds = 600.0
+    engine: Literal["sglang", "embedded"] = "sglang"
+    embedded_slots: Annotated[int, Field(ge=16, multiple_of=16)] = 32
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    sglang: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -293,7 +353,31 @@ def _impossible(config: Config) -> list[str]:
             f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
         )
-    return problems + _impossible_actor(actor)
+    return problems + _impossible_actor(actor) + _impossible_servers(rollout)
+
+
+def _impossible_servers(rollout: RolloutConfig) -> list[str]:
+    servers, problems = rollout.servers, []
+    if servers.router and not servers.urls:
+        problems.append(
+            f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, those of every server behind it"
+        )
+    if servers.colocated and servers.urls:
+        problems.append("rollout.servers.colocated = True: must be false with rollout.servers.urls")
+    if servers.colocated and rollout.engine == "embedded":
+        problems.append("rollout.servers.colocated = True: must be false with rollout.engine = embedded")
+    if servers.colocated and servers.sync == "distributed":
+        problems.append(
+            "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated, NCCL allows "
+            "one rank per GPU"
+        )
+    problems += [
+        f"rollout.servers.{name} = {url}: must begin with http:// or https://"
+        for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
+        for url in urls
+        if not url.startswith(("http://", "https://"))
+    ]
+    return problems
 
 
 def _impossible_actor(actor: ActorConfig) -> list[str]:
@@ -348,6 +432,11 @@ def notices(config: Config) -> list[str]:
     ]
     if a.kl_coef and a.kl_estimator == "k1":
         found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
+    if config.rollout.max_staleness and a.importance_cap is None:
+        found.append(
+            f"rollout.max_staleness = {config.rollout.max_staleness} without algorithm.importance_cap: tokens of older "
+            "weights are learned from as if the current ones had sampled them"
+        )
     left_over = config.rollout.prompts_per_step % config.actor.prompts_per_mini_batch
     if left_over:
         found.append(

@@ -65,23 +65,28 @@ class Exchange:
                 this rank, its own ``error``.
         """
         key, old = f"round/{self._round}", f"round/{self._round - 2}"
-        self._round += 1
         if error is not None:
             self.fail(error)
+            self._round += 1
             raise error
-        if self._rank in self._leaders:
-            self._store.set(f"{key}/{self._rank}", orjson.dumps(report))
-        if self._rank == 0:
-            parts = [await self._take(f"{key}/{leader}", leader) for leader in self._leaders]
-            self._store.set(key, b"[" + b",".join(parts) + b"]")
-            for name in (old, f"count/{self._round - 2}", *(f"{key}/{leader}" for leader in self._leaders)):
-                self._store.delete_key(name)
-        found: list[Any] = orjson.loads(await self._take(key, 0))
-        return found
+        try:
+            if self._rank in self._leaders:
+                self._store.set(f"{key}/{self._rank}", orjson.dumps(report))
+            if self._rank == 0:
+                parts = [await self._take(f"{key}/{leader}", leader) for leader in self._leaders]
+                self._store.set(key, b"[" + b",".join(parts) + b"]")
+                for name in (old, f"count/{self._round - 2}", *(f"{key}/{leader}" for leader in self._leaders)):
+                    self._store.delete_key(name)
+            found: list[Any] = orjson.loads(await self._take(key, 0))
+            return found
+        finally:
+            self._round += 1
 
     def fail(self, error: BaseException) -> None:
-        """Tells every rank that waits, or looks, that this one cannot go on."""
-        self._store.set("failed", f"rank {self._rank}: {type(error).__name__}: {error}".encode())
+        """Tells every rank that waits, or looks, before the next :meth:`gather` is over: this one cannot go on."""
+        if not self._store.check([f"failed/{self._round}"]):
+            text = f"rank {self._rank}: {type(error).__name__}: {error}"
+            self._store.set(f"failed/{self._round}", text.encode())
 
     def count(self, more: int) -> int:
         """Adds to a number that all ranks share until the next :meth:`gather`; what it is then."""
@@ -89,8 +94,8 @@ class Exchange:
 
     def look(self) -> None:
         """Raises EngineError where another rank has failed."""
-        if self._store.check(["failed"]):
-            raise EngineError(self._store.get("failed").decode())
+        if self._store.check([f"failed/{self._round}"]):
+            raise EngineError(self._store.get(f"failed/{self._round}").decode())
 
     def others(self) -> dict[int, dict[str, Any]]:
         """What every leader is doing, by rank; without those that have not said."""

@@ -36,6 +36,7 @@ class _Worker:
     slots: asyncio.Semaphore
     alive: bool = True
     lost_because: str = ""
+    needs_weights: bool = False
     tasks: dict[str, asyncio.Task[Generation]] = field(default_factory=dict)
     groups: int = 0
 
@@ -45,6 +46,7 @@ class SglangClient:
 
     Args:
         urls: Of the workers.
+        router: Where requests go instead, in front of the workers; control calls go to each of them.
         context: Tokens that a prompt and its response may have.
         vocab: Token ids are below; a larger one would end the server.
         api_key: Sent as a bearer token.
@@ -59,6 +61,7 @@ class SglangClient:
         self,
         urls: Sequence[str],
         *,
+        router: str | None = None,
         context: int,
         vocab: int,
         api_key: str | None = None,
@@ -72,11 +75,15 @@ class SglangClient:
         self.on_returned: Callable[[str], Awaitable[None]] | None = None
         """Called with the URL of a worker that answers again with other weights; sends it the current ones."""
         self._workers = {url: _Worker(url, asyncio.Semaphore(concurrency)) for url in urls}
+        self._router = _Worker(router, asyncio.Semaphore(concurrency * len(urls))) if router else None
         self._progress, self._patience, self._look = progress_seconds, patience_seconds, look_seconds
         self._deterministic = deterministic
         self._expected: int | None = None
         self._paused = False
-        self._in_flight: set[str] = set()
+        self.losses = 0
+        """How often a worker was lost."""
+        self._in_flight: dict[str, str] = {}
+        self._attempts = 0
         self._parsing = asyncio.Lock()
         self._aborted: set[str] = set()
         self._groups: dict[str, tuple[_Worker, int]] = {}
@@ -99,8 +106,9 @@ class SglangClient:
     async def generate(self, request: GenerationRequest) -> Generation:
         """See :class:`.engine.RolloutEngine`."""
         self._check(request)
-        self._in_flight.add(request.id)
+        self._in_flight[request.id] = ""
         worker: _Worker | None = None
+        failing_since = time.monotonic()
         try:
             while True:
                 worker = await self._worker_of(request.group, worker)
@@ -109,12 +117,19 @@ class SglangClient:
                         return _nothing()
                     if not worker.alive:
                         continue
+                    began = time.monotonic()
                     try:
                         return await self._ask(worker, request)
-                    except _WorkerLostError as lost:
-                        self.worker_lost(worker.url, str(lost))
+                    except _WorkerLostError as error:
+                        lost = error
+                if worker is not self._router:
+                    self.worker_lost(worker.url, str(lost))
+                    continue
+                if time.monotonic() - began > self._patience:
+                    failing_since = time.monotonic()
+                await self._after_failure(request, lost, failing_since)
         finally:
-            self._in_flight.discard(request.id)
+            del self._in_flight[request.id]
             self._aborted.discard(request.id)
             self._leave(request.group)
 
@@ -132,23 +147,40 @@ class SglangClient:
         """The worker of a group, which it keeps while it lives; ``last`` if this request belongs to the group already.
 
         Raises:
-            EngineError: no worker came back in time.
+            EngineError: no worker came back in time, or one did that needs weights, and nobody here can send them.
         """
         end = time.monotonic() + self._patience
         while not any(worker.alive for worker in self._workers.values()):
             self._somebody.clear()
+            if any(worker.needs_weights for worker in self._workers.values()):
+                raise EngineError(self._nobody())
             try:
                 await asyncio.wait_for(self._somebody.wait(), end - time.monotonic())
             except TimeoutError:
                 raise EngineError(self._nobody()) from None
-        worker, count = self._groups.get(group, (None, 0))
+        worker, count = (self._router, 0) if self._router else self._groups.get(group, (None, 0))
         if worker is None or not worker.alive:
             alive = [worker for worker in self._workers.values() if worker.alive]
             worker = min(alive, key=lambda one: one.groups)
+        if worker is self._router:
+            return worker
         self._leave_worker(group)
         worker.groups += 1
         self._groups[group] = worker, count + (last is None)
         return worker
+
+    async def _after_failure(self, request: GenerationRequest, lost: _WorkerLostError, failing_since: float) -> None:
+        """Of a request through the router, which may take a dead worker for alive: others are left alone.
+
+        Raises:
+            EngineError: it has failed for too long.
+        """
+        assert self._router is not None
+        if time.monotonic() - failing_since > self._patience:
+            raise EngineError(
+                f"the router {self._router.url} did not serve request {request.id} within {self._patience:g} s: {lost}"
+            )
+        await asyncio.sleep(min(1.0, self._look))
 
     def _leave_worker(self, group: str) -> None:
         if group in self._groups:
@@ -171,6 +203,8 @@ class SglangClient:
 
     async def _ask(self, worker: _Worker, request: GenerationRequest) -> Generation:
         """One attempt, which ends at once where the worker is lost."""
+        self._attempts += 1
+        self._in_flight[request.id] = f"{request.id}~{self._attempts}"
         task = worker.tasks[request.id] = asyncio.create_task(self._post(worker, request))
         try:
             await asyncio.wait({task})
@@ -185,7 +219,7 @@ class SglangClient:
     async def _post(self, worker: _Worker, request: GenerationRequest) -> Generation:
         sampling = request.sampling
         payload: dict[str, Any] = {
-            "rid": request.id,
+            "rid": self._in_flight[request.id],  # a server may still have an earlier attempt
             "input_ids": request.tokens.tolist(),
             "return_logprob": True,
             "sampling_params": {
@@ -230,13 +264,14 @@ class SglangClient:
         worker = self._workers[url]
         if worker.alive:
             logger.warning("lost %s: %s; %d requests start again", url, because, len(worker.tasks))
+            self.losses += 1
         worker.alive, worker.lost_because = False, because
         for task in worker.tasks.values():
             task.cancel()
 
     def worker_returned(self, url: str) -> None:
         """Uses a worker again; it has the current weights."""
-        self._workers[url].alive = True
+        self._workers[url].alive, self._workers[url].needs_weights = True, False
         self._somebody.set()
 
     def expect_version(self, version: int) -> None:
@@ -253,7 +288,7 @@ class SglangClient:
         try:
             if not worker.alive:
                 await self._try_again(worker)
-            elif worker.tasks and not self._paused:
+            elif (worker.tasks or (self._router and self._in_flight)) and not self._paused:
                 # Under load this answers as soon as anything is sampled.
                 async with asyncio.timeout(self._progress):
                     status, _ = await self._exchange(worker.url + "/health_generate", None)
@@ -277,11 +312,27 @@ class SglangClient:
             logger.warning("%s is back with weights %d", worker.url, version)
             self.worker_returned(worker.url)
         else:
-            worker.lost_because = f"is back with weights {version}, the others have {self._expected}"
+            worker.lost_because = f"is back with weights {version}, current are {self._expected}"
+            worker.needs_weights = self.on_returned is None
+            self._somebody.set()
 
     async def _version_of(self, worker: _Worker) -> int:
         answer = await self._ask_one(worker.url, "/model_info", None)
         return int(answer["weight_version"])
+
+    async def reachable(self) -> tuple[str, ...]:
+        """Workers that answer now, whatever their weights: those to send new ones to."""
+
+        async def answers(url: str) -> bool:
+            try:
+                async with asyncio.timeout(30):
+                    await self._version_of(self._workers[url])
+            except (EngineError, TimeoutError):
+                return False
+            return True
+
+        found = await asyncio.gather(*map(answers, self._workers))
+        return tuple(url for url, yes in zip(self._workers, found, strict=True) if yes)
 
     async def control(
         self, path: str, payload: Mapping[str, Any] | None = None, *, workers: Sequence[str] | None = None
@@ -325,13 +376,13 @@ class SglangClient:
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
         """See :class:`.engine.RolloutEngine`."""
-        wanted = self._in_flight.copy() if ids is None else self._in_flight.intersection(ids)
+        wanted = {*self._in_flight} if ids is None else self._in_flight.keys() & {*ids}
         self._aborted |= wanted
         # A server forgets to abort what reaches it later than the call, so that it has to be told again.
         while calls := [
-            self._ask_one(worker.url, "/abort_request", {"rid": id_})
+            self._ask_one(worker.url, "/abort_request", {"rid": self._in_flight[id_]})
             for worker in self._workers.values()
-            for id_ in wanted & worker.tasks.keys()
+            for id_ in wanted & (self._router or worker).tasks.keys()
             if worker.alive
         ]:
             await asyncio.gather(*calls)
@@ -351,7 +402,7 @@ class SglangClient:
 
     async def release_memory(self, *what: Memory) -> None:
         """See :class:`.engine.RolloutEngine`; needs ``enable_memory_saver`` to have an effect."""
-        if any(worker.tasks for worker in self._workers.values()):
+        if self._in_flight:
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
         await self.control("/flush_cache")
         await self.control("/release_memory_occupation", {"tags": list(what)})
