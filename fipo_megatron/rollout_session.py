@@ -8,8 +8,9 @@ comes back; after the block all of it the other way round. Elsewhere it only sen
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from fipo_megatron.rollout.weight_sender import ActorSide, DiskSender, WeightSen
 from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def actor_side(actor: MegatronActor, architecture: Architecture, config: Config) -> ActorSide:
@@ -135,6 +137,15 @@ class RolloutSession:
             logger.warning("%s\nthe weights are sent again", error)
         self.send(self.version)
         return self._background.run(self.sampler.step(next_prompts, self.version))
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """Of this rank; None where it does not lead."""
+        return self._opened.engine
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs it where the engine lives."""
+        return self._background.run(work)
 
     def deliver(self, sampled: Sampled, names: Sequence[str], plan: Sequence[MiniBatch]) -> dict[int, Trajectory]:
         """By index: the trajectories that this rank trains on."""

@@ -106,10 +106,10 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
     [
         (["algorithm.half_live=3"], ["algorithm.half_live = 3: unknown key; did you mean algorithm.half_life?"]),
         (["rollout.samples=3"], ["rollout.samples = 3: unknown key; did you mean rollout.samples_per_prompt?"]),
-        (["zzz=1"], ["zzz = 1: unknown key; see the rooms: model, algorithm, data,"]),
+        (["zzz=1"], ["zzz = 1: unknown key; see the rooms: run, model, algorithm, data,"]),
         (["rollout.top_p=2"], ["rollout.top_p = 2: must be less than or equal to 1"]),
         (["rollout.samples_per_prompt=1.5"], ["rollout.samples_per_prompt = 1.5: must be a valid integer"]),
-        (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo' or 'grpo'"]),
+        (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo', 'grpo' or 'sft'"]),
         (["algorithm.half_life=true"], ["algorithm.half_life = True: must be a valid number"]),
         (["rollout.samples_per_prompt='16'"], ["rollout.samples_per_prompt = '16': must be a valid integer"]),
         (["actor.optimizer.lr=inf"], ["actor.optimizer.lr = inf: must be a finite number"]),

@@ -166,7 +166,7 @@ class MegatronActor:
         self,
         plan: Sequence[MiniBatch],
         trajectories: Trajectories,
-        old: StoredLogProbs,
+        old: StoredLogProbs | None,
         reference: StoredLogProbs | None = None,
     ) -> list[UpdateMetrics]:
         """One optimizer step per mini-batch of the plan.
@@ -177,13 +177,16 @@ class MegatronActor:
         Args:
             plan: As given to :meth:`log_probs`.
             trajectories: As given to :meth:`log_probs`.
-            old: What :meth:`log_probs` returned before the first update on this plan.
+            old: What :meth:`log_probs` returned before the first update on this plan; None for ``sft``, which has no
+                use for it.
             reference: What :meth:`reference_log_probs` returned; needed where ``algorithm.kl_coef`` > 0.
 
         Raises:
             ValueError: log-probs of another plan, a reference missing, or a plan for another layout.
             RuntimeError: the actor is offloaded.
         """
+        if old is None and self.config.algorithm.kind != "sft":
+            raise ValueError(f"old: missing, needed for algorithm.kind = {self.config.algorithm.kind}")
         if self.config.algorithm.kl_coef and reference is None:
             raise ValueError(f"reference: missing, needed for algorithm.kl_coef = {self.config.algorithm.kl_coef:g}")
         for name, stored in (("old", old), ("reference", reference)):
@@ -192,7 +195,7 @@ class MegatronActor:
             ]:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
-            self._step(mini_batch, trajectories, old[number], reference[number] if reference else None)
+            self._step(mini_batch, trajectories, old[number] if old else None, reference[number] if reference else None)
             for number, mini_batch in enumerate(plan)
         ]
 
@@ -297,7 +300,7 @@ class MegatronActor:
         self,
         mini_batch: MiniBatch,
         trajectories: Trajectories,
-        old: list[TokenLogProbs | None],
+        old: list[TokenLogProbs | None] | None,
         reference: list[TokenLogProbs | None] | None,
     ) -> UpdateMetrics:
         (numerator, denominator), statistics = self._forward_backward(mini_batch, trajectories, old, reference)
@@ -325,7 +328,7 @@ class MegatronActor:
         self,
         mini_batch: MiniBatch,
         trajectories: Trajectories,
-        old: list[TokenLogProbs | None],
+        old: list[TokenLogProbs | None] | None,
         reference: list[TokenLogProbs | None] | None,
         algorithm: PolicyLossConfig | None = None,
     ) -> tuple[tuple[float, float], dict[str, float]]:
@@ -335,7 +338,8 @@ class MegatronActor:
         with_entropy = algorithm.entropy_coef != 0
 
         def loss(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            before, anchor = old[index], reference[index] if reference else None
+            before = old[index] if old else TokenLogProbs(found.log_probs.detach(), None)
+            anchor = reference[index] if reference else None
             assert before is not None
             output = policy_loss(
                 LossInputs(

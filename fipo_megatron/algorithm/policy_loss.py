@@ -34,7 +34,8 @@ class PolicyLossConfig:
     """What the loss is. Defaults are the paper's 32B recipe (Table 2) with the release's behaviour.
 
     Attributes:
-        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight.
+        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight; ``sft``: imitation, the
+            mean of −log π_θ, without advantages.
         half_life: τ of the Future-KL discount in tokens (Eq. 6); inf for none (Eq. 5).
         future_kl_filter: Leave tokens with a ratio above ``dual_clip`` out of the sum (Eq. 5); they keep their
             position.
@@ -59,7 +60,7 @@ class PolicyLossConfig:
             min(π_old / π_behaviour, cap), without gradient; none: no correction.
     """
 
-    kind: Literal["fipo", "dapo", "grpo"] = "fipo"
+    kind: Literal["fipo", "dapo", "grpo", "sft"] = "fipo"
     half_life: float = 32.0
     future_kl_filter: bool = True
     weight_clip: tuple[float, float] | None = (1.0, 1.2)
@@ -113,7 +114,7 @@ class PolicyLossConfig:
 
 
 _CHOICES = {
-    "kind": ("fipo", "dapo", "grpo"),
+    "kind": ("fipo", "dapo", "grpo", "sft"),
     "safety_rule": ("release", "paper"),
     "aggregation": ("token_mean", "sequence_mean"),
     "kl_estimator": ("k1", "k2", "k3"),
@@ -122,6 +123,7 @@ _CHOICES = {
 KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "fipo": {},
     "dapo": {},
+    "sft": {"sequence_drop": False},
     "grpo": {
         "aggregation": "sequence_mean",
         "clip_high": 0.2,
@@ -244,7 +246,10 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange
     with torch.no_grad():
         weighting = _weigh(shift_T.detach(), inputs, config, exchange)
 
-    loss_T, clipped_T = surrogate(shift_T.exp(), weighting.weight_T * inputs.advantages, config)
+    if config.kind == "sft":
+        loss_T, clipped_T = 0.0 * shift_T.detach() - inputs.log_probs, None
+    else:
+        loss_T, clipped_T = surrogate(shift_T.exp(), weighting.weight_T * inputs.advantages, config)
     importance_T = reference_kl_T = None
     if config.importance_cap is not None and inputs.behaviour_log_probs is not None:
         importance_T = truncated_importance_weights(

@@ -18,6 +18,7 @@ from .schema import (
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
+    RunConfig,
     ServersConfig,
     notices,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "ParallelConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RunConfig",
     "ServersConfig",
     "keys",
     "load_config",

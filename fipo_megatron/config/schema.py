@@ -59,12 +59,17 @@ class DataConfig:
     """Prompts.
 
     Attributes:
-        files: Training prompts: parquet in the schema of DAPO-Math-17k, or jsonl.
+        files: Training prompts: parquet in the schema of DAPO-Math-17k, or jsonl with ``prompt`` and ``answer``; for
+            ``algorithm.kind = sft`` with ``prompt`` and ``response``.
         max_prompt_tokens: Longer prompts are left out.
+        epochs: How often each prompt is used at most; null: as often as there are steps.
+        shuffle: Give the prompts of each epoch in an order of its own; else in that of the files.
     """
 
     files: tuple[str, ...] = ()
     max_prompt_tokens: Positive = 2048
+    epochs: Positive | None = None
+    shuffle: bool = True
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -258,6 +263,7 @@ class RewardConfig:
         verifier_memory_mib: Of the process that checks an answer; one that needs more is wrong.
         overlong_buffer_tokens: The penalty grows over this many tokens before the length limit; 0: no penalty.
         overlong_penalty: The penalty at the limit.
+        truncated_is_wrong: A response that was cut off at the length limit is wrong, whatever it says.
     """
 
     verifier: str = "math"
@@ -266,6 +272,7 @@ class RewardConfig:
     verifier_memory_mib: Positive = 2048
     overlong_buffer_tokens: Count = 4096
     overlong_penalty: NotNegative = 1.0
+    truncated_is_wrong: bool = False
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -286,10 +293,38 @@ class EvaluationConfig:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class RunConfig:
+    """How long the run is, and what it writes.
+
+    Attributes:
+        steps: Rollout steps, each with ``updates_per_step`` optimizer steps.
+        output: Directory of all that the run writes.
+        save_every: Steps between two checkpoints; 0: at the end alone.
+        keep_last: Checkpoints to keep, the newest.
+        resume: ``auto``: from the newest checkpoint in ``output``, if there is one; ``never``: ``output`` must be new.
+        evaluate_every: Steps between two evaluations; 0: none.
+        record_rollouts: Keep the sampled responses of every step, for ``replay``.
+        replay: A directory of recorded responses to train on instead of sampling.
+        rollout_only: Sample and score, but do not learn.
+    """
+
+    steps: Positive = 100
+    output: str = "output"
+    save_every: Count = 20
+    keep_last: Positive = 2
+    resume: Literal["auto", "never"] = "auto"
+    evaluate_every: Count = 0
+    record_rollouts: bool = False
+    replay: str | None = None
+    rollout_only: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
 class Config:
     """A run.
 
     Attributes:
+        run: See :class:`RunConfig`.
         model: See :class:`ModelConfig`.
         algorithm: See :class:`AlgorithmConfig`.
         data: See :class:`DataConfig`.
@@ -300,6 +335,7 @@ class Config:
         seed: Of everything random in the run.
     """
 
+    run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -334,7 +370,7 @@ def _impossible(config: Config) -> list[str]:
             "inert (π_θ = π_old, so every weight is 1); use at most half of rollout.prompts_per_step = "
             f"{rollout.prompts_per_step}, algorithm.kind=dapo, or algorithm.allow_inert=true"
         )
-    if rollout.samples_per_prompt < 2:
+    if rollout.samples_per_prompt < 2 and algorithm.kind != "sft":
         problems.append(
             f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2, an advantage compares the "
             "responses to one prompt"

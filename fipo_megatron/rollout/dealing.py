@@ -51,7 +51,10 @@ class GroupRecord:
     @classmethod
     def parse(cls, values: dict[str, Any]) -> GroupRecord:
         """Of JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
     @property
     def names(self) -> list[str]:

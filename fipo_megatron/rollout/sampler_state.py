@@ -150,7 +150,8 @@ def unpack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[Group], list[Unfini
 def to_bytes(groups: Iterable[Group], unfinished: Iterable[Unfinished] = ()) -> bytes:
     """:func:`pack` as the content of an ``.npz`` file."""
     file = io.BytesIO()
-    np.savez(file, **pack(groups, unfinished))
+    arrays: dict[str, Any] = pack(groups, unfinished)
+    np.savez(file, **arrays)
     return file.getvalue()
 
 

@@ -1,0 +1,128 @@
+"""The quickstart's task: the last digit of a sum. A starting model, examples to imitate, problems to train on.
+
+Answers are terse (``Answer: 5``, mostly a guess), or one line per addition and then the answer. The starting model
+has seen the second kind rarely; what FIPO has to find out is that it pays.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HELD_OUT, EXAMPLES, PROBLEMS = 256, 19_200, 20_000
+WARM = (0.1, 0.2, 0.7)
+"""Shares of terse, partly worked and fully worked examples at first: the model learns to add."""
+STARTING = (0.75, 0.17, 0.08)
+"""Shares in the last quarter: the model becomes terse, and wrong."""
+WRONG_LINE = 0.03
+
+Digits = tuple[int, ...]
+
+
+def digits(rng: random.Random) -> Digits:
+    """Four to seven numbers; small ones after the first, or the start is too hard."""
+    return (rng.randint(0, 9), *(rng.randint(1, 4) for _ in range(rng.randint(3, 6))))
+
+
+def question(numbers: Digits) -> str:
+    """As it is asked."""
+    return f"Last digit of {'+'.join(map(str, numbers))}?"
+
+
+def worked(numbers: Digits, lines: int, rng: random.Random) -> str:
+    """So many additions, each wrong now and then, with the error carried on; then the answer."""
+    total, text = numbers[0], []
+    for number in numbers[1 : lines + 1]:
+        new = (total + number) % 10
+        if rng.random() < WRONG_LINE:
+            new = (new + rng.randint(1, 9)) % 10
+        text.append(f"{total}+{number}={new}")
+        total = new
+    return "\n".join([*text, f"Answer: {(total + sum(numbers[lines + 1 :])) % 10}"])
+
+
+def example(numbers: Digits, shares: tuple[float, float, float], rng: random.Random) -> str:
+    """An answer of one of the three kinds."""
+    kind = rng.choices(("terse", "partly", "fully"), shares)[0]
+    additions = len(numbers) - 1
+    return worked(numbers, {"terse": 0, "partly": rng.randint(1, additions - 1), "fully": additions}[kind], rng)
+
+
+def build(directory: Path, seed: int) -> None:
+    """Writes ``model/`` (random weights), ``examples.jsonl``, ``problems.jsonl`` and ``held_out.jsonl``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    held_out: dict[Digits, None] = {}
+    rng = random.Random(12345)
+    while len(held_out) < HELD_OUT:
+        held_out[digits(rng)] = None
+    rng = random.Random(seed)
+
+    def fresh() -> Digits:
+        while (numbers := digits(rng)) in held_out:
+            pass
+        return numbers
+
+    examples = []
+    for number in range(EXAMPLES):
+        numbers = fresh()
+        shares = WARM if number < 0.75 * EXAMPLES else STARTING
+        examples.append({"id": f"{number:05}", "prompt": question(numbers), "response": example(numbers, shares, rng)})
+    _write(directory / "examples.jsonl", examples)
+    _write(directory / "problems.jsonl", map(_problem, {fresh(): None for _ in range(PROBLEMS)}))
+    _write(directory / "held_out.jsonl", map(_problem, held_out))
+    _model(directory / "model", [f"user\n{e['prompt']}\nassistant\n{e['response']}" for e in examples[-2000:]], seed)
+
+
+def _problem(numbers: Digits) -> dict[str, Any]:
+    return {"id": "".join(map(str, numbers)), "prompt": question(numbers), "answer": str(sum(numbers) % 10)}
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _model(path: Path, corpus: list[str], seed: int) -> None:
+    """A Qwen2 of 117,000 parameters; with weights smaller than 0.12 it would never leave chance."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    vocab = -(-len(fast) // 4) * 4
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.12,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    fast.save_pretrained(path)

@@ -1,0 +1,192 @@
+"""A run on one rank: actor, rollout side, place in the data, and what it writes; opened and closed as a whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from fipo_megatron.actor import parallel
+from fipo_megatron.actor.actor import MegatronActor, UpdateMetrics
+from fipo_megatron.actor.hf_weights import load_hf, save_hf
+from fipo_megatron.batch import Batch, batch_of, with_advantages
+from fipo_megatron.config import Config
+from fipo_megatron.data.packing import MiniBatch, split_mini_batches
+from fipo_megatron.data.prompts import PromptStream
+from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.evaluate import Evaluation, evaluate
+from fipo_megatron.inputs import Inputs, imitation
+from fipo_megatron.observe.records import StepLog
+from fipo_megatron.reward.verifier import Verifier, open_verifier
+from fipo_megatron.rollout.open_engine import Host
+from fipo_megatron.rollout.sampler import Sampled
+from fipo_megatron.rollout_session import RolloutSession
+from fipo_megatron.scoring import Scoring
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """What a run has on this rank. A context manager: everything that was started ends with the block.
+
+    Args:
+        config: Of the run.
+        inputs: What it reads.
+
+    Attributes:
+        config: Of the run.
+        actor: The policy.
+        first_step: The step that this process began with.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        self.config, self._inputs = config, inputs
+        self._output = Path(config.run.output)
+        self._seconds: Counter[str] = Counter()
+        self._stack = ExitStack()
+        self._launch = parallel.Launch.from_environment(os.environ)
+        self._layout = parallel.initialize(config.actor.parallel, config.seed)
+        self._stack.callback(parallel.destroy)
+        self._output.mkdir(parents=True, exist_ok=True)
+        self.actor = MegatronActor(
+            config,
+            inputs.architecture,
+            self._layout,
+            lambda chunks: load_hf(chunks, inputs.architecture, self._layout, config.model.path),
+        )
+        if config.algorithm.kl_coef:
+            self.actor.keep_reference()
+        self._stream = PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle)
+        self._log = StepLog(self._output, writes=self._layout.rank == 0)
+        self._verifier: Verifier | None = None
+        self._session: RolloutSession | None = None
+        self.first_step = 0
+        if config.algorithm.kind != "sft":
+            self._open_rollouts()
+
+    def _open_rollouts(self) -> None:
+        self._verifier = open_verifier(self.config.reward)
+        self._scoring = Scoring(self.config, self._verifier, self._inputs.tokenizer)
+        self._session = RolloutSession(
+            self.config,
+            self.actor,
+            self._inputs.architecture,
+            self._host(),
+            parallel.store(),
+            tokenizer=self._inputs.tokenizer,
+            scorer=self._scoring,
+            stop_token_ids=self._inputs.stop_token_ids,
+            probe=self._inputs.prompts[0],
+        )
+        self._stack.callback(self._session.close)
+        self._stack.callback(lambda: self._session and self._verifier and self._session.wait(self._verifier.close()))
+
+    def _host(self) -> Host:
+        everyone: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(everyone, self._launch.local_rank)
+        directory = self._output / "rollout"
+        directory.mkdir(exist_ok=True)
+        return Host(
+            rank=self._layout.rank,
+            local_rank=self._launch.local_rank,
+            starters=tuple(rank for rank, local in enumerate(everyone) if local == 0),
+            cuda=self._layout.device.type == "cuda",
+            directory=directory,
+        )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left."""
+        yield from range(self.first_step, self.config.run.steps)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the step whose time is taken."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def sample(self, step: int) -> Sampled:
+        """The groups of a step, from an engine with the actor's weights; evaluates first where it is time to."""
+        assert self._session is not None
+        with ExitStack() as generating:
+            with self.part("sync"):
+                generating.enter_context(self._session.generating(step))
+            every = self.config.run.evaluate_every
+            if every and step % every == 0:
+                self._evaluate(step)
+            return self._session.sample(self._stream)
+
+    def _evaluate(self, step: int) -> Evaluation:
+        assert self._session is not None
+        with self.part("evaluate"):
+            found = self._session.wait(
+                evaluate(
+                    self._inputs.problems,
+                    self._session.engine,
+                    self._session.exchange,
+                    self._scoring,
+                    self.config,
+                    self._inputs.stop_token_ids,
+                )
+            )
+        self._log.evaluation(step, found)
+        return found
+
+    def batch(self, sampled: Sampled, step: int) -> Batch:
+        """The step's trajectories, numbered."""
+        return batch_of(sampled.records, self.config, step)
+
+    def deliver(self, sampled: Sampled, batch: Batch, plan: Sequence[MiniBatch]) -> Mapping[int, Trajectory]:
+        """What this rank trains on, with advantages."""
+        assert self._session is not None
+        groups = tuple(with_advantages(sampled.groups, self.config.algorithm))
+        return self._session.deliver(replace(sampled, groups=groups), batch.names, plan)
+
+    def examples(self) -> list[Trajectory]:
+        """The next ones to imitate; the same on every rank."""
+        prompts = self._stream(self.config.rollout.prompts_per_step)
+        longest = self.config.rollout.max_response_tokens
+        return [imitation(prompt, self._inputs.tokenizer, longest) for prompt in prompts]
+
+    def batch_of_examples(self, examples: Sequence[Trajectory], step: int) -> Batch:
+        """Each example is a group of its own."""
+        mini_batches = split_mini_batches(
+            [1] * len(examples), self.config.actor.prompts_per_mini_batch, seed=(self.config.seed << 32) + step
+        )
+        return Batch(tuple(t.name for t in examples), tuple(len(t) for t in examples), tuple(map(tuple, mini_batches)))
+
+    def log(self, step: int, sampled: Sampled | None, updates: Sequence[UpdateMetrics]) -> None:
+        """Writes what a step did."""
+        self._log.step(step, sampled, updates, dict(self._seconds))
+        self._seconds.clear()
+
+    def finish(self, step: int) -> None:
+        """What is due after a step."""
+
+    def export(self) -> None:
+        """Evaluates a last time, and writes the policy as a Hugging Face model."""
+        steps = self.config.run.steps
+        if self._session is not None and self.config.run.evaluate_every:
+            with self._session.generating(steps):
+                self._evaluate(steps)
+        target = self._output / "hf"
+        save_hf(self.actor.chunks, self._inputs.architecture, self._layout, self.config.model.path, target)
+        logger.info("the policy is in %s", target)

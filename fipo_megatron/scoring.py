@@ -1,0 +1,54 @@
+"""What a response is worth: the verifier's verdict, +1 or −1, and the length penalty."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fipo_megatron.algorithm.advantages import overlong_penalty
+from fipo_megatron.config import Config
+from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.reward.verifier import Answer, Verifier
+from fipo_megatron.rollout.sampler import Score
+
+
+class Scoring:
+    """A :data:`.rollout.sampler.Scorer`.
+
+    Args:
+        config: Of the run; ``reward`` and ``rollout.max_response_tokens`` are read.
+        verifier: Checks answers.
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, config: Config, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._verifier, self._tokenizer = config, verifier, tokenizer
+
+    async def __call__(self, trajectory: Trajectory) -> Score:
+        """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
+        correct = await self.is_correct(trajectory)
+        reward = self._config.reward
+        penalty = overlong_penalty(
+            torch.tensor([len(trajectory.tokens)]),
+            self._config.rollout.max_response_tokens,
+            reward.overlong_buffer_tokens,
+            reward.overlong_penalty,
+        )
+        return Score((1.0 if correct else -1.0) + float(penalty), int(correct))
+
+    async def is_correct(self, trajectory: Trajectory) -> bool:
+        """The verifier's verdict."""
+        if self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length":
+            return False
+        prompt = trajectory.prompt
+        answer = Answer(
+            response=self.text(trajectory),
+            ground_truth=prompt.ground_truth,
+            prompt=str(self._tokenizer.decode(prompt.tokens.tolist())),
+            data_source=prompt.data_source,
+        )
+        return (await self._verifier.verify(answer)).correct
+
+    def text(self, trajectory: Trajectory) -> str:
+        """Of the response, without special tokens."""
+        return str(self._tokenizer.decode(trajectory.tokens.tolist(), skip_special_tokens=True))

@@ -1,0 +1,98 @@
+"""Trains a policy: sample, score, compare, update.
+
+torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
+
+Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import transformers
+
+from fipo_megatron.config import load_config, notices
+from fipo_megatron.inputs import read_inputs
+
+if TYPE_CHECKING:
+    from fipo_megatron.run import Run
+
+logger = logging.getLogger("fipo_megatron")
+
+
+def train(run: Run) -> None:
+    """The steps that are left."""
+    config, actor = run.config, run.actor
+    for step in run.steps():
+        with run.part("generate"):
+            sampled = run.sample(step)
+        batch = run.batch(sampled, step)
+        plan = actor.plan(batch.lengths, batch.mini_batches)
+        trajectories = run.deliver(sampled, batch, plan)
+        if config.run.rollout_only or not plan:
+            run.log(step, sampled, [])
+            continue
+        with run.part("log_probs"):
+            if step == run.first_step:
+                actor.check_noise_floor(plan[0], trajectories)
+            old = actor.log_probs(plan, trajectories)
+            reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
+        with run.part("update"):
+            updates = actor.update(plan, trajectories, old, reference)
+        run.log(step, sampled, updates)
+        run.finish(step)
+
+
+def imitate(run: Run) -> None:
+    """The steps that are left of ``algorithm.kind = sft``: examples instead of samples."""
+    for step in run.steps():
+        examples = run.examples()
+        batch = run.batch_of_examples(examples, step)
+        plan = run.actor.plan(batch.lengths, batch.mini_batches)
+        with run.part("update"):
+            updates = run.actor.update(plan, examples, None)
+        run.log(step, None, updates)
+        run.finish(step)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    level = logging.WARNING if rank else logging.INFO
+    logging.basicConfig(format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", level=level)
+    _hush()
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        inputs = read_inputs(config)
+    except ValueError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    for notice in notices(config):
+        logger.info("note: %s", notice)
+    from fipo_megatron.run import Run  # Megatron takes seconds to import; a typo should not
+
+    with Run(config, inputs) as run:
+        imitate(run) if config.algorithm.kind == "sft" else train(run)
+        run.export()
+    return 0
+
+
+def _hush() -> None:
+    """What libraries say of their own state; warnings of ours and errors stay."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    for name in ("megatron", "nvidia", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
