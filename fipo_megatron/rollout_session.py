@@ -30,6 +30,7 @@ from fipo_megatron.rollout.exchange import Exchange
 from fipo_megatron.rollout.open_engine import Host, OpenEngine, open_engine, open_sender
 from fipo_megatron.rollout.probe import check_probe, sample_probe
 from fipo_megatron.rollout.sampler import Sampled, Sampler, SamplerSettings, Scorer
+from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.rollout.sglang_client import SglangClient
 from fipo_megatron.rollout.weight_sender import ActorSide, DiskSender, WeightSender
 from fipo_megatron.weights.architecture import Architecture
@@ -146,6 +147,26 @@ class RolloutSession:
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs it where the engine lives."""
         return self._background.run(work)
+
+    def carried(self) -> Carried | None:
+        """What the sampler of this rank carries; None where it does not lead."""
+        return self.sampler.carried() if self.engine is not None else None
+
+    def take_over(self, carried: Sequence[Carried]) -> None:
+        """Goes on with what each leader carried; with another number of leaders, it is shared anew.
+
+        Args:
+            carried: Of every leader then; the same on every rank.
+        """
+        if self.engine is None or not carried:
+            return
+        place, leaders = self.exchange.leaders.index(self.exchange.rank), len(self.exchange.leaders)
+        if len(carried) == leaders:
+            self.sampler.take_over(*carried[place])
+            return
+        groups = [group for one, _ in carried for group in one]
+        unfinished = [prompt for _, one in carried for prompt in one]
+        self.sampler.take_over(groups[place::leaders], unfinished[place::leaders])
 
     def deliver(self, sampled: Sampled, names: Sequence[str], plan: Sequence[MiniBatch]) -> dict[int, Trajectory]:
         """By index: the trajectories that this rank trains on."""

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
+import torch
 import torch.distributed as dist
 
+from fipo_megatron import fail_points
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor, UpdateMetrics
+from fipo_megatron.actor.agreement import all_or_none
 from fipo_megatron.actor.hf_weights import load_hf, save_hf
 from fipo_megatron.batch import Batch, batch_of, with_advantages
+from fipo_megatron.checkpoints import Checkpoints
 from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MiniBatch, split_mini_batches
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluate import Evaluation, evaluate
 from fipo_megatron.inputs import Inputs, imitation
+from fipo_megatron.manifest import list_checkpoints
+from fipo_megatron.observe import recordings
 from fipo_megatron.observe.records import StepLog
 from fipo_megatron.reward.verifier import Verifier, open_verifier
 from fipo_megatron.rollout.open_engine import Host
 from fipo_megatron.rollout.sampler import Sampled
+from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.rollout_session import RolloutSession
 from fipo_megatron.scoring import Scoring
+from fipo_megatron.weights.publish import partial_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +60,7 @@ class Run:
     def __init__(self, config: Config, inputs: Inputs) -> None:
         self.config, self._inputs = config, inputs
         self._output = Path(config.run.output)
+        self._complete = False
         self._seconds: Counter[str] = Counter()
         self._stack = ExitStack()
         self._launch = parallel.Launch.from_environment(os.environ)
@@ -64,15 +75,40 @@ class Run:
         )
         if config.algorithm.kl_coef:
             self.actor.keep_reference()
+        self._checkpoints = Checkpoints(self._output / "checkpoints", config, self.actor, inputs.architecture)
         self._stream = PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle)
         self._log = StepLog(self._output, writes=self._layout.rank == 0)
         self._verifier: Verifier | None = None
         self._session: RolloutSession | None = None
-        self.first_step = 0
+        self.first_step = self._saved = 0
+        self._stop = 0
+        carried = self._resume()
         if config.algorithm.kind != "sft":
-            self._open_rollouts()
+            self._open_rollouts(carried)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
 
-    def _open_rollouts(self) -> None:
+    def _resume(self) -> list[Carried]:
+        """Goes on from the newest checkpoint, where there is one; what its samplers carried."""
+        path = self._checkpoints.newest() if self.config.run.resume == "auto" else None
+        if path is None:
+            self._log.cut(0)
+            return []
+        saved, carried = self._checkpoints.load(path)
+        self.first_step = self._saved = saved.step
+        self._stream.given = saved.cursor
+        self._log.cut(saved.step)
+        logger.info("goes on from %s", path)
+        return carried
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """The first ends the run after this step, saved; the second at once."""
+        if self._stop:
+            os._exit(128 + signum)
+        self._stop = signum
+        logger.warning("%s: the run ends after this step; once more ends it at once", signal.Signals(signum).name)
+
+    def _open_rollouts(self, carried: list[Carried]) -> None:
         self._verifier = open_verifier(self.config.reward)
         self._scoring = Scoring(self.config, self._verifier, self._inputs.tokenizer)
         self._session = RolloutSession(
@@ -87,6 +123,7 @@ class Run:
             probe=self._inputs.prompts[0],
         )
         self._stack.callback(self._session.close)
+        self._session.take_over(carried)
         self._stack.callback(lambda: self._session and self._verifier and self._session.wait(self._verifier.close()))
 
     def _host(self) -> Host:
@@ -111,12 +148,42 @@ class Run:
         self._stack.close()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left."""
-        yield from range(self.first_step, self.config.run.steps)
+        """The steps that are left; saves after each where it is time to, and where the run is asked to end."""
+        for step in range(self.first_step, self.config.run.steps):
+            yield step
+            done = step + 1
+            stopped = self._is_stopped()
+            every = self.config.run.save_every
+            if stopped or done == self.config.run.steps or (every and done % every == 0):
+                with self.part("save"):
+                    self._save(done)
+            if stopped:
+                logger.warning("ended after step %d, as asked; run it again to go on", step)
+                return
+            every = self.config.run.export_every
+            if every and done % every == 0 and done < self.config.run.steps:
+                self._export(self._output / f"hf-{done:06}")
+        self._complete = True
+
+    def _is_stopped(self) -> bool:
+        """Whether any rank was asked to end."""
+        flag = torch.tensor(int(self._stop > 0), device=self._layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _save(self, step: int) -> None:
+        run = self.config.run
+        carried = self._session.carried() if self._session is not None else None
+        self._checkpoints.save(step, self._stream.given, carried)
+        scores = self._log.evaluations() if run.keep_best else {}
+        kept = [number for number, _ in list_checkpoints(self._output / "checkpoints")]
+        best = max((number for number in kept if number in scores), key=lambda n: (scores[n], n), default=None)
+        self._checkpoints.prune(run.keep_last, best)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """A part of the step whose time is taken."""
+        fail_points.reach(name)
         start = time.perf_counter()
         try:
             yield
@@ -132,7 +199,10 @@ class Run:
             every = self.config.run.evaluate_every
             if every and step % every == 0:
                 self._evaluate(step)
-            return self._session.sample(self._stream)
+            sampled = self._session.sample(self._stream)
+        if self.config.run.record_rollouts and self._session.engine is not None:
+            recordings.write(self._output / "rollouts", step, self._layout.rank, sampled)
+        return sampled
 
     def _evaluate(self, step: int) -> Evaluation:
         assert self._session is not None
@@ -178,15 +248,20 @@ class Run:
         self._log.step(step, sampled, updates, dict(self._seconds))
         self._seconds.clear()
 
-    def finish(self, step: int) -> None:
-        """What is due after a step."""
-
     def export(self) -> None:
-        """Evaluates a last time, and writes the policy as a Hugging Face model."""
+        """After the last step: evaluates a last time, and writes the policy as a Hugging Face model."""
+        if not self._complete:
+            return
         steps = self.config.run.steps
         if self._session is not None and self.config.run.evaluate_every:
             with self._session.generating(steps):
                 self._evaluate(steps)
-        target = self._output / "hf"
+        self._export(self._output / "hf")
+
+    def _export(self, target: Path) -> None:
+        with all_or_none("removing an earlier export"):
+            if self._layout.rank == 0:
+                for path in (target, partial_of(target)):
+                    shutil.rmtree(path, ignore_errors=True)
         save_hf(self.actor.chunks, self._inputs.architecture, self._layout, self.config.model.path, target)
         logger.info("the policy is in %s", target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fipo_megatron import fail_points
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Trajectory
@@ -26,6 +27,7 @@ class Scoring:
 
     async def __call__(self, trajectory: Trajectory) -> Score:
         """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
+        fail_points.reach("reward")
         correct = await self.is_correct(trajectory)
         reward = self._config.reward
         penalty = overlong_penalty(

@@ -45,7 +45,6 @@ def train(run: Run) -> None:
         with run.part("update"):
             updates = actor.update(plan, trajectories, old, reference)
         run.log(step, sampled, updates)
-        run.finish(step)
 
 
 def imitate(run: Run) -> None:
@@ -57,7 +56,6 @@ def imitate(run: Run) -> None:
         with run.part("update"):
             updates = run.actor.update(plan, examples, None)
         run.log(step, None, updates)
-        run.finish(step)
 
 
 def main(arguments: Sequence[str]) -> int:

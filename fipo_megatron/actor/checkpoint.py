@@ -53,16 +53,19 @@ def sharded_weights(chunks: Sequence[HiddenStateGPTModel]) -> ShardedStateDict:
     return found
 
 
-def save_weights(
+def save(
     chunks: Sequence[HiddenStateGPTModel],
     layout: RankLayout,
     source: str | Path,
     target: str | Path,
     *,
+    more: Callable[[], ShardedStateDict] = dict,
+    content: dict[str, Any] = CONTENT,
+    write_more: Callable[[Path], None] = lambda partial: None,
     progress: Progress = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Writes a checkpoint of the weights alone: a collective of all ranks, which must see one file system.
+    """Writes a checkpoint: a collective of all ranks, which must see one file system.
 
     Everything is written beside the target and renamed at the end: where anything fails, on any rank, nothing is left
     under the final name.
@@ -72,6 +75,9 @@ def save_weights(
         layout: Of this rank.
         source: The Hugging Face directory to copy config.json, tokenizer and so on from.
         target: Must not exist; its parent must.
+        more: Gives what is saved beside the weights: shards of this rank.
+        content: How tensors are named and cut.
+        write_more: Called on all ranks with the directory before it takes its name, to add files.
         progress: Is told of bytes that this rank has written.
         verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
 
@@ -82,7 +88,8 @@ def save_weights(
     source, target = Path(source), Path(target)
     with begun(source, target, layout) as partial:
         with all_or_none("save_weights"):
-            state: ShardedStateDict = sharded_weights(chunks) | {_CONTENT_METADATA_KEY: CONTENT}
+            state: ShardedStateDict = sharded_weights(chunks) | more() | {_CONTENT_METADATA_KEY: content}
+            apply_factories(state)
             shards, common = save_preprocess(state, validate_access_integrity=False)
             by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
             tensors = mcore_to_pyt_state_dict(by_key)
@@ -99,18 +106,57 @@ def save_weights(
                 torch_dist.check_files(partial)
                 (partial / torch_dist.HUGGING_FACE).mkdir()
                 hf_files.add_companions(source, partial / torch_dist.HUGGING_FACE)
+        with all_or_none("save_weights"):
+            write_more(partial)
         _write_checksums(partial, layout)
         verify(partial)
 
 
-@torch.no_grad()
+def save_weights(
+    chunks: Sequence[HiddenStateGPTModel],
+    layout: RankLayout,
+    source: str | Path,
+    target: str | Path,
+    *,
+    progress: Progress = lambda done: None,
+    verify: Callable[[Path], None] = lambda written: None,
+) -> None:
+    """Writes a checkpoint of the weights alone; see :func:`save`."""
+    save(chunks, layout, source, target, progress=progress, verify=verify)
+
+
 def load_weights(
     chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout, path: str | Path
 ) -> None:
+    """Fills this rank's parameters from a checkpoint that any layout saved; see :func:`load`."""
+    load(chunks, architecture, layout, path)
+
+
+@torch.no_grad()
+def load(
+    chunks: Sequence[HiddenStateGPTModel],
+    architecture: Architecture,
+    layout: RankLayout,
+    path: str | Path,
+    *,
+    more: Callable[[], ShardedStateDict] = dict,
+    verified: bool = False,
+) -> ShardedStateDict:
     """Fills this rank's parameters from a checkpoint that any layout saved: a collective of all ranks.
 
     Values are cast to the parameters' dtype; padding becomes 0. What Transformer Engine keeps beside weights and the
     checkpoint lacks stays as it is. Call it before the optimizer copies the parameters.
+
+    Args:
+        chunks: This rank's.
+        architecture: Of the model.
+        layout: Of this rank.
+        path: Of the checkpoint.
+        more: Gives what else is to be loaded: shards of this rank.
+        verified: The files' checksums were compared already.
+
+    Returns:
+        What ``more`` gave, filled.
 
     Raises:
         WeightsError: the checkpoint does not hold this model, or files are missing, truncated or corrupt: everything at
@@ -119,20 +165,24 @@ def load_weights(
     path = Path(path)
     with all_or_none("load_weights"):
         torch_dist.check(path, architecture)
-    _verify_checksums(path, layout)
+    if not verified:
+        verify_checksums(path, layout)
     with all_or_none("load_weights"):
         shards = {
             index: {name: shard for name, shard in shards.items() if not isinstance(shard, ShardedObject)}
             for index, shards in sharded_weights(chunks).items()
         }
+        others = more()
+    found: ShardedStateDict = {}
     with all_or_none("load_weights"):
         try:
-            dist_checkpointing.load(shards, str(path))
+            found = dist_checkpointing.load(shards | others, str(path))
         except CheckpointException as error:
             raise WeightsError(f"{path}: corrupt: {_first(error)}") from error
         except (CheckpointingException, pickle.UnpicklingError) as error:
             raise WeightsError(f"{path}: corrupt: {error!r}") from error
         _zero_padding(chunks, architecture, layout)
+    return {name: found[name] for name in others}
 
 
 def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> None:
@@ -159,12 +209,24 @@ def _write_checksums(directory: Path, layout: RankLayout) -> None:
             checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
 
-def _verify_checksums(directory: Path, layout: RankLayout) -> None:
-    """Every rank reads its share of the files; all raise WeightsError where any is corrupt. A collective."""
+def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[str] = ()) -> None:
+    """Every rank reads its share of the files. A collective.
+
+    Args:
+        directory: The checkpoint.
+        layout: Of this rank.
+        must_have: Files whose checksums must be there; those of other programs have none.
+
+    Raises:
+        WeightsError: a file is missing or corrupt; on all ranks alike.
+    """
     everywhere: list[list[str]] = [[]] * layout.world_size
     mine: list[str] = []
     with all_or_none("load_weights"):
         mine = checksums.problems(directory, layout.rank, layout.world_size)
+        if not mine and layout.rank == 0:
+            known = checksums.read(directory)
+            mine = [f"{directory / name}: missing in {checksums.FILE}" for name in must_have if name not in known]
     dist.all_gather_object(everywhere, mine)
     if found := [problem for problems in everywhere for problem in problems]:
         raise WeightsError("\n".join(found))

@@ -301,6 +301,11 @@ class RunConfig:
         output: Directory of all that the run writes.
         save_every: Steps between two checkpoints; 0: at the end alone.
         keep_last: Checkpoints to keep, the newest.
+        keep_best: Keep the one with the best evaluation, too.
+        optimizer_sharding: Of the distributed optimizer in checkpoints: ``fully_reshardable`` can be loaded under any
+            layout, but is gathered on the hosts first; ``dp_reshardable`` is written as it is, and tensor- and
+            pipeline-parallel sizes must then stay the same.
+        export_every: Steps between two exports as a Hugging Face model; 0: at the end alone.
         resume: ``auto``: from the newest checkpoint in ``output``, if there is one; ``never``: ``output`` must be new.
         evaluate_every: Steps between two evaluations; 0: none.
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
@@ -312,6 +317,9 @@ class RunConfig:
     output: str = "output"
     save_every: Count = 20
     keep_last: Positive = 2
+    keep_best: bool = True
+    optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    export_every: Count = 0
     resume: Literal["auto", "never"] = "auto"
     evaluate_every: Count = 0
     record_rollouts: bool = False

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+FILES = ("metrics.jsonl", "evaluation.jsonl", "timing.jsonl")
+
+
 class StepLog:
     """Writes the files of a run and a line for people.
 
@@ -49,6 +52,25 @@ class StepLog:
             values = {"accuracy": found.accuracy, "response_length": found.response_length}
             self._append("evaluation.jsonl", {"step": step} | values)
             logger.info("step %4d  evaluation: accuracy %.3f  response_length %.1f", step, *values.values())
+
+    def cut(self, step: int) -> None:
+        """Removes what was written of this step and later ones, and a line that is not whole."""
+        if not self._writes:
+            return
+        for name in FILES:
+            file = self._output / name
+            if not file.exists():
+                continue
+            kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _before(line, step)]
+            partial = file.with_name(f".{name}.partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(file)
+
+    def evaluations(self) -> dict[int, float]:
+        """Accuracy by step."""
+        file = self._output / "evaluation.jsonl"
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
+        return {row["step"]: row["accuracy"] for row in rows}
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with (self._output / name).open("a", encoding="utf-8") as file:
@@ -85,3 +107,10 @@ def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
         value = float(reduce(found))
         values[name] = value if math.isfinite(value) else None
     return values
+
+
+def _before(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) < step
+    except (ValueError, KeyError):
+        return False

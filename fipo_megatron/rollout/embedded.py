@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .hf_parameters import parameters_by_hf_name
 from .slot_cache import SlotCache
 
 _PROMPTS_KEPT = 4
+_TURNS = 32
+"""Turns of the event loop in which all that follows from a response has happened; it takes about eight."""
 _VECTOR = 16  # float32 in a vector register of 512 bits
 
 
@@ -87,6 +90,9 @@ class EmbeddedEngine:
         self._prompts: OrderedDict[bytes, tuple[DynamicCache, Tensor]] = OrderedDict()
         self._stale = self._closed = self._weightless = False
         self._shapes: list[torch.Size] = []
+        self._deciding = self._decisions = 0
+        self._decided = asyncio.Event()
+        self._last_decision: asyncio.Event | None = None
         self._going = asyncio.Event()
         self._going.set()
         self._task: asyncio.Task[None] | None = None
@@ -124,12 +130,15 @@ class EmbeddedEngine:
                 if not self._going.is_set():
                     await self._pause_or_abort()
                     continue
+                if not any(self._running):
+                    await _turns()  # all that is asked for at a time begins at a time
+                    self._end_aborted()
                 if self._weightless:
                     raise EngineError("the weights were released; restore and update them before generating")
                 self._admit()
-                self._sample()
+                finished = self._sample()
                 self._decode()
-                await asyncio.sleep(0)
+                await self._until_decided() if finished else await asyncio.sleep(0)
         except BaseException as error:
             for sequence in [*self._waiting, *filter(None, self._running)]:
                 if not sequence.done.done():
@@ -138,6 +147,33 @@ class EmbeddedEngine:
             self._running = [None] * self.slots
             if not isinstance(error, Exception):
                 raise
+
+    async def _until_decided(self) -> None:
+        """Whoever waited for a response has had its turn, and decided what follows: else that would depend on time."""
+        await _turns()
+        seen = self._decisions if not self._deciding else -1
+        while self._deciding or seen != self._decisions:  # the turns are counted from the last one
+            if self._deciding:
+                self._decided.clear()
+                await self._decided.wait()
+            seen = self._decisions
+            await _turns()
+
+    @asynccontextmanager
+    async def deciding(self) -> AsyncIterator[None]:
+        """See :class:`.engine.RolloutEngine`."""
+        before, mine = self._last_decision, asyncio.Event()
+        self._last_decision = mine
+        self._deciding += 1
+        try:
+            yield
+            if before is not None:
+                await before.wait()
+        finally:
+            mine.set()
+            self._deciding -= 1
+            self._decisions += 1
+            self._decided.set()
 
     async def _pause_or_abort(self) -> None:
         """While paused, requests can still be aborted."""
@@ -184,8 +220,9 @@ class EmbeddedEngine:
         cache, sequence.logits = self._prompts[key]
         self._cache.put(slot, cache, len(tokens))
 
-    def _sample(self) -> None:
-        """One token for every running sequence."""
+    def _sample(self) -> bool:
+        """One token for every running sequence; whether any is finished by it."""
+        finished = False
         for slot, sequence in enumerate(self._running):
             if sequence is None:
                 continue
@@ -199,7 +236,8 @@ class EmbeddedEngine:
             stopped = token in sampling.stop_token_ids
             if stopped or len(sequence.tokens) == sampling.max_tokens:
                 sequence.finish("stop" if stopped else "length")
-                self._running[slot] = None
+                self._running[slot], finished = None, True
+        return finished
 
     @torch.no_grad()
     def _decode(self) -> None:
@@ -301,6 +339,11 @@ class EmbeddedEngine:
         await self.resume()
         if self._task is not None:
             await self._task
+
+
+async def _turns() -> None:
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
 
 
 def draw(log_probs: np.ndarray[Any, Any], top_p: float, uniform: float) -> int:

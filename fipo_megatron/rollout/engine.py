@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -151,6 +152,13 @@ class RolloutEngine(Protocol):
 
     async def restore_memory(self, *what: Memory) -> None:
         """Takes it again."""
+
+    def deciding(self) -> AbstractAsyncContextManager[None]:
+        """A block whose outcome decides what is sampled next.
+
+        An engine whose results may not depend on time waits for all such blocks, and ends them in the order in which
+        they began.
+        """
 
     async def weight_version(self) -> int:
         """Of all workers.

@@ -5,7 +5,7 @@ all wrong. With over-sampling the slowest responses are aborted as soon as enoug
 them, and groups beyond the need, are carried to the next step (DAPO throws groups away; see docs/rollout.md).
 
 Each leader samples its share of a batch. What they tell each other is metadata (:mod:`.dealing`), and every rank,
-leader or not, decides the same from it. With one leader nothing here looks at a clock.
+leader or not, decides the same from it. With one leader and the embedded engine nothing depends on time.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
+from fipo_megatron import fail_points
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
-from . import sampler_state
 from .dealing import GroupRecord, deal, merged
 from .engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
 from .exchange import Exchange
-from .sampler_state import Draft, Unfinished
+from .sampler_state import Carried, Draft, Unfinished
 
 _LOOK_SECONDS = 0.1
 
@@ -216,13 +215,12 @@ class Sampler:
         drafts = (Draft.new(prompt, sample) for sample in range(self.settings.samples_per_prompt))
         return Unfinished(prompt, (), tuple(drafts))
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """All that is carried, as arrays to be saved; not to be called within a step."""
-        return sampler_state.pack(self._groups, self._unfinished)
+    def carried(self) -> Carried:
+        """All that goes on to the next step (:func:`.sampler_state.to_bytes` saves it); not within a step."""
+        return list(self._groups), list(self._unfinished)
 
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Takes over what :meth:`state` gave."""
-        groups, unfinished = sampler_state.unpack(state)
+    def take_over(self, groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> None:
+        """Goes on with what :meth:`carried` gave."""
         self._groups, self._unfinished = deque(groups), deque(unfinished)
 
     def _drop_stale(self, version: int) -> None:
@@ -334,6 +332,7 @@ class Sampler:
                 return draft
             assert self._engine is not None
             generation = await self._engine.generate(self._request(draft))
+            fail_points.reach("response")
             start = len(draft.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]
             draft = Draft(
@@ -370,7 +369,9 @@ class Sampler:
             spans=draft.spans,
             finish_reason=reason,
         )
-        score = await self._scorer(trajectory)
+        assert self._engine is not None
+        async with self._engine.deciding():
+            score = await self._scorer(trajectory)
         return replace(trajectory, reward=score.reward, accuracy=score.accuracy)
 
 

@@ -57,6 +57,10 @@ class Unfinished:
     drafts: tuple[Draft, ...]
 
 
+Carried = tuple[list[Group], list[Unfinished]]
+"""What a sampler carries from one step to the next."""
+
+
 def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str, NDArray[Any]]:
     """All arrays of a type in one, under its name; ``records`` holds the rest as JSON, ``[bytes]`` uint8."""
     parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
@@ -117,7 +121,7 @@ def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str,
     return arrays | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
-def unpack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[Group], list[Unfinished]]:
+def unpack(arrays: Mapping[str, NDArray[Any]]) -> Carried:
     """What :func:`pack` was given."""
     records = json.loads(bytes(arrays[_RECORDS]).decode())
 
@@ -155,7 +159,7 @@ def to_bytes(groups: Iterable[Group], unfinished: Iterable[Unfinished] = ()) -> 
     return file.getvalue()
 
 
-def from_bytes(content: bytes) -> tuple[list[Group], list[Unfinished]]:
+def from_bytes(content: bytes) -> Carried:
     """What :func:`to_bytes` was given."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return unpack(dict(arrays))

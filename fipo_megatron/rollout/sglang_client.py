@@ -8,9 +8,11 @@ soon as it has the weights that the others have.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -399,6 +401,10 @@ class SglangClient:
         """See :class:`.engine.RolloutEngine`."""
         await self.control("/continue_generation")
         self._paused = False
+
+    def deciding(self) -> AbstractAsyncContextManager[None]:
+        """See :class:`.engine.RolloutEngine`: servers do not wait."""
+        return contextlib.nullcontext()
 
     async def release_memory(self, *what: Memory) -> None:
         """See :class:`.engine.RolloutEngine`; needs ``enable_memory_saver`` to have an effect."""

@@ -12,7 +12,6 @@ from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.config import ParallelConfig, ServersConfig
-from fipo_megatron.rollout import sampler_state
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.open_engine import load_tokenizer
 from fipo_megatron.rollout_session import RolloutSession
@@ -172,7 +171,7 @@ def test_servers_that_die_cost_nothing(opened):
     thread.join()
     assert time.monotonic() - start < 5
     assert not alive(session._opened.pool.servers[0].process_id or 0)
-    groups, unfinished = sampler_state.unpack(session.sampler.state())
+    groups, unfinished = session.sampler.carried()
     assert not groups
     assert [one.prompt.id for one in unfinished] == [str(n) for n in range(given, given + 4)]
     assert all(len(one.drafts) == 2 for one in unfinished)

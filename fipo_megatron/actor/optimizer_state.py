@@ -1,0 +1,102 @@
+"""The optimizer's state as shards that any layout can load, in the same checkpoint as the weights.
+
+Megatron-Core's own format: moments and main parameters have the shapes of the parameters (``fully_reshardable``). Its
+other format for the distributed optimizer (``dp_reshardable``) needs no gathering when it saves, but tensor- and
+pipeline-parallel sizes can then not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from .actor import MegatronActor
+
+Sharding = Literal["fully_reshardable", "dp_reshardable"]
+
+
+def content(sharding: Sharding) -> dict[str, Any]:
+    """How tensors are named and cut; stands in the checkpoint."""
+    return {
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": sharding,
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # gathers on the host
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def optimizer_shards(actor: MegatronActor, sharding: Sharding, *, loading: bool) -> ShardedStateDict:
+    """Of this rank. A collective.
+
+    Args:
+        actor: Its optimizer; where it has not taken a step yet, its state is set up.
+        sharding: See :mod:`.optimizer_state`.
+        loading: Whether the shards are to be filled.
+    """
+    _set_up(actor)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = content(sharding) | {"dp_cp_group": group}
+    chunks = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
+    model = chunks if len(chunks) > 1 else chunks["model0"]
+    found: ShardedStateDict = actor.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    return found
+
+
+@torch.no_grad()
+def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
+    """Takes over what was loaded into :func:`optimizer_shards`. A collective."""
+    with _torch_adam(actor):
+        actor.optimizer.load_state_dict(state)
+    for inner in _inner(actor):
+        for values in inner.optimizer.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()  # else one counter, shared by all and advanced by each
+
+
+def _inner(actor: MegatronActor) -> list[Any]:
+    return list(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]))
+
+
+def _set_up(actor: MegatronActor) -> None:
+    """Moments of 0 where there are none yet: torch's Adam makes them with its first step."""
+    for inner in _inner(actor):
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = inner.optimizer.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+                    if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                        state["step"] = torch.tensor(0.0)
+
+
+@contextmanager
+def _torch_adam(actor: MegatronActor) -> Iterator[None]:
+    """Megatron-Core 0.16 expects of torch's Adam that its step counter was saved per parameter; it was not."""
+    changed = [inner for inner in _inner(actor) if isinstance(inner, DistributedOptimizer)]
+
+    def setter(inner: DistributedOptimizer) -> Any:
+        def set_state(model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+            group, order = inner.model_param_group_index_map[model_parameter]
+            main = inner.optimizer.param_groups[group]["params"][order]
+            for name, target in {"param": main, **inner.optimizer.state[main]}.items():
+                if name != "step":
+                    target.detach().copy_(tensors[name])
+
+        return set_state
+
+    for inner in changed:
+        if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            inner._set_main_param_and_optimizer_states = setter(inner)
+    try:
+        yield
+    finally:
+        for inner in changed:
+            inner.__dict__.pop("_set_main_param_and_optimizer_states", None)

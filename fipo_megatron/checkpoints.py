@@ -1,0 +1,217 @@
+"""Checkpoints of a run: everything that the rest of it depends on, published as a whole.
+
+``checkpoints/step-000020`` is what a run needs to begin with step 20: weights and optimizer
+(:mod:`.actor.checkpoint`, :mod:`.actor.optimizer_state`), and below ``run/`` the manifest, what each leader's sampler
+carries, and the random generators of every rank. All files stand in ``checksums.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from fipo_megatron import fail_points, manifest
+from fipo_megatron.actor import checkpoint
+from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.agreement import all_or_none
+from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards
+from fipo_megatron.config import Config
+from fipo_megatron.manifest import Manifest
+from fipo_megatron.rollout import sampler_state
+from fipo_megatron.rollout.sampler_state import Carried
+from fipo_megatron.weights import tables
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.hf_directory import WeightsError
+
+logger = logging.getLogger(__name__)
+_BYTES_OF_OPTIMIZER = 12
+"""Per parameter: main parameter and two moments in float32."""
+
+
+class Checkpoints:
+    """Those of a run, on this rank. All methods are collectives of all ranks, which must see one file system.
+
+    Args:
+        directory: Where they are; made if it does not exist.
+        config: Of the run.
+        actor: To save and to fill.
+        architecture: Of the model.
+    """
+
+    def __init__(self, directory: Path, config: Config, actor: MegatronActor, architecture: Architecture) -> None:
+        self._directory, self._config = directory, config
+        self._actor, self._architecture, self._layout = actor, architecture, actor.layout
+        with all_or_none("opening the directory of checkpoints"):
+            if self._layout.rank == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                for left in directory.glob(".*.partial"):  # of a run that was killed while it saved
+                    logger.warning("%s: was never finished; removed", left)
+                    shutil.rmtree(left)
+
+    def save(self, step: int, cursor: int, carried: Carried | None) -> Path:
+        """Writes what a run needs to begin with this step.
+
+        Args:
+            step: The next one.
+            cursor: Of the prompts.
+            carried: By the sampler of this rank; None where it does not lead.
+
+        Raises:
+            OSError: the disk is full, and the like; nothing is left under the final name.
+        """
+        sharding = self._config.run.optimizer_sharding
+        target = self._directory / manifest.name_of(step)
+        everyone: list[bool] = [False] * self._layout.world_size
+        dist.all_gather_object(everyone, carried is not None)
+        leaders = [rank for rank, leads in enumerate(everyone) if leads]
+        with all_or_none("saving a checkpoint"):
+            self._check_space()
+
+        def more() -> ShardedStateDict:
+            return {"optimizer": optimizer_shards(self._actor, sharding, loading=False)}
+
+        def write_more(partial: Path) -> None:
+            fail_points.reach("checkpoint_write")
+            (partial / "run").mkdir(exist_ok=True)
+            torch.save(_random_state(), partial / "run" / f"random-{self._layout.rank}.pt")
+            if carried is not None:
+                place = leaders.index(self._layout.rank)
+                (partial / "run" / f"sampler-{place}.npz").write_bytes(sampler_state.to_bytes(*carried))
+            if self._layout.rank == 0:
+                self._manifest(step, cursor, len(leaders)).write(partial)
+
+        checkpoint.save(
+            self._actor.chunks,
+            self._layout,
+            self._config.model.path,
+            target,
+            more=more,
+            content=content(sharding),
+            write_more=write_more,
+            verify=lambda partial: fail_points.reach("checkpoint_publish"),
+        )
+        fail_points.reach("checkpoint_published")
+        return target
+
+    def _manifest(self, step: int, cursor: int, leaders: int) -> Manifest:
+        return Manifest(
+            step=step,
+            cursor=cursor,
+            leaders=leaders,
+            world_size=self._layout.world_size,
+            parallel=asdict(self._config.actor.parallel),
+            schedule=manifest.plain(self._actor.schedule.state_dict()),
+            skipped_steps=self._actor.skipped_steps,
+            architecture=manifest.describe_architecture(self._architecture),
+            config=manifest.describe_config(self._config),
+            packages=manifest.package_versions(),
+        )
+
+    def _check_space(self) -> None:
+        """Raises OSError where the file system has too little room."""
+        parameters = sum(prod(shape) for shape in tables.hf_tensors(self._architecture).values())
+        needed = parameters * (getattr(torch, self._config.actor.dtype).itemsize + _BYTES_OF_OPTIMIZER)
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(
+                f"{self._directory}: {free / 1e9:.1f} GB are free, a checkpoint needs about {needed / 1e9:.1f} GB"
+            )
+
+    def prune(self, keep: int, best: int | None) -> None:
+        """Removes all but the newest ones, and the one of step ``best``."""
+        with all_or_none("removing old checkpoints"):
+            if self._layout.rank == 0:
+                for step, path in manifest.list_checkpoints(self._directory)[keep:]:
+                    if step != best:
+                        hidden = path.with_name(f".{path.name}.partial")
+                        path.rename(hidden)
+                        shutil.rmtree(hidden)
+
+    def newest(self) -> Path | None:
+        """The newest one whose files are whole; those that are not are named, loudly.
+
+        Raises:
+            WeightsError: there are some, but none is whole.
+        """
+        found: list[Any] = [None]
+        if self._layout.rank == 0:
+            found = [[str(path) for _, path in manifest.list_checkpoints(self._directory)]]
+        dist.broadcast_object_list(found, src=0, device=self._layout.device)
+        for name in found[0]:
+            try:
+                checkpoint.verify_checksums(Path(name), self._layout, must_have=(manifest.FILE,))
+            except WeightsError as error:
+                logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", name, error)
+                continue
+            return Path(name)
+        if found[0]:
+            raise WeightsError(f"{self._directory}: none of {len(found[0])} checkpoints is whole")
+        return None
+
+    def load(self, path: Path) -> tuple[Manifest, list[Carried]]:
+        """Fills the actor.
+
+        Returns:
+            The manifest, and what each leader's sampler carried.
+
+        Raises:
+            WeightsError: it does not hold this model.
+        """
+        saved = Manifest.read(path)
+        sharding = self._config.run.optimizer_sharding
+        found = checkpoint.load(
+            self._actor.chunks,
+            self._architecture,
+            self._layout,
+            path,
+            more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=True)},
+            verified=True,
+        )
+        fill_optimizer(self._actor, found["optimizer"])
+        self._actor.schedule.load_state_dict(saved.schedule)
+        self._actor.skipped_steps = saved.skipped_steps
+        same = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))
+        if same and saved.world_size == self._layout.world_size:
+            _restore_random_state(torch.load(path / "run" / f"random-{self._layout.rank}.pt", weights_only=True))
+        else:
+            logger.warning("%s was saved under another layout: random generators begin anew", path)
+        if changed := manifest.differences(saved.config, manifest.describe_config(self._config)):
+            logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
+        files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
+        return saved, [sampler_state.from_bytes(file.read_bytes()) for file in files]
+
+
+def _random_state() -> dict[str, Any]:
+    """Of every generator of this process, as tensors and lists."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the one that libraries draw from
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,44 @@
+"""The sampled responses of every step, kept so that a run can be trained on them again (``run.replay``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fipo_megatron.data.trajectory import Group
+from fipo_megatron.rollout import sampler_state
+from fipo_megatron.rollout.dealing import GroupRecord
+from fipo_megatron.rollout.sampler import Sampled
+
+
+def write(directory: Path, step: int, rank: int, sampled: Sampled) -> None:
+    """What this rank has sampled, scored; replaces what an earlier attempt at this step left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"step-{step:06}-{rank}.npz"
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(sampler_state.to_bytes(sampled.groups))
+    partial.replace(file)
+
+
+def read(directory: Path, step: int, *, keep: bool) -> Sampled:
+    """What all ranks had sampled.
+
+    Args:
+        directory: Of recordings.
+        step: Number of the step.
+        keep: Whether this rank passes the groups on; the others know of them.
+
+    Raises:
+        FileNotFoundError: there is no recording of this step.
+        ValueError: a file is damaged.
+    """
+    files = sorted(directory.glob(f"step-{step:06}-*.npz"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    if not files:
+        raise FileNotFoundError(f"run.replay = {directory}: holds no recording of step {step}")
+    groups: list[Group] = []
+    for file in files:
+        try:
+            groups += sampler_state.from_bytes(file.read_bytes())[0]
+        except Exception as error:  # a damaged archive raises anything
+            raise ValueError(f"{file}: is damaged: {error!r}") from error
+    records = tuple(GroupRecord.of(group, 0) for group in groups)
+    return Sampled(records, tuple(groups) if keep else (), {"replayed_groups": len(groups)})
