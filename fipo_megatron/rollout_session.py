@@ -21,10 +21,9 @@ from fipo_megatron.actor.agreement import all_or_none
 from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, save_hf
 from fipo_megatron.actor.mismatch import largest_mismatch
 from fipo_megatron.config import Config
-from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.rollout.background import Background
-from fipo_megatron.rollout.delivery import Routes, deliver
+from fipo_megatron.rollout.delivery import Routes
 from fipo_megatron.rollout.engine import EngineError, Memory, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.exchange import Exchange
 from fipo_megatron.rollout.open_engine import Host, OpenEngine, open_engine, open_sender
@@ -167,10 +166,6 @@ class RolloutSession:
         groups = [group for one, _ in carried for group in one]
         unfinished = [prompt for _, one in carried for prompt in one]
         self.sampler.take_over(groups[place::leaders], unfinished[place::leaders])
-
-    def deliver(self, sampled: Sampled, names: Sequence[str], plan: Sequence[MiniBatch]) -> dict[int, Trajectory]:
-        """By index: the trajectories that this rank trains on."""
-        return deliver(self.routes, sampled.groups, names, plan)
 
     @contextmanager
     def generating(self, version: int) -> Iterator[None]:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -34,6 +33,7 @@ from fipo_megatron.manifest import list_checkpoints
 from fipo_megatron.observe import recordings
 from fipo_megatron.observe.records import StepLog
 from fipo_megatron.reward.verifier import Verifier, open_verifier
+from fipo_megatron.rollout.delivery import Routes, deliver
 from fipo_megatron.rollout.open_engine import Host
 from fipo_megatron.rollout.sampler import Sampled
 from fipo_megatron.rollout.sampler_state import Carried
@@ -83,7 +83,10 @@ class Run:
         self.first_step = self._saved = 0
         self._stop = 0
         carried = self._resume()
-        if config.algorithm.kind != "sft":
+        self._routes: Routes | None = None
+        if config.run.replay:
+            self._routes = Routes.build(self._layout.data_rank)
+        elif config.algorithm.kind != "sft":
             self._open_rollouts(carried)
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
@@ -192,6 +195,8 @@ class Run:
 
     def sample(self, step: int) -> Sampled:
         """The groups of a step, from an engine with the actor's weights; evaluates first where it is time to."""
+        if self.config.run.replay:
+            return recordings.read(Path(self.config.run.replay), step, keep=self._layout.rank == 0)
         assert self._session is not None
         with ExitStack() as generating:
             with self.part("sync"):
@@ -226,9 +231,9 @@ class Run:
 
     def deliver(self, sampled: Sampled, batch: Batch, plan: Sequence[MiniBatch]) -> Mapping[int, Trajectory]:
         """What this rank trains on, with advantages."""
-        assert self._session is not None
-        groups = tuple(with_advantages(sampled.groups, self.config.algorithm))
-        return self._session.deliver(replace(sampled, groups=groups), batch.names, plan)
+        routes = self._session.routes if self._session is not None else self._routes
+        assert routes is not None
+        return deliver(routes, with_advantages(sampled.groups, self.config.algorithm), batch.names, plan)
 
     def examples(self) -> list[Trajectory]:
         """The next ones to imitate; the same on every rank."""

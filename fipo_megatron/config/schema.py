@@ -397,7 +397,21 @@ def _impossible(config: Config) -> list[str]:
             f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
         )
-    return problems + _impossible_actor(actor) + _impossible_servers(rollout)
+    return problems + _impossible_actor(actor) + _impossible_servers(rollout) + _impossible_run(config)
+
+
+def _impossible_run(config: Config) -> list[str]:
+    run, problems = config.run, []
+    if run.replay and run.rollout_only:
+        problems.append(f"run.replay = {run.replay}: cannot go with run.rollout_only, nothing would be done")
+    if run.evaluate_every and not config.evaluation.files:
+        problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
+    if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):
+        problems.append(
+            f"run.evaluate_every = {run.evaluate_every}: must be 0 with run.replay or algorithm.kind = sft, which have "
+            "no engine"
+        )
+    return problems
 
 
 def _impossible_servers(rollout: RolloutConfig) -> list[str]:

@@ -16,6 +16,7 @@ from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.mismatch import largest_mismatch
 from fipo_megatron.config import Config, ParallelConfig
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.rollout.delivery import deliver
 from fipo_megatron.rollout.open_engine import Host, load_tokenizer
 from fipo_megatron.rollout.sampler import Score
 from fipo_megatron.rollout_session import RolloutSession
@@ -60,7 +61,7 @@ def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, versi
     names = [name for record in sampled.records for name in record.names]
     lengths = [length for record in sampled.records for length in record.lengths]
     plan = actor.plan(lengths, [range(len(lengths))])
-    mine = session.deliver(sampled, names, plan)
+    mine = deliver(session.routes, sampled.groups, names, plan)
     mine = {i: replace(t, advantage=1.0 if t.reward else -1.0) for i, t in mine.items()}
     old = actor.log_probs(plan, mine)
     mismatch = largest_mismatch(actor, plan, mine, old)

@@ -222,3 +222,29 @@ def test_an_error_of_the_engine_ends_the_step(path):
 
     with pytest.raises(RuntimeError, match="were released"):
         asyncio.run(go())
+
+
+def test_what_is_sampled_does_not_depend_on_how_long_scoring_takes(path):
+    """The moment at which the tail is aborted is a number of tokens, also where verdicts come late, in any order."""
+
+    def sampled(seconds):
+        prompts = Prompts([2] * 60)
+        random = np.random.default_rng(int(seconds * 1000))
+
+        async def score(trajectory):
+            await asyncio.sleep(seconds * random.random())
+            return await Prompts.score(prompts, trajectory)
+
+        async def go():
+            sampler = Sampler(EmbeddedEngine(path, slots=16), LONG, score)
+            groups = [group for _ in range(2) for group in (await sampler.step(prompts, 0)).groups]
+            drafts = [d for one in sampler.carried()[1] for d in one.drafts]
+            return names(groups), [(d.prompt.id, d.sample, d.tokens.tolist()) for d in drafts]
+
+        return asyncio.run(go())
+
+    immediate = sampled(0)
+    assert immediate[1]
+    for _ in range(3):
+        assert sampled(0.003) == immediate
+    assert sampled(0.02) == immediate

@@ -1,0 +1,125 @@
+"""Prompts from real parquet and jsonl files: what is read, in which order, and what is refused."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fipo_megatron.data.prompts import DataError, PromptStream, read_problems, tokenize
+from fipo_megatron.data.trajectory import Prompt
+
+ROWS = [
+    {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": f"What is {n} + 1?"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": str(n + 1), "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": f"id-{n}"},
+    }
+    for n in range(5)
+]
+
+
+def parquet(path, rows=ROWS, drop=()):
+    pq.write_table(pa.Table.from_pylist(rows).drop_columns(list(drop)), path)
+    return path
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_schema_of_dapo_math(tmp_path):
+    """As released, each problem a hundred times."""
+    problems = read_problems([parquet(tmp_path / "dapo.parquet", ROWS * 3)])
+    assert [p.id for p in problems] == [f"dapo:id-{n}" for n in range(5)]
+    assert problems[2].messages == [{"role": "user", "content": "What is 2 + 1?"}]
+    assert {(p.answer, p.data_source) for p in problems} == {(str(n + 1), "math_dapo") for n in range(5)}
+
+
+def test_jsonl_and_ids_that_occur_twice(tmp_path):
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    rows = [{"prompt": "1?", "answer": 1}, {"prompt": messages, "answer": "2", "id": "f:0"}]
+    problems = read_problems([jsonl(tmp_path / "f.jsonl", rows)])
+    assert [p.id for p in problems] == ["f:0", "f:0#2"]
+    assert problems[0].messages == [{"role": "user", "content": "1?"}]
+    assert problems[1].messages == messages
+    assert [p.answer for p in problems] == ["1", "2"]
+
+
+def test_examples_to_imitate_may_occur_twice(tmp_path):
+    file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "one"}] * 3)
+    assert len(read_problems([file], answer="response", once=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "no.jsonl", r"no\.jsonl: cannot be read"),
+        (lambda p: p / "no.csv", r"expected a name that ends in \.parquet or \.jsonl"),
+        (
+            lambda p: parquet(p / "f.parquet", drop=["reward_model"]),
+            r"missing column\(s\) reward_model; there are data_",
+        ),
+        (
+            lambda p: parquet(p / "f.parquet", drop=["reward_model", "prompt"]),
+            r"missing column\(s\) prompt, reward_model",
+        ),
+        (
+            lambda p: jsonl(p / "f.jsonl", [{"question": "1?"}]),
+            r"row 0: missing column\(s\) prompt, answer; there are q",
+        ),
+        (lambda p: jsonl(p / "f.jsonl", [{"prompt": [], "answer": "1"}]), r"row 0: prompt: expected text, or messages"),
+        (lambda p: jsonl(p / "f.jsonl", [{"prompt": "1", "answer": None}]), "row 0: answer: expected text, got None"),
+        (lambda p: jsonl(p / "f.jsonl", []), "no problems"),
+    ],
+)
+def test_what_is_refused(make, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read_problems([make(tmp_path)])
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    file = parquet(tmp_path / "f.parquet")
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"f\.parquet: cannot be read"):
+        read_problems([file])
+
+
+def test_prompts_that_are_too_long(tmp_path, caplog):
+    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": ""} for n in range(1, 9)])])
+
+    def tokens_of(messages):
+        return [7] * len(messages[0]["content"])
+
+    assert [len(p.tokens) for p in tokenize(problems, tokens_of, 5)] == [1, 2, 3, 4, 5]
+    assert "3 of 8 prompts are longer than data.max_prompt_tokens = 5" in caplog.text
+    with pytest.raises(DataError, match=r"data\.max_prompt_tokens = 0: all 8 prompts are longer"):
+        tokenize(problems, tokens_of, 0)
+
+
+def prompts(count):
+    return [Prompt(str(n), np.array([n]), "") for n in range(count)]
+
+
+def test_the_order_depends_on_the_seed_alone_and_can_be_resumed():
+    whole = [p.id for p in PromptStream(prompts(7), seed=3)(21)]
+    assert sorted(whole[:7]) == [str(n) for n in range(7)]
+    assert sorted(whole[7:14]) == [f"{n}~1" for n in range(7)]
+    assert len({*whole}) == 21
+    assert [id_.partition("~")[0] for id_ in whole[:7]] != [id_.partition("~")[0] for id_ in whole[7:14]]
+    for cursor in range(21):
+        stream = PromptStream(prompts(7), seed=3)
+        stream.given = cursor
+        assert [p.id for p in stream(2)] == whole[cursor : cursor + 2] or cursor == 20
+    assert [p.id for p in PromptStream(prompts(7), seed=4)(7)] != whole[:7]
+    assert [p.id for p in PromptStream(prompts(3), seed=4, shuffle=False)(4)] == ["0", "1", "2", "0~1"]
+
+
+def test_epochs_end():
+    stream = PromptStream(prompts(3), seed=0, epochs=2)
+    assert [len(stream(4)) for _ in range(3)] == [4, 2, 0]
+    assert stream.given == 6
