@@ -31,8 +31,8 @@ $(SGLANG_VENV)/.ready: constraints/sglang-cpu.txt
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/sglang-cpu.txt
 	@touch $@
 
-quickstart: setup ## The algorithm on a small synthetic batch (the training loop is not there yet)
-	$(RUN) -m examples.quickstart.algorithm
+quickstart: setup ## Trains a tiny model with FIPO: two minutes, no GPU, no download
+	$(RUN) -m examples.quickstart
 
 test: setup ## All tests that need nothing but this environment
 	$(RUN) -m pytest -m "not pretrained and not sglang"

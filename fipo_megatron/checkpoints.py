@@ -154,11 +154,22 @@ class Checkpoints:
                 checkpoint.verify_checksums(Path(name), self._layout, must_have=(manifest.FILE,))
             except WeightsError as error:
                 logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", name, error)
+                self._set_aside(Path(name))
                 continue
             return Path(name)
         if found[0]:
             raise WeightsError(f"{self._directory}: none of {len(found[0])} checkpoints is whole")
         return None
+
+    def _set_aside(self, path: Path) -> None:
+        """Renames it, so that its step can be saved again; nothing is removed."""
+        with all_or_none("setting a damaged checkpoint aside"):
+            if self._layout.rank == 0:
+                number = 0
+                while (aside := path.with_name(f"damaged-{path.name}-{number}")).exists():
+                    number += 1
+                path.rename(aside)
+                logger.error("it is %s now", aside)
 
     def load(self, path: Path) -> tuple[Manifest, list[Carried]]:
         """Fills the actor.

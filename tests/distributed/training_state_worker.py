@@ -1,0 +1,107 @@
+"""Saves weights and optimizer under one layout, loads them under each, and takes the next step: run under torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fipo_megatron.actor import checkpoint, parallel
+from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.hf_weights import load_hf
+from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards
+from fipo_megatron.config import Config, ParallelConfig
+from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.weights.architecture import Architecture
+
+LAYOUTS = {
+    "DP2": ParallelConfig(),
+    "TP2": ParallelConfig(tensor_parallel=2),
+    "PP2": ParallelConfig(pipeline_parallel=2),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32", "distributed_optimizer": False},
+    "float32, distributed": {"dtype": "float32", "distributed_optimizer": True},
+    "bfloat16, distributed": {"dtype": "bfloat16", "distributed_optimizer": True},
+    "bfloat16": {"dtype": "bfloat16", "distributed_optimizer": False},
+}
+
+
+def trajectory(number: int) -> Trajectory:
+    random = np.random.default_rng(number)
+    length = int(random.integers(5, 20))
+    return Trajectory(
+        Prompt(str(number), random.integers(2, 61, 5), ""),
+        sample=0,
+        tokens=random.integers(2, 61, length),
+        behaviour_log_probs=-random.random(length).astype(np.float32),
+        mask=np.ones(length, np.bool_),
+        advantage=float(random.normal()),
+    )
+
+
+def learn(actor: MegatronActor, step: int) -> list[list[float]]:
+    """Two updates: loss and gradient norm of each."""
+    batch = [trajectory(8 * step + number) for number in range(8)]
+    plan = actor.plan([len(t) for t in batch], [range(4), range(4, 8)])
+    return [[m.loss, m.grad_norm] for m in actor.update(plan, batch, actor.log_probs(plan, batch))]
+
+
+def build(base: Config, kind: str, name: str) -> tuple[MegatronActor, Architecture, parallel.RankLayout]:
+    config = replace(base, actor=replace(base.actor, parallel=LAYOUTS[name], **KINDS[kind]))
+    layout = parallel.initialize(LAYOUTS[name], seed=1)
+    architecture = Architecture.from_directory(config.model.path)
+    path = config.model.path
+    return (
+        MegatronActor(config, architecture, layout, lambda c: load_hf(c, architecture, layout, path)),
+        (architecture),
+        layout,
+    )
+
+
+def main(config_json: str, directory: str) -> None:
+    from pydantic import TypeAdapter
+
+    warnings.simplefilter("ignore")
+    base = TypeAdapter(Config).validate_json(config_json)
+    found = []
+    for kind in KINDS:
+        for saved in LAYOUTS:
+            actor, _, layout = build(base, kind, saved)
+            learn(actor, 0)
+            path = Path(directory, f"{kind}-{saved}".replace(", ", "-"))
+            checkpoint.save(
+                actor.chunks,
+                layout,
+                base.model.path,
+                path,
+                more=lambda a=actor: {"optimizer": optimizer_shards(a, "fully_reshardable", loading=False)},
+                content=content("fully_reshardable"),
+            )
+            expected = learn(actor, 1)
+            parallel.destroy()
+            for loaded in LAYOUTS:
+                actor, architecture, layout = build(base, kind, loaded)
+                state = checkpoint.load(
+                    actor.chunks,
+                    architecture,
+                    layout,
+                    path,
+                    more=lambda a=actor: {"optimizer": optimizer_shards(a, "fully_reshardable", loading=True)},
+                )
+                fill_optimizer(actor, state["optimizer"])
+                actor.schedule.step(2)
+                found.append(
+                    {"kind": kind, "saved": saved, "loaded": loaded, "expected": expected, "found": learn(actor, 1)}
+                )
+                parallel.destroy()
+    Path(directory, "results.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

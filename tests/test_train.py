@@ -1,0 +1,205 @@
+"""Whole runs in processes of their own: layouts, kills and recordings do not change what is learned."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from examples.quickstart import task
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
+FAIL_POINTS = os.environ.get("FIPO_FAIL_POINTS", "checkpoint_publish:1,update:4").split(",")
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Problems, and a model of the quickstart's with random weights."""
+    directory = tmp_path_factory.mktemp("data")
+    task.build(directory, seed=1)
+    return directory
+
+
+def command(data, output, *overrides, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    settings = [
+        *(f"model.path={data}/model", f"data.files=[{data}/problems.jsonl]", f"run.output={output}"),
+        *("reward.verifier=python:tests.train_verifiers.by_chance", "reward.truncated_is_wrong=false"),
+        *("run.steps=5", "run.evaluate_every=0", "rollout.embedded_slots=32", "rollout.prompts_per_step=4"),
+        *("rollout.samples_per_prompt=4", "actor.prompts_per_mini_batch=2", "rollout.max_response_tokens=24"),
+    ]
+    return [sys.executable, *launcher, "-m", "fipo_megatron.train", str(CONFIG), *settings, *overrides]
+
+
+def train(data, output, *overrides, ranks=1, fail_at="", code=0):
+    """What it said; the exit code is as expected."""
+    done = subprocess.run(
+        command(data, output, *overrides, ranks=ranks),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "FIPO_FAIL_AT": fail_at},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said[-6000:]
+    return said
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output):
+    files = sorted((output / "hf").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+LAYOUTS = {
+    "DP2": [],
+    "TP2": ["actor.parallel.tensor_parallel=2"],
+    "PP2": ["actor.parallel.pipeline_parallel=2"],
+    "CP2": ["actor.parallel.context_parallel=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(data, tmp_path_factory):
+    """Five steps of one rank, with their responses."""
+    output = tmp_path_factory.mktemp("runs") / "recorded"
+    train(data, output, "run.record_rollouts=true", "run.save_every=2")
+    return output
+
+
+@pytest.fixture(scope="module")
+def replayed(data, recorded, tmp_path_factory):
+    """The same responses again, with one rank: what the others are compared with."""
+    output = tmp_path_factory.mktemp("runs") / "replayed"
+    train(data, output, f"run.replay={recorded}/rollouts")
+    return output
+
+
+def assert_same_steps(found, expected, start):
+    """Loss and gradient norm to 1e-4, the update to 1e-2 of what the run changed."""
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
+        assert one["updates"] == 2
+    for name, before in load_file(start / "model.safetensors").items():
+        moved = weights(expected)[name] - before
+        assert moved.norm() > 0
+        assert (weights(found)[name] - weights(expected)[name]).norm() <= 1e-2 * moved.norm(), name
+
+
+def test_replayed_responses_give_the_run_that_recorded_them(recorded, replayed):
+    for one, other in zip(metrics(recorded), metrics(replayed), strict=True):
+        assert {k: v for k, v in one.items() if k != "sampler"} == {k: v for k, v in other.items() if k != "sampler"}
+    assert all(w.equal(weights(replayed)[name]) for name, w in weights(recorded).items())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_takes_the_same_steps(name, data, recorded, replayed, tmp_path):
+    train(data, tmp_path / "run", f"run.replay={recorded}/rollouts", *LAYOUTS[name], ranks=2)
+    assert_same_steps(tmp_path / "run", replayed, data / "model")
+
+
+def test_saved_under_tp2_and_resumed_under_pp2(data, recorded, replayed, tmp_path):
+    replay = f"run.replay={recorded}/rollouts"
+    train(data, tmp_path / "run", replay, *LAYOUTS["TP2"], "run.steps=3", ranks=2)
+    said = train(data, tmp_path / "run", replay, *LAYOUTS["PP2"], ranks=2)
+    assert "was saved under another layout" in said
+    assert "actor.parallel.tensor_parallel: 2 → 1" in said
+    assert_same_steps(tmp_path / "run", replayed, data / "model")
+
+
+CARRYING = ["rollout.over_sampling=1.5", "rollout.max_staleness=1", "run.save_every=2"]
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not(data, tmp_path):
+    """Killed at every fail point, resumed each time: the same metrics and weights, bit for bit."""
+    train(data, tmp_path / "whole", *CARRYING)
+    for fail_at in FAIL_POINTS:
+        train(data, tmp_path / "killed", *CARRYING, fail_at=fail_at, code=-signal.SIGKILL)
+    said = train(data, tmp_path / "killed", *CARRYING)
+    assert "goes on from" in said
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert all(w.equal(weights(tmp_path / "killed")[name]) for name, w in weights(tmp_path / "whole").items())
+    assert any(row["sampler"].get("prompts_carried_in") for row in metrics(tmp_path / "whole"))
+    names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000005"]
+
+
+def test_asked_to_end_it_saves_and_goes_on_later(data, tmp_path):
+    whole = tmp_path / "whole"
+    train(data, whole)
+    process = subprocess.Popen(
+        command(data, tmp_path / "run"),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    file = tmp_path / "run" / "metrics.jsonl"
+    while not (file.exists() and file.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "SIGTERM: the run ends after this step" in said
+    assert len(metrics(tmp_path / "run")) < 5
+    assert not (tmp_path / "run" / "hf").exists()
+    train(data, tmp_path / "run")
+    assert file.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(data, recorded, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    damaged = run / "checkpoints" / "step-000005" / "run" / "manifest.json"
+    damaged.write_text(damaged.read_text().replace('"step": 5', '"step": 4'))
+    said = train(data, run, "run.record_rollouts=true", "run.save_every=2")
+    assert "step-000005 IS DAMAGED, the one before it is used" in said
+    assert f"goes on from {run}/checkpoints/step-000004" in said
+    assert (run / "checkpoints" / "damaged-step-000005-0").is_dir()
+    assert (run / "metrics.jsonl").read_bytes() == (recorded / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/nowhere"], "model.path = '/nowhere': has no config.json"),
+        (["data.files=[]"], "data.files: is empty"),
+        (["data.max_prompt_tokens=120", "actor.token_budget=9999"], "= 144: must be at most the model's context"),
+        (["data.max_prompt_tokens=3"], "data.max_prompt_tokens = 3: all"),
+        (["reward.verifier=python:no.such"], "reward.verifier = python:no.such: there is no module"),
+        ([f"run.output={__file__}/run"], "test_train.py/run: cannot be written"),
+        (["rollout.prompts_per_stp=3"], "did you mean rollout.prompts_per_step?"),
+    ],
+)
+def test_errors_come_before_anything_is_built(overrides, message, data, tmp_path):
+    start = time.monotonic()
+    said = train(data, tmp_path / "run", *overrides, code=2)
+    assert message in said
+    assert "Traceback" not in said
+    assert "megatron" not in said.replace("fipo_megatron", "").lower()
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - start < 60
+
+
+def test_a_tokenizer_without_chat_template_and_another_run_in_the_output(data, recorded, tmp_path):
+    shutil.copytree(data / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    said = train(data, recorded, f"model.path={tmp_path}/model", "run.resume=never", code=2)
+    assert "its tokenizer has no chat template" in said
+    assert f"run.output = {recorded}: already holds a run" in said
