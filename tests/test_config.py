@@ -142,6 +142,20 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["= 22529, padded for actor.parallel to a multiple of 16: 22544"],
         ),
         (["rollout.max_response_tokens=1000"], ["reward.overlong_buffer_tokens = 4096: must be at most"]),
+        (
+            ["rollout.servers={router: 'http://r', colocated: true}"],
+            [
+                "rollout.servers.router = http://r: needs rollout.servers.urls",
+                "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated",
+            ],
+        ),
+        (["rollout.servers.urls=['host:3']"], ["rollout.servers.urls = host:3: must begin with http://"]),
+        (
+            ["rollout.engine=embedded", "rollout.servers.colocated=true", "rollout.embedded_slots=20"],
+            ["rollout.embedded_slots = 20: must be a multiple of 16"],
+        ),
+        (["run.replay=a", "run.rollout_only=true"], ["run.replay = a: cannot go with run.rollout_only"]),
+        (["run.evaluate_every=3", "evaluation.files=[]"], ["run.evaluate_every = 3: needs evaluation.files"]),
         (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),
         (["algorithm.weight_clip=[1"], ["override 'algorithm.weight_clip=[1': the value is not valid YAML"]),
     ],
@@ -185,6 +199,16 @@ def test_empty_rooms_anchors_and_numbers_as_people_write_them(tmp_path):
     assert config.actor.optimizer.lr == 2e-6
     assert config.actor.ddp == {"lr": 2e-6, "bucket_size": 3}
     assert (config.algorithm.half_life, config.algorithm.dual_clip) == (math.inf, 10.0)
+
+
+def test_importance_is_corrected_where_tokens_may_be_of_older_weights():
+    assert load_config(FIPO_32B).algorithm.importance_cap is None
+    stale = ["rollout.max_staleness=1"]
+    assert load_config(FIPO_32B, stale).algorithm.importance_cap == 2.0
+    assert load_config(FIPO_32B, [*stale, "algorithm.importance_cap=5"]).algorithm.importance_cap == 5.0
+    off = load_config(FIPO_32B, [*stale, "algorithm.importance_cap=null"])
+    assert off.algorithm.importance_cap is None
+    assert any("max_staleness = 1 without algorithm.importance_cap" in notice for notice in notices(off))
 
 
 def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():

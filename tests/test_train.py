@@ -121,7 +121,7 @@ def test_saved_under_tp2_and_resumed_under_pp2(data, recorded, replayed, tmp_pat
     assert_same_steps(tmp_path / "run", replayed, data / "model")
 
 
-CARRYING = ["rollout.over_sampling=1.5", "rollout.max_staleness=1", "run.save_every=2"]
+CARRYING = [*("rollout.over_sampling=1.5", "rollout.max_staleness=1", "rollout.embedded_slots=16", "run.save_every=2")]
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(data, tmp_path):
