@@ -67,8 +67,11 @@ def read_inputs(config: Config) -> Inputs:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         problems.append(f"model.path = {path}: no tokenizer: {error}")
-    if tokenizer is not None and not tokenizer.chat_template:
-        problems.append(f"model.path = {path}: its tokenizer has no chat template; prompts are conversations")
+    if tokenizer is not None and not tokenizer.chat_template and config.data.chat_template == "tokenizer":
+        problems.append(
+            f"model.path = {path}: its tokenizer has no chat template, and prompts are conversations; with "
+            "data.chat_template=none they are plain text"
+        )
     elif tokenizer is not None:
         answer = "response" if config.algorithm.kind == "sft" else "answer"
         try:
@@ -90,6 +93,8 @@ def _prompts(
         raise DataError(f"{field}: is empty; expected .parquet or .jsonl files")
 
     def tokens_of(messages: Messages) -> list[int]:
+        if config.data.chat_template == "none":
+            return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
         return list(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         )

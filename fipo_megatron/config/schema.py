@@ -63,12 +63,15 @@ class DataConfig:
             ``algorithm.kind = sft`` with ``prompt`` and ``response``.
         max_prompt_tokens: Longer prompts are left out.
         epochs: How often each prompt is used at most; null: as often as there are steps.
+        chat_template: ``tokenizer``: that of the model's tokenizer; ``none``: what the messages say, one below the
+            other.
         shuffle: Give the prompts of each epoch in an order of its own; else in that of the files.
     """
 
     files: tuple[str, ...] = ()
     max_prompt_tokens: Positive = 2048
     epochs: Positive | None = None
+    chat_template: Literal["tokenizer", "none"] = "tokenizer"
     shuffle: bool = True
 
 

@@ -1,0 +1,37 @@
+"""A whole run with a real server that it starts itself: the quickstart's loop, by one word of its configuration."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart import task
+from tests.sglang.conftest import ROOT
+from tests.test_train import train
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+
+def processes_of(text):
+    """Command lines of running processes that name this."""
+    found = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if text in line and not line.startswith("Z")]
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_a_run_with_a_server(sync, tmp_path):
+    task.build(tmp_path / "data", seed=1)
+    train(
+        tmp_path / "data",
+        tmp_path / "run",
+        *("rollout.engine=sglang", f"rollout.servers.sync={sync}", "run.steps=3"),
+        f"rollout.servers.python={ROOT}/.venv-sglang/bin/python",
+        "rollout.servers.max_probe_shift=1e-4",
+        "rollout.sglang={max_total_tokens: 16384}",
+    )
+    rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["mismatch_abs_max"] < 1e-4 for row in rows)
+    assert all(row["updates"] == 2 and row["grad_norm"] > 0 for row in rows)
+    assert not processes_of(str(tmp_path)), "nothing is left running"
