@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fipo_megatron import manifest
 from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import DataError, Messages, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.manifest import Manifest
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.open_engine import context_problem
 from fipo_megatron.weights.architecture import Architecture
@@ -62,6 +64,7 @@ def read_inputs(config: Config) -> Inputs:
         except ValueError as error:
             problems.append(str(error))
     problems += output_problems(Path(config.run.output), config.run.resume)
+    problems += _other_model(Path(config.run.output) / "checkpoints", architecture, config.run.resume)
     tokenizer, prompts, to_evaluate = None, [], []  # type: tuple[PreTrainedTokenizerBase | None, list[Prompt], list[Prompt]]
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -130,6 +133,19 @@ def output_problems(output: Path, resume: str) -> list[str]:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return [f"run.output = {output}: cannot be written"]
     return []
+
+
+def _other_model(checkpoints: Path, architecture: Architecture, resume: str) -> list[str]:
+    """Whether the newest checkpoint holds the model."""
+    found = manifest.list_checkpoints(checkpoints)
+    if resume == "never" or not found:
+        return []
+    try:
+        saved = Manifest.read(found[0][1])
+    except ValueError:
+        return []  # damaged: found out, and said, when it is loaded
+    changed = manifest.differences(saved.architecture, manifest.describe_architecture(architecture))
+    return [f"{found[0][1]}: a checkpoint of another model: {', '.join(changed)}"] if changed else []
 
 
 def imitation(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, longest: int) -> Trajectory:

@@ -34,8 +34,9 @@ from fipo_megatron.observe import recordings
 from fipo_megatron.observe.records import StepLog
 from fipo_megatron.reward.verifier import Verifier, open_verifier
 from fipo_megatron.rollout.delivery import Routes, deliver
+from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.open_engine import Host
-from fipo_megatron.rollout.sampler import Sampled
+from fipo_megatron.rollout.sampler import Sampled, SamplingExhaustedError
 from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.rollout_session import RolloutSession
 from fipo_megatron.scoring import Scoring
@@ -178,6 +179,7 @@ class Run:
         run = self.config.run
         carried = self._session.carried() if self._session is not None else None
         self._checkpoints.save(step, self._stream.given, carried)
+        self._saved = step
         scores = self._log.evaluations() if run.keep_best else {}
         kept = [number for number, _ in list_checkpoints(self._output / "checkpoints")]
         best = max((number for number in kept if number in scores), key=lambda n: (scores[n], n), default=None)
@@ -198,16 +200,27 @@ class Run:
         if self.config.run.replay:
             return recordings.read(Path(self.config.run.replay), step, keep=self._layout.rank == 0)
         assert self._session is not None
-        with ExitStack() as generating:
-            with self.part("sync"):
-                generating.enter_context(self._session.generating(step))
-            every = self.config.run.evaluate_every
-            if every and step % every == 0:
-                self._evaluate(step)
-            sampled = self._session.sample(self._stream)
+        try:
+            with ExitStack() as generating:
+                with self.part("sync"):
+                    generating.enter_context(self._session.generating(step))
+                every = self.config.run.evaluate_every
+                if every and step % every == 0:
+                    self._evaluate(step)
+                with self.part("generate"):
+                    sampled = self._session.sample(self._stream)
+        except (EngineError, SamplingExhaustedError):
+            self._rescue(step)
+            raise
         if self.config.run.record_rollouts and self._session.engine is not None:
             recordings.write(self._output / "rollouts", step, self._layout.rank, sampled)
         return sampled
+
+    def _rescue(self, step: int) -> None:
+        """Saves what was sampled of a step that cannot be finished; all ranks are here."""
+        if step > self._saved:
+            self._save(step)
+            logger.error("what was sampled so far is in the checkpoint of step %d; run it again to go on", step)
 
     def _evaluate(self, step: int) -> Evaluation:
         assert self._session is not None

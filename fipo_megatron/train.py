@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
 
-Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid.
+Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid; 1: the run failed; 0: it is
+complete, or was asked to end (SIGTERM, Ctrl-C) and is saved. Run it again to go on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import transformers
 
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.inputs import read_inputs
+from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sampler import SamplingExhaustedError
+from fipo_megatron.weights.hf_directory import WeightsError
 
 if TYPE_CHECKING:
     from fipo_megatron.run import Run
 
 logger = logging.getLogger("fipo_megatron")
+EXPECTED = (EngineError, SamplingExhaustedError, WeightsError, OSError)
+"""What may happen to a run that is as it should be; its text says all there is to say."""
 
 
 def train(run: Run) -> None:
     """The steps that are left."""
     config, actor = run.config, run.actor
     for step in run.steps():
-        with run.part("generate"):
-            sampled = run.sample(step)
+        sampled = run.sample(step)
         batch = run.batch(sampled, step)
         plan = actor.plan(batch.lengths, batch.mini_batches)
         trajectories = run.deliver(sampled, batch, plan)
@@ -78,9 +83,13 @@ def main(arguments: Sequence[str]) -> int:
         logger.info("note: %s", notice)
     from fipo_megatron.run import Run  # Megatron takes seconds to import; a typo should not
 
-    with Run(config, inputs) as run:
-        imitate(run) if config.algorithm.kind == "sft" else train(run)
-        run.export()
+    try:
+        with Run(config, inputs) as run:
+            imitate(run) if config.algorithm.kind == "sft" else train(run)
+            run.export()
+    except EXPECTED as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
     return 0
 
 

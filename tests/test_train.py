@@ -217,3 +217,24 @@ def test_a_tokenizer_without_chat_template_and_another_run_in_the_output(data, r
     said = train(data, recorded, f"model.path={tmp_path}/model", "run.resume=never", code=2)
     assert "its tokenizer has no chat template" in said
     assert f"run.output = {recorded}: already holds a run" in said
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(data, recorded, tmp_path):
+    shutil.copytree(data / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 5000.0, "intermediate_size": 128})
+    )
+    said = train(data, recorded, f"model.path={tmp_path}/model", code=2)
+    assert "step-000005: a checkpoint of another model: " in said
+    assert "192 → 128" in said
+
+
+def test_a_step_that_cannot_be_finished_is_saved_as_far_as_it_was_sampled(data, tmp_path):
+    """No group is kept: the error says so, and the prompts that were used up are not given again."""
+    hopeless = ["reward.verifier=exact", "rollout.on_exhausted=error", "rollout.max_generation_batches=2"]
+    train(data, tmp_path / "run", "run.steps=2")
+    said = train(data, tmp_path / "run", *hopeless, "run.steps=4", "algorithm.kind=dapo", code=1)
+    assert "SamplingExhaustedError: 0 of 4 groups after 2 batches of prompts" in said
+    assert "Traceback" not in said
+    assert metrics(tmp_path / "run")[-1]["step"] == 1
