@@ -108,8 +108,10 @@ class RolloutSession:
         self._config, self._actor, self._host, self._probe = config, actor, host, probe
         self.routes = Routes.build(actor.layout.data_rank)
         silence = config.rollout.silence_seconds
-        self.exchange = Exchange(store, host.rank, self.routes.leaders, silence_seconds=silence)
-        starters = Exchange(dist.PrefixStore("hosts", store), host.rank, host.starters, silence_seconds=silence)
+        ranks = actor.layout.world_size
+        self.exchange = Exchange(store, host.rank, self.routes.leaders, ranks, silence_seconds=silence)
+        hosts = dist.PrefixStore("hosts", store)
+        starters = Exchange(hosts, host.rank, host.starters, ranks, silence_seconds=silence)
         self._background = Background()
         self._opened: OpenEngine = self._background.run(
             open_engine(config, host, self.exchange, starters, tokenizer, architecture.vocab)

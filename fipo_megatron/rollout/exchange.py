@@ -28,6 +28,7 @@ class Exchange:
         store: Of all ranks; keys are below ``rollout/``.
         rank: This one.
         leaders: Ranks that have something to say; rank 0 is always heard.
+        ranks: How many there are; all of them hear.
         silence_seconds: A rank that is waited for and has shown no sign for so long has failed.
 
     Attributes:
@@ -35,10 +36,16 @@ class Exchange:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, leaders: Sequence[int] = (0,), *, silence_seconds: float = 600.0
+        self,
+        store: dist.Store,
+        rank: int,
+        leaders: Sequence[int] = (0,),
+        ranks: int = 1,
+        *,
+        silence_seconds: float = 600.0,
     ) -> None:
         self._store = dist.PrefixStore("rollout", store)
-        self._rank, self._leaders = rank, tuple(leaders)
+        self._rank, self._leaders, self._ranks = rank, tuple(leaders), ranks
         self._silence = silence_seconds
         self._round = self._beats = 0
         self.progress: dict[str, Any] = {}
@@ -62,22 +69,27 @@ class Exchange:
 
         Raises:
             EngineError: a rank failed, or has shown no sign for too long; the message says which and why. Where it is
-                this rank, its own ``error``.
+                this rank, its own ``error``, or one with its text.
         """
-        key, old = f"round/{self._round}", f"round/{self._round - 2}"
+        key = f"round/{self._round}"
         if error is not None:
             self.fail(error)
             self._round += 1
-            raise error
+            if isinstance(error, EngineError):
+                raise error
+            raise EngineError(f"{type(error).__name__}: {error}") from error  # all ranks raise alike, and go on alike
         try:
             if self._rank in self._leaders:
                 self._store.set(f"{key}/{self._rank}", orjson.dumps(report))
             if self._rank == 0:
                 parts = [await self._take(f"{key}/{leader}", leader) for leader in self._leaders]
                 self._store.set(key, b"[" + b",".join(parts) + b"]")
-                for name in (old, f"count/{self._round - 2}", *(f"{key}/{leader}" for leader in self._leaders)):
-                    self._store.delete_key(name)
+                for leader in self._leaders:
+                    self._store.delete_key(f"{key}/{leader}")
             found: list[Any] = orjson.loads(await self._take(key, 0))
+            if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for those that do not lead
+                for name in (key, f"{key}/heard", f"count/{self._round}"):
+                    self._store.delete_key(name)
             return found
         finally:
             self._round += 1

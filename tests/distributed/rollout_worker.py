@@ -56,7 +56,10 @@ def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dic
     routes = Routes.build(layout.data_rank)
     leads = layout.rank in routes.leaders
     sampler = Sampler(
-        EmbeddedEngine(path) if leads else None, SETTINGS, score, Exchange(store, layout.rank, routes.leaders)
+        EmbeddedEngine(path) if leads else None,
+        SETTINGS,
+        score,
+        Exchange(store, layout.rank, routes.leaders, layout.world_size),
     )
     prompts, found = Prompts(), []
 
@@ -99,7 +102,7 @@ def over_sampling(path: str, layout: parallel.RankLayout, store: dist.Store) -> 
         EmbeddedEngine(path, slots=16) if leads else None,
         settings,
         score,
-        Exchange(dist.PrefixStore("over", store), layout.rank, routes.leaders),
+        Exchange(dist.PrefixStore("over", store), layout.rank, routes.leaders, layout.world_size),
     )
     prompts = Prompts()
 
@@ -122,32 +125,62 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         engine = EmbeddedEngine(path) if leads else None
         if layout.rank == routes.leaders[-1]:
             await engine.release_memory("weights")
-        exchange = Exchange(dist.PrefixStore("broken", store), layout.rank, routes.leaders)
+        exchange = Exchange(dist.PrefixStore("broken", store), layout.rank, routes.leaders, layout.world_size)
         await Sampler(engine, SETTINGS, score, exchange).step(Prompts(), 0)
+
+    async def refused() -> None:
+        """A request that no engine can serve, on one rank."""
+        engine = EmbeddedEngine(path) if leads else None
+        if layout.rank == routes.leaders[-1]:
+            engine.context = 10
+        exchange = Exchange(dist.PrefixStore("refused", store), layout.rank, routes.leaders, layout.world_size)
+        sampler = Sampler(engine, SETTINGS, score, exchange)
+        try:
+            await sampler.step(Prompts(), 0)
+        finally:
+            await exchange.gather({"again": layout.rank})  # the ranks are still in step
 
     async def wrong(trajectory: Trajectory) -> Score:
         return Score(-1.0, 0)
 
     async def exhausted() -> None:
-        exchange = Exchange(dist.PrefixStore("exhausted", store), layout.rank, routes.leaders)
+        exchange = Exchange(dist.PrefixStore("exhausted", store), layout.rank, routes.leaders, layout.world_size)
         await Sampler(EmbeddedEngine(path) if leads else None, SETTINGS, wrong, exchange).step(Prompts(), 0)
 
     async def silent() -> None:
         exchange = Exchange(
-            dist.PrefixStore("silent", store), layout.rank, range(layout.world_size), silence_seconds=0.5
+            dist.PrefixStore("silent", store),
+            layout.rank,
+            range(layout.world_size),
+            layout.world_size,
+            silence_seconds=0.5,
         )
         if layout.rank == layout.world_size - 1:
             await asyncio.sleep(2.5)
             exchange.look()
         await exchange.gather({})
 
-    for attempt in (broken, exhausted, silent):
+    for attempt in (broken, refused, exhausted, silent):
         try:
             asyncio.run(attempt())
             said.append("nothing")
         except (EngineError, SamplingExhaustedError) as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def run_ahead(layout: parallel.RankLayout, store: dist.Store) -> list[list[int]]:
+    """Many rounds in which rank 0 alone has something to say, while the others are slow to hear it."""
+    exchange = Exchange(dist.PrefixStore("ahead", store), layout.rank, (0,), layout.world_size)
+
+    async def run() -> list[list[int]]:
+        found = []
+        for number in range(8):
+            await asyncio.sleep(0.1 * (layout.rank > 0))
+            found.append(await exchange.gather(number))
+        return found
+
+    return asyncio.run(run())
 
 
 def main(path: str, directory: str) -> None:
@@ -157,6 +190,7 @@ def main(path: str, directory: str) -> None:
         store = dist.PrefixStore(name, parallel.store())
         result = {
             "steps": steps(path, layout, store),
+            "ahead": run_ahead(layout, store),
             "over": over_sampling(path, layout, store),
             "failures": failures(path, layout, store),
         }

@@ -82,12 +82,22 @@ def test_the_tail_is_aborted_on_all_leaders(name, results):
 
 
 @pytest.mark.parametrize("name", ["DP2", "TP2"])
+def test_a_rank_that_hears_late_misses_nothing(name, results):
+    assert [result["ahead"] for result in results[name]] == [[[number] for number in range(8)]] * 2
+
+
+@pytest.mark.parametrize("name", ["DP2", "TP2"])
 def test_a_failure_anywhere_ends_the_step_everywhere(name, results):
-    (broken, exhausted, silent), (broken_too, exhausted_too, silent_too) = (r["failures"] for r in results[name])
+    first, second = (result["failures"] for result in results[name])
+    (broken, refused, exhausted, silent), (broken_too, refused_too, exhausted_too, silent_too) = first, second
     at = 1 if name == "DP2" else 0
     own, other = (broken_too, broken) if at else (broken, broken_too)
     assert own.startswith("EngineError: the weights were released")
     assert other.startswith(f"EngineError: rank {at}: EngineError: the weights were released")
+    own, other = (refused_too, refused) if at else (refused, refused_too)
+    assert own.startswith("EngineError: RequestError: request ")
+    assert "do not fit into the model's context of 10" in own
+    assert other.startswith(f"EngineError: rank {at}: RequestError: request ")
     assert exhausted == exhausted_too
     assert exhausted.startswith("SamplingExhaustedError: 0 of 6 groups after 3 batches")
     assert silent == "EngineError: rank 1 has shown no sign for 0.5 s; see its log"
