@@ -95,7 +95,7 @@ class SglangClient:
         self._session = aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),  # servers hang up after 5 s
             read_bufsize=1 << 20,
         )
         self._watcher = asyncio.create_task(self._watch())
