@@ -7,11 +7,14 @@ carries, and the random generators of every rank. All files stand in ``checksums
 
 from __future__ import annotations
 
+import io
 import logging
 import random
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fipo_megatron import fail_points, manifest
 from fipo_megatron.actor import checkpoint
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.agreement import all_or_none
-from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards
+from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.config import Config
 from fipo_megatron.manifest import Manifest
+from fipo_megatron.observe import recordings
 from fipo_megatron.rollout import sampler_state
+from fipo_megatron.rollout.sampler import Sampled
 from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
@@ -38,6 +42,8 @@ from fipo_megatron.weights.hf_directory import WeightsError
 logger = logging.getLogger(__name__)
 _BYTES_OF_OPTIMIZER = 12
 """Per parameter: main parameter and two moments in float32."""
+_TIMEOUT = timedelta(hours=2)
+"""The fastest rank waits for the slowest to write its share."""
 
 
 class Checkpoints:
@@ -53,6 +59,9 @@ class Checkpoints:
     def __init__(self, directory: Path, config: Config, actor: MegatronActor, architecture: Architecture) -> None:
         self._directory, self._config = directory, config
         self._actor, self._architecture, self._layout = actor, architecture, actor.layout
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
         with all_or_none("opening the directory of checkpoints"):
             if self._layout.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -60,56 +69,97 @@ class Checkpoints:
                     logger.warning("%s: was never finished; removed", left)
                     shutil.rmtree(left)
 
-    def save(self, step: int, cursor: int, carried: Carried | None) -> Path:
-        """Writes what a run needs to begin with this step.
+    def save(
+        self, step: int, cursor: int, carried: Carried | None, ahead: Sampled | None, scores: Mapping[int, float]
+    ) -> None:
+        """Begins to write what a run needs to begin with this step; with ``run.async_save`` a thread does the rest.
 
         Args:
             step: The next one.
             cursor: Of the prompts.
             carried: By the sampler of this rank; None where it does not lead.
+            ahead: What was sampled for this step already; None where nothing was.
+            scores: By step, to tell the best checkpoint.
 
         Raises:
-            OSError: the disk is full, and the like; nothing is left under the final name.
+            OSError: the disk is full, and the like, also of the checkpoint before this one; nothing is left under the
+                final name.
         """
+        self.finish()
         sharding = self._config.run.optimizer_sharding
-        target = self._directory / manifest.name_of(step)
         everyone: list[bool] = [False] * self._layout.world_size
         dist.all_gather_object(everyone, carried is not None)
         leaders = [rank for rank, leads in enumerate(everyone) if leads]
         with all_or_none("saving a checkpoint"):
             self._check_space()
+        staged = checkpoint.stage(
+            self._actor.chunks,
+            more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=False)},
+            content=content(sharding),
+            live=optimizer_tensors(self._actor) if self._config.run.async_save else None,
+        )
+        generators = io.BytesIO()
+        torch.save(_random_state(), generators)
+        files = {f"random-{self._layout.rank}.pt": generators.getvalue()}
+        if carried is not None:
+            files[f"sampler-{leaders.index(self._layout.rank)}.npz"] = sampler_state.to_bytes(*carried)
+        if ahead is not None:
+            files |= recordings.files(step, self._layout.rank, ahead)
+        described = self._manifest(step, cursor, len(leaders), sampled_ahead=ahead is not None)
+        self._writing = self._thread.submit(self._write, step, staged, files, described, scores)
+        if not self._config.run.async_save:
+            self.finish()
 
-        def more() -> ShardedStateDict:
-            return {"optimizer": optimizer_shards(self._actor, sharding, loading=False)}
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return self._writing is not None and not self._writing.done()
+
+    def finish(self) -> None:
+        """Waits for what is being written; see :meth:`save`."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Waits, where the run has failed elsewhere: what is being written is whole, and is kept."""
+        try:
+            self.finish()
+        except Exception as error:
+            logger.error("the last checkpoint could not be written: %s", error)
+        self._thread.shutdown()
+
+    def _write(
+        self, step: int, staged: checkpoint.Staged, files: Mapping[str, bytes], described: Manifest, scores: Any
+    ) -> None:
+        """In a thread, with a group of its own: the run's collectives go on meanwhile."""
 
         def write_more(partial: Path) -> None:
             fail_points.reach("checkpoint_write")
             (partial / "run").mkdir(exist_ok=True)
-            torch.save(_random_state(), partial / "run" / f"random-{self._layout.rank}.pt")
-            if carried is not None:
-                place = leaders.index(self._layout.rank)
-                (partial / "run" / f"sampler-{place}.npz").write_bytes(sampler_state.to_bytes(*carried))
+            for name, written in files.items():
+                (partial / "run" / name).write_bytes(written)
             if self._layout.rank == 0:
-                self._manifest(step, cursor, len(leaders)).write(partial)
+                described.write(partial)
 
-        checkpoint.save(
-            self._actor.chunks,
+        checkpoint.write(
+            staged,
             self._layout,
             self._config.model.path,
-            target,
-            more=more,
-            content=content(sharding),
+            self._directory / manifest.name_of(step),
             write_more=write_more,
             verify=lambda partial: fail_points.reach("checkpoint_publish"),
+            group=self._group,
         )
         fail_points.reach("checkpoint_published")
-        return target
+        self._prune(scores)
 
-    def _manifest(self, step: int, cursor: int, leaders: int) -> Manifest:
+    def _manifest(self, step: int, cursor: int, leaders: int, *, sampled_ahead: bool) -> Manifest:
         return Manifest(
             step=step,
             cursor=cursor,
             leaders=leaders,
+            sampled_ahead=sampled_ahead,
             world_size=self._layout.world_size,
             parallel=asdict(self._config.actor.parallel),
             schedule=manifest.plain(self._actor.schedule.state_dict()),
@@ -129,11 +179,14 @@ class Checkpoints:
                 f"{self._directory}: {free / 1e9:.1f} GB are free, a checkpoint needs about {needed / 1e9:.1f} GB"
             )
 
-    def prune(self, keep: int, best: int | None) -> None:
-        """Removes all but the newest ones, and the one of step ``best``."""
-        with all_or_none("removing old checkpoints"):
+    def _prune(self, scores: Mapping[int, float]) -> None:
+        """Removes all but the newest ones and the best."""
+        with all_or_none("removing old checkpoints", self._group):
             if self._layout.rank == 0:
-                for step, path in manifest.list_checkpoints(self._directory)[keep:]:
+                found = manifest.list_checkpoints(self._directory)
+                scored = [number for number, _ in found if number in scores]
+                best = max(scored, key=lambda number: (scores[number], number), default=None)
+                for step, path in found[self._config.run.keep_last :]:
                     if step != best:
                         hidden = path.with_name(f".{path.name}.partial")
                         path.rename(hidden)
@@ -171,11 +224,11 @@ class Checkpoints:
                 path.rename(aside)
                 logger.error("it is %s now", aside)
 
-    def load(self, path: Path) -> tuple[Manifest, list[Carried]]:
+    def load(self, path: Path) -> tuple[Manifest, list[Carried], Sampled | None]:
         """Fills the actor.
 
         Returns:
-            The manifest, and what each leader's sampler carried.
+            The manifest, what each leader's sampler carried, and what was sampled ahead.
 
         Raises:
             WeightsError: it does not hold this model.
@@ -201,7 +254,11 @@ class Checkpoints:
         if changed := manifest.differences(saved.config, manifest.describe_config(self._config)):
             logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
         files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
-        return saved, [sampler_state.from_bytes(file.read_bytes()) for file in files]
+        carried = [sampler_state.from_bytes(file.read_bytes()) for file in files]
+        ahead = None
+        if saved.sampled_ahead:
+            ahead = recordings.read(path / "run", saved.step, keep=self._layout.rank == 0)
+        return saved, carried, ahead
 
 
 def _random_state() -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Manifest:
         architecture: Of the model.
         config: Of the run.
         packages: Versions.
+        sampled_ahead: Whether it holds the responses of the next step.
         format: Of this file.
     """
 
@@ -48,6 +49,7 @@ class Manifest:
     architecture: dict[str, Any]
     config: dict[str, Any]
     packages: dict[str, str]
+    sampled_ahead: bool = False
     format: int = FORMAT
 
     def write(self, checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ def sampler_settings(config: Config, stop_token_ids: Sequence[int]) -> SamplerSe
         dynamic_sampling=config.algorithm.dynamic_sampling,
         max_batches=rollout.max_generation_batches,
         over_sampling=rollout.over_sampling,
-        max_staleness=rollout.max_staleness,
+        max_staleness=rollout.max_staleness - rollout.overlap,  # when they are sampled; learned from one version later
         on_exhausted=rollout.on_exhausted,
     )
 
@@ -121,6 +122,7 @@ class RolloutSession:
         self._servers: tuple[tuple[str, ...], int] = ((), 0)
         self.version = 0
         self._engine_has_memory = True
+        self._ahead: Future[Sampled] | None = None
         self.sampler = Sampler(self._opened.engine, sampler_settings(config, stop_token_ids), scorer, self.exchange)
 
     def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> Sampled:
@@ -139,6 +141,35 @@ class RolloutSession:
             logger.warning("%s\nthe weights are sent again", error)
         self.send(self.version)
         return self._background.run(self.sampler.step(next_prompts, self.version))
+
+    def sample_ahead(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> None:
+        """Begins to sample the groups of the next step, with the weights that the engine has now."""
+        self._ahead = self._background.begin(self.sampler.step(next_prompts, self.version))
+
+    def settle(self) -> Sampled | None:
+        """Waits for what :meth:`sample_ahead` began; None where nothing was. What is carried can be saved then.
+
+        Raises:
+            EngineError: and SamplingExhaustedError, as :meth:`sample`; what was sampled so far is carried.
+        """
+        return self._ahead.result() if self._ahead is not None else None
+
+    def take_ahead(self) -> Sampled | None:
+        """As :meth:`settle`, once."""
+        try:
+            return self.settle()
+        finally:
+            self._ahead = None
+
+    def abandon(self) -> None:
+        """Ends what :meth:`sample_ahead` began, where it is not over."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+
+    def put_ahead(self, sampled: Sampled) -> None:
+        """Goes on with what :meth:`settle` gave in an earlier process."""
+        self._ahead = Future()
+        self._ahead.set_result(sampled)
 
     @property
     def engine(self) -> RolloutEngine | None:

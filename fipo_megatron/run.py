@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -29,7 +29,6 @@ from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluate import Evaluation, evaluate
 from fipo_megatron.inputs import Inputs, imitation
-from fipo_megatron.manifest import list_checkpoints
 from fipo_megatron.observe import recordings
 from fipo_megatron.observe.records import StepLog
 from fipo_megatron.reward.verifier import Verifier, open_verifier
@@ -77,10 +76,12 @@ class Run:
         if config.algorithm.kl_coef:
             self.actor.keep_reference()
         self._checkpoints = Checkpoints(self._output / "checkpoints", config, self.actor, inputs.architecture)
+        self._stack.callback(self._checkpoints.close)
         self._stream = PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle)
         self._log = StepLog(self._output, writes=self._layout.rank == 0)
         self._verifier: Verifier | None = None
         self._session: RolloutSession | None = None
+        self._ahead: Sampled | None = None
         self.first_step = self._saved = 0
         self._stop = 0
         carried = self._resume()
@@ -98,7 +99,7 @@ class Run:
         if path is None:
             self._log.cut(0)
             return []
-        saved, carried = self._checkpoints.load(path)
+        saved, carried, self._ahead = self._checkpoints.load(path)
         self.first_step = self._saved = saved.step
         self._stream.given = saved.cursor
         self._log.cut(saved.step)
@@ -128,7 +129,10 @@ class Run:
         )
         self._stack.callback(self._session.close)
         self._session.take_over(carried)
+        if self._ahead is not None:
+            self._session.put_ahead(self._ahead)
         self._stack.callback(lambda: self._session and self._verifier and self._session.wait(self._verifier.close()))
+        self._stack.callback(self._session.abandon)
 
     def _host(self) -> Host:
         everyone: list[int] = [0] * dist.get_world_size()
@@ -156,34 +160,40 @@ class Run:
         for step in range(self.first_step, self.config.run.steps):
             yield step
             done = step + 1
-            stopped = self._is_stopped()
+            stopped = self._agree()
             every = self.config.run.save_every
             if stopped or done == self.config.run.steps or (every and done % every == 0):
                 with self.part("save"):
                     self._save(done)
             if stopped:
+                self._checkpoints.finish()
                 logger.warning("ended after step %d, as asked; run it again to go on", step)
                 return
             every = self.config.run.export_every
             if every and done % every == 0 and done < self.config.run.steps:
                 self._export(self._output / f"hf-{done:06}")
+        self._checkpoints.finish()
         self._complete = True
 
-    def _is_stopped(self) -> bool:
-        """Whether any rank was asked to end."""
-        flag = torch.tensor(int(self._stop > 0), device=self._layout.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _agree(self) -> bool:
+        """Whether any rank was asked to end. Where all have written a checkpoint, what went wrong is raised."""
+        flags = torch.tensor([self._stop > 0, self._checkpoints.is_writing], dtype=torch.int32)
+        flags = flags.to(self._layout.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stopped, writing = flags.tolist()
+        if not writing:
+            self._checkpoints.finish()
+        return bool(stopped)
 
     def _save(self, step: int) -> None:
-        run = self.config.run
-        carried = self._session.carried() if self._session is not None else None
-        self._checkpoints.save(step, self._stream.given, carried)
+        carried, ahead = None, None
+        if self._session is not None:
+            with suppress(EngineError, SamplingExhaustedError):  # raised again where the next step needs it
+                ahead = self._session.settle()
+            carried = self._session.carried()
+        scores = self._log.evaluations() if self.config.run.keep_best else {}
+        self._checkpoints.save(step, self._stream.given, carried, ahead, scores)
         self._saved = step
-        scores = self._log.evaluations() if run.keep_best else {}
-        kept = [number for number, _ in list_checkpoints(self._output / "checkpoints")]
-        best = max((number for number in kept if number in scores), key=lambda n: (scores[n], n), default=None)
-        self._checkpoints.prune(run.keep_last, best)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -200,26 +210,46 @@ class Run:
         if self.config.run.replay:
             return recordings.read(Path(self.config.run.replay), step, keep=self._layout.rank == 0)
         assert self._session is not None
+        sampled = None
         try:
+            sampled = self._taken_ahead()
             with ExitStack() as generating:
                 with self.part("sync"):
                     generating.enter_context(self._session.generating(step))
                 every = self.config.run.evaluate_every
                 if every and step % every == 0:
                     self._evaluate(step)
-                with self.part("generate"):
-                    sampled = self._session.sample(self._stream)
+                if sampled is None:
+                    with self.part("generate"):
+                        sampled = self._session.sample(self._stream)
+                if self.config.rollout.overlap and step + 1 < self.config.run.steps:
+                    self._session.sample_ahead(self._stream)
         except (EngineError, SamplingExhaustedError):
+            if sampled is not None:
+                self._session.put_ahead(sampled)
             self._rescue(step)
             raise
         if self.config.run.record_rollouts and self._session.engine is not None:
             recordings.write(self._output / "rollouts", step, self._layout.rank, sampled)
         return sampled
 
+    def _taken_ahead(self) -> Sampled | None:
+        """What was sampled while the step before was learned from; None where that is still to be done."""
+        assert self._session is not None
+        if not self.config.rollout.overlap:
+            return None
+        with self.part("generate"):
+            try:
+                return self._session.take_ahead()
+            except EngineError as error:
+                logger.warning("%s\nthis step is sampled anew, with its own weights", error)
+                return None
+
     def _rescue(self, step: int) -> None:
         """Saves what was sampled of a step that cannot be finished; all ranks are here."""
         if step > self._saved:
             self._save(step)
+            self._checkpoints.finish()
             logger.error("what was sampled so far is in the checkpoint of step %d; run it again to go on", step)
 
     def _evaluate(self, step: int) -> Evaluation:

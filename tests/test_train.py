@@ -104,7 +104,7 @@ def assert_same_steps(found, expected, start):
 
 def test_replayed_responses_give_the_run_that_recorded_them(recorded, replayed):
     for one, other in zip(metrics(recorded), metrics(replayed), strict=True):
-        assert {k: v for k, v in one.items() if k != "sampler"} == {k: v for k, v in other.items() if k != "sampler"}
+        assert one == other
     assert all(w.equal(weights(replayed)[name]) for name, w in weights(recorded).items())
 
 
@@ -126,15 +126,19 @@ def test_saved_under_tp2_and_resumed_under_pp2(data, recorded, replayed, tmp_pat
 CARRYING = [*("rollout.over_sampling=1.5", "rollout.max_staleness=1", "rollout.embedded_slots=16", "run.save_every=2")]
 
 
-def test_a_run_that_is_killed_ends_as_one_that_is_not(data, tmp_path):
+OVERLAPPING = ["rollout.overlap=true", *CARRYING]
+
+
+@pytest.mark.parametrize("settings", [CARRYING, OVERLAPPING], ids=["carrying", "overlapping"])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, data, tmp_path):
     """Killed at every fail point, resumed each time: the same metrics and weights, bit for bit."""
-    train(data, tmp_path / "whole", *CARRYING)
+    train(data, tmp_path / "whole", *settings)
     for fail_at in FAIL_POINTS:
-        train(data, tmp_path / "killed", *CARRYING, fail_at=fail_at, code=-signal.SIGKILL)
+        train(data, tmp_path / "killed", *settings, fail_at=fail_at, code=-signal.SIGKILL)
     random = np.random.default_rng()
     for _ in range(RANDOM_KILLS):
         process = subprocess.Popen(
-            command(data, tmp_path / "killed", *CARRYING),
+            command(data, tmp_path / "killed", *settings),
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -143,13 +147,28 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(data, tmp_path):
         time.sleep(random.uniform(4, 12))
         process.kill()
         process.wait()
-    said = train(data, tmp_path / "killed", *CARRYING)
+    said = train(data, tmp_path / "killed", *settings)
     assert RANDOM_KILLS or "goes on from" in said
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert all(w.equal(weights(tmp_path / "killed")[name]) for name, w in weights(tmp_path / "whole").items())
-    assert any(row["sampler"].get("prompts_carried_in") for row in metrics(tmp_path / "whole"))
+    rows = metrics(tmp_path / "whole")
+    if settings is CARRYING:
+        assert any(row["sampler"].get("prompts_carried_in") for row in rows)
+    else:
+        assert [row["staleness_max"] for row in rows] == [0, 1, 1, 1, 1]
+        assert all(row["importance_weight_mean"] for row in rows)
     names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000005"]
+
+
+def test_ranks_overlap_alike(data, tmp_path):
+    """Sampling goes on, between the ranks, while they are in collectives of the update."""
+    overlapping = ["rollout.overlap=true", "rollout.max_staleness=1", "run.save_every=2"]
+    train(data, tmp_path / "run", *overlapping, ranks=2)
+    train(data, tmp_path / "run", *overlapping, "run.steps=7", ranks=2)
+    rows = metrics(tmp_path / "run")
+    assert [row["staleness_max"] for row in rows] == [0, 1, 1, 1, 1, 0, 1]
+    assert all(row["sampler"]["groups_sampled"] for row in rows)
 
 
 def test_asked_to_end_it_saves_and_goes_on_later(data, tmp_path):

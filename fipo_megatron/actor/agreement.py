@@ -9,15 +9,20 @@ import torch.distributed as dist
 
 
 @contextmanager
-def all_or_none(what: str) -> Iterator[None]:
-    """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective."""
+def all_or_none(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective.
+
+    Args:
+        what: Is being done.
+        group: Of all ranks; None: the default one. A thread beside the main one needs its own.
+    """
     own: Exception | None = None
     try:
         yield
     except Exception as error:
         own = error
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if own is None else f"{type(own).__name__}: {own}")
+    found: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, None if own is None else f"{type(own).__name__}: {own}", group=group)
     if own is not None:
         raise own
     if failed := [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]:

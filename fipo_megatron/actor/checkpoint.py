@@ -6,9 +6,11 @@ should be there is known without it (:mod:`fipo_megatron.weights.torch_dist`).
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factories,
+)
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -53,17 +60,76 @@ def sharded_weights(chunks: Sequence[HiddenStateGPTModel]) -> ShardedStateDict:
     return found
 
 
-def save(
+@dataclass(frozen=True)
+class Staged:
+    """What a rank writes of a checkpoint.
+
+    Attributes:
+        tensors: For torch's writer, by the names in the checkpoint.
+        common: What is the same on all ranks, pickled.
+    """
+
+    tensors: dict[str, Any]
+    common: bytes
+
+
+def stage(
     chunks: Sequence[HiddenStateGPTModel],
+    *,
+    more: Callable[[], ShardedStateDict] = dict,
+    content: dict[str, Any] = CONTENT,
+    live: Iterable[Tensor] | None = None,
+) -> Staged:
+    """Collects what is to be written; with ``live``, as it is now, whatever happens to the model later. A collective.
+
+    Args:
+        chunks: This rank's.
+        more: Gives what is saved beside the weights: shards of this rank.
+        content: How tensors are named and cut.
+        live: Tensors beside the parameters that training changes; what is on a device or shares memory with them or
+            the parameters is copied to the host. None: nothing is copied.
+    """
+    with all_or_none("save_weights"):
+        state: ShardedStateDict = sharded_weights(chunks) | more() | {_CONTENT_METADATA_KEY: content}
+        apply_factories(state)
+        shards, common = save_preprocess(state, validate_access_integrity=False)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+        if live is not None:
+            _copy([shard for shards in by_key.values() for shard in shards], [*_tensors_of(chunks), *live])
+        pickled = io.BytesIO()
+        torch.save(common, pickled)
+        tensors = mcore_to_pyt_state_dict(by_key)
+    return Staged(tensors, pickled.getvalue())
+
+
+def _tensors_of(chunks: Sequence[HiddenStateGPTModel]) -> Iterator[Tensor]:
+    for chunk in chunks:
+        yield from chunk.parameters()
+        yield from chunk.buffers()
+
+
+def _copy(shards: Iterable[ShardedTensor | ShardedObject], live: Iterable[Tensor]) -> None:
+    """What was gathered for the checkpoint is not copied again: it can be as large as all else on the host."""
+    changing = {tensor.untyped_storage().data_ptr() for tensor in live}
+    for shard in shards:
+        if not isinstance(shard.data, Tensor):
+            shard.data = copy.deepcopy(shard.data)
+        elif shard.data.device.type != "cpu":
+            shard.data = shard.data.detach().cpu()
+        elif shard.data.untyped_storage().data_ptr() in changing:
+            shard.data = shard.data.detach().clone()
+
+
+def write(
+    staged: Staged,
     layout: RankLayout,
     source: str | Path,
     target: str | Path,
     *,
-    more: Callable[[], ShardedStateDict] = dict,
-    content: dict[str, Any] = CONTENT,
     write_more: Callable[[Path], None] = lambda partial: None,
     progress: Progress = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Writes a checkpoint: a collective of all ranks, which must see one file system.
 
@@ -71,44 +137,35 @@ def save(
     under the final name.
 
     Args:
-        chunks: This rank's.
+        staged: This rank's.
         layout: Of this rank.
         source: The Hugging Face directory to copy config.json, tokenizer and so on from.
         target: Must not exist; its parent must.
-        more: Gives what is saved beside the weights: shards of this rank.
-        content: How tensors are named and cut.
         write_more: Called on all ranks with the directory before it takes its name, to add files.
         progress: Is told of bytes that this rank has written.
         verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
+        group: Of all ranks, on the host, where this runs in a thread; None: the default one.
 
     Raises:
         FileExistsError: the target exists.
         OSError: the disk is full, and the like; on ranks where all went well, RuntimeError says what failed on which.
     """
     source, target = Path(source), Path(target)
-    with begun(source, target, layout) as partial:
-        with all_or_none("save_weights"):
-            state: ShardedStateDict = sharded_weights(chunks) | more() | {_CONTENT_METADATA_KEY: content}
-            apply_factories(state)
-            shards, common = save_preprocess(state, validate_access_integrity=False)
-            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
-            tensors = mcore_to_pyt_state_dict(by_key)
-        with all_or_none("save_weights"):
+    with begun(source, target, layout, group) as partial:
+        with all_or_none("save_weights", group):
             if layout.rank == 0:
-                content = io.BytesIO()
-                torch.save(common, content)
-                (partial / torch_dist.COMMON).write_bytes(content.getvalue())
-        with all_or_none("save_weights"):
-            _write(tensors, partial, progress)
-        with all_or_none("save_weights"):
+                (partial / torch_dist.COMMON).write_bytes(staged.common)
+        with all_or_none("save_weights", group):
+            _write(staged.tensors, partial, progress, group)
+        with all_or_none("save_weights", group):
             if layout.rank == 0:
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
                 torch_dist.check_files(partial)
                 (partial / torch_dist.HUGGING_FACE).mkdir()
                 hf_files.add_companions(source, partial / torch_dist.HUGGING_FACE)
-        with all_or_none("save_weights"):
+        with all_or_none("save_weights", group):
             write_more(partial)
-        _write_checksums(partial, layout)
+        _write_checksums(partial, layout, group)
         verify(partial)
 
 
@@ -121,8 +178,8 @@ def save_weights(
     progress: Progress = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Writes a checkpoint of the weights alone; see :func:`save`."""
-    save(chunks, layout, source, target, progress=progress, verify=verify)
+    """Writes a checkpoint of the weights alone; see :func:`write`."""
+    write(stage(chunks), layout, source, target, progress=progress, verify=verify)
 
 
 def load_weights(
@@ -194,17 +251,17 @@ def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architect
             parameter[max((piece.offset + piece.size for piece in pieces), default=0) :].zero_()
 
 
-def _write_checksums(directory: Path, layout: RankLayout) -> None:
+def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGroup | None) -> None:
     """Every rank reads the files that it wrote, the first all others, too. A collective."""
     everywhere: list[dict[str, str]] = [{}] * layout.world_size
     mine: dict[str, str] = {}
-    with all_or_none("save_weights"):
+    with all_or_none("save_weights", group):
         files = [path for path in directory.rglob("*") if path.is_file()]
         own = [path for path in files if path.match(f"__{layout.rank}_*.distcp")]
         own += [path for path in files if path.suffix != ".distcp"] if layout.rank == 0 else []
         mine = checksums.compute(directory, [str(path.relative_to(directory)) for path in own])
-    dist.all_gather_object(everywhere, mine)
-    with all_or_none("save_weights"):
+    dist.all_gather_object(everywhere, mine, group=group)
+    with all_or_none("save_weights", group):
         if layout.rank == 0:
             checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
@@ -232,10 +289,12 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
         raise WeightsError("\n".join(found))
 
 
-def _write(tensors: dict[str, Any], directory: Path, progress: Progress) -> None:
+def _write(tensors: dict[str, Any], directory: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
     """With torch's own writer, tensor by tensor: Megatron-Core's forks, and every child counts its memory again."""
     try:
-        torch_checkpoint.save(tensors, storage_writer=_Writer(directory), planner=_Planner(progress))
+        torch_checkpoint.save(
+            tensors, storage_writer=_Writer(directory), planner=_Planner(progress), process_group=group
+        )
     except CheckpointException as error:
         raise OSError(f"{directory}: {_first(error)}") from error
 

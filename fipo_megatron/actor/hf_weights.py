@@ -327,27 +327,28 @@ def save_hf(
 
 
 @contextmanager
-def begun(source: Path, target: Path, layout: RankLayout) -> Iterator[Path]:
+def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
     """Gives a directory that takes the target's name at the end, if nothing fails on any rank. A collective.
 
     Args:
         source: Must hold a config.json.
         target: Must not exist; its parent must.
         layout: Of this rank; the first makes and renames the directory, all must see it.
+        group: See :func:`.agreement.all_or_none`.
     """
     partial = publish.partial_of(target)
-    with all_or_none("beginning to save"):
+    with all_or_none("beginning to save", group):
         if layout.rank == 0:
             hf_files.check_source(source)
             publish.begin(target)
     try:
-        with all_or_none("beginning to save"):
+        with all_or_none("beginning to save", group):
             if not partial.is_dir():
                 raise FileNotFoundError(
                     f"{partial}: not seen by rank {layout.rank}; all ranks must share a file system"
                 )
         yield partial
-        with all_or_none("publishing"):
+        with all_or_none("publishing", group):
             if layout.rank == 0:
                 publish.publish(target)
     finally:

@@ -60,6 +60,15 @@ def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
                 values["step"] = values["step"].clone()  # else one counter, shared by all and advanced by each
 
 
+def optimizer_tensors(actor: MegatronActor) -> Iterator[torch.Tensor]:
+    """All that the optimizer changes: main parameters and moments."""
+    for inner in _inner(actor):
+        for group in inner.optimizer.param_groups:
+            yield from group["params"]
+        for state in inner.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
 def _inner(actor: MegatronActor) -> list[Any]:
     return list(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]))
 

@@ -212,7 +212,7 @@ def store() -> dist.Store:
     """
     if _store is None or not dist.is_initialized():
         raise RuntimeError("parallel.store: call initialize() first")
-    return dist.PrefixStore(_prefix(), _store)
+    return dist.PrefixStore(_prefix(), _store.clone())  # a connection of its own: a wait blocks nobody else
 
 
 def destroy() -> None:

@@ -232,6 +232,8 @@ class RolloutConfig:
         over_sampling: So many times the missing groups are sampled at a time; above 1 the slowest are aborted.
         max_staleness: How many versions older than the current one a token's weights may be. Above 0, aborted
             responses go on in the next step, and ``algorithm.importance_cap`` is 2 unless it is given.
+        overlap: Sample the next step while this one is learned from: its tokens are then one version old, which
+            counts for ``max_staleness``. Engine and actor need devices of their own.
         silence_seconds: A rank that is waited for and has shown no sign for so long has failed.
         engine: SGLang servers, or transformers in the trainer's own processes (no GPU needed).
         embedded_slots: Requests that the embedded engine samples at a time: a multiple of 16.
@@ -248,6 +250,7 @@ class RolloutConfig:
     on_exhausted: Literal["error", "smaller"] = "error"
     over_sampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     max_staleness: Count = 0
+    overlap: bool = False
     silence_seconds: Seconds = 600.0
     engine: Literal["sglang", "embedded"] = "sglang"
     embedded_slots: Annotated[int, Field(ge=16, multiple_of=16)] = 32
@@ -303,6 +306,7 @@ class RunConfig:
         steps: Rollout steps, each with ``updates_per_step`` optimizer steps.
         output: Directory of all that the run writes.
         save_every: Steps between two checkpoints; 0: at the end alone.
+        async_save: Write checkpoints while the run goes on, from a copy on the host.
         keep_last: Checkpoints to keep, the newest.
         keep_best: Keep the one with the best evaluation, too.
         optimizer_sharding: Of the distributed optimizer in checkpoints: ``fully_reshardable`` can be loaded under any
@@ -319,6 +323,7 @@ class RunConfig:
     steps: Positive = 100
     output: str = "output"
     save_every: Count = 20
+    async_save: bool = True
     keep_last: Positive = 2
     keep_best: bool = True
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
@@ -423,6 +428,10 @@ def _impossible_servers(rollout: RolloutConfig) -> list[str]:
         problems.append(
             f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, those of every server behind it"
         )
+    if rollout.overlap and not rollout.max_staleness:
+        problems.append("rollout.overlap = True: needs rollout.max_staleness of at least 1, tokens are one version old")
+    if rollout.overlap and servers.colocated:
+        problems.append("rollout.overlap = True: must be false with rollout.servers.colocated, they take turns")
     if servers.colocated and servers.urls:
         problems.append("rollout.servers.colocated = True: must be false with rollout.servers.urls")
     if servers.colocated and rollout.engine == "embedded":

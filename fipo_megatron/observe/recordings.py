@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from fipo_megatron.data.trajectory import Group
@@ -13,10 +14,18 @@ from fipo_megatron.rollout.sampler import Sampled
 def write(directory: Path, step: int, rank: int, sampled: Sampled) -> None:
     """What this rank has sampled, scored; replaces what an earlier attempt at this step left."""
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"step-{step:06}-{rank}.npz"
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(sampler_state.to_bytes(sampled.groups))
-    partial.replace(file)
+    for name, content in files(step, rank, sampled).items():
+        partial = directory / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(directory / name)
+
+
+def files(step: int, rank: int, sampled: Sampled) -> dict[str, bytes]:
+    """The recording of this rank, by the names of its files."""
+    found = {f"step-{step:06}-{rank}.npz": sampler_state.to_bytes(sampled.groups)}
+    if rank == 0:
+        found[f"step-{step:06}.json"] = json.dumps(dict(sampled.statistics)).encode()
+    return found
 
 
 def read(directory: Path, step: int, *, keep: bool) -> Sampled:
@@ -31,14 +40,15 @@ def read(directory: Path, step: int, *, keep: bool) -> Sampled:
         FileNotFoundError: there is no recording of this step.
         ValueError: a file is damaged.
     """
-    files = sorted(directory.glob(f"step-{step:06}-*.npz"), key=lambda file: int(file.stem.rpartition("-")[2]))
-    if not files:
+    found = sorted(directory.glob(f"step-{step:06}-*.npz"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    if not found:
         raise FileNotFoundError(f"run.replay = {directory}: holds no recording of step {step}")
+    statistics = json.loads((directory / f"step-{step:06}.json").read_bytes())
     groups: list[Group] = []
-    for file in files:
+    for file in found:
         try:
             groups += sampler_state.from_bytes(file.read_bytes())[0]
         except Exception as error:  # a damaged archive raises anything
             raise ValueError(f"{file}: is damaged: {error!r}") from error
     records = tuple(GroupRecord.of(group, 0) for group in groups)
-    return Sampled(records, tuple(groups) if keep else (), {"replayed_groups": len(groups)})
+    return Sampled(records, tuple(groups) if keep else (), statistics)

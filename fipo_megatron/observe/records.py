@@ -39,7 +39,7 @@ class StepLog:
         """A step: what was sampled, and every update."""
         if not self._writes:
             return
-        values = rollout_metrics(sampled) | update_metrics(updates)
+        values = rollout_metrics(sampled, step) | update_metrics(updates)
         self._append("metrics.jsonl", {"step": step} | values)
         self._append("timing.jsonl", {"step": step} | {name: round(value, 4) for name, value in seconds.items()})
         shown = ("accuracy", "reward", "response_length", "loss", "grad_norm", "policy_kl", "weight_mean", "entropy")
@@ -77,19 +77,26 @@ class StepLog:
             file.write(json.dumps(values) + "\n")
 
 
-def rollout_metrics(sampled: Sampled | None) -> dict[str, Any]:
-    """Of the groups that are trained on, and the sampler's counts."""
+def rollout_metrics(sampled: Sampled | None, step: int) -> dict[str, Any]:
+    """Of the groups that are trained on, and the sampler's counts; the same in whatever order the groups came."""
     if sampled is None or not sampled.records:
         return dict(sampled.statistics) if sampled is not None else {}
-    lengths = np.array([length for record in sampled.records for length in record.response_tokens])
+    lengths = [length for record in sampled.records for length in record.response_tokens]
+    ages = [step - record.oldest for record in sampled.records]
     return {
-        "accuracy": float(np.mean([a for record in sampled.records for a in record.accuracies])),
-        "reward": float(np.mean([r for record in sampled.records for r in record.rewards])),
-        "response_length": float(lengths.mean()),
-        "response_length_max": int(lengths.max()),
+        "accuracy": _mean([a for record in sampled.records for a in record.accuracies]),
+        "reward": _mean([r for record in sampled.records for r in record.rewards]),
+        "response_length": _mean(lengths),
+        "response_length_max": max(lengths),
+        "staleness": _mean(ages),
+        "staleness_max": max(ages),
         "groups": len(sampled.records),
         "sampler": dict(sorted(sampled.statistics.items())),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:

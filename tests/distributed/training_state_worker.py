@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from fipo_megatron.actor import checkpoint, parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
-from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards
+from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.config import Config, ParallelConfig
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.weights.architecture import Architecture
@@ -75,15 +77,17 @@ def main(config_json: str, directory: str) -> None:
             actor, _, layout = build(base, kind, saved)
             learn(actor, 0)
             path = Path(directory, f"{kind}-{saved}".replace(", ", "-"))
-            checkpoint.save(
+            staged = checkpoint.stage(
                 actor.chunks,
-                layout,
-                base.model.path,
-                path,
                 more=lambda a=actor: {"optimizer": optimizer_shards(a, "fully_reshardable", loading=False)},
                 content=content("fully_reshardable"),
+                live=optimizer_tensors(actor),
             )
-            expected = learn(actor, 1)
+            group = dist.new_group(backend="gloo")
+            with ThreadPoolExecutor(1) as thread:  # written while the run goes on: what was staged must not change
+                writing = thread.submit(checkpoint.write, staged, layout, base.model.path, path, group=group)
+                expected = learn(actor, 1)
+                writing.result()
             parallel.destroy()
             for loaded in LAYOUTS:
                 actor, architecture, layout = build(base, kind, loaded)
