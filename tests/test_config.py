@@ -149,6 +149,10 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
                 "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated",
             ],
         ),
+        (
+            ["rollout.overlap=true", "rollout.servers={colocated: true, sync: tensor}"],
+            ["rollout.overlap = True: needs rollout.max_staleness", "must be false with rollout.servers.colocated"],
+        ),
         (["rollout.servers.urls=['host:3']"], ["rollout.servers.urls = host:3: must begin with http://"]),
         (
             ["rollout.engine=embedded", "rollout.servers.colocated=true", "rollout.embedded_slots=20"],

@@ -1,0 +1,119 @@
+"""Does a long run stay as it is? 200 steps of the quickstart: memory of each process, what is left, time by part.
+
+python -m benchmarks.soak [--steps N] [key=value ...]
+
+Needs the starting model of ``make quickstart`` in build/quickstart. Exit code 1: memory moved by more than 5 % after
+the first quarter of the run, or files or processes are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+
+from benchmarks.report import print_table, write_result
+
+START = Path("build/quickstart")
+TOLERANCE = 0.05
+PLACES = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+"""Where libraries put files of their own."""
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    if not (START / "imitate" / "hf").is_dir():
+        sys.exit(f"{START}/imitate/hf: there is no starting model; make quickstart first")
+    with tempfile.TemporaryDirectory(dir="build") as directory:
+        output = Path(directory) / "run"
+        command = [sys.executable, "-m", "fipo_megatron.train", "examples/quickstart/fipo.yaml"]
+        settings = [f"run.steps={arguments.steps}", f"run.output={output}", *arguments.overrides]
+        before = files()
+        process = subprocess.Popen([*command, *settings])
+        seen, memory = watch(process, output / "metrics.jsonl")
+        if process.returncode:
+            return process.returncode
+        return report(arguments.steps, memory, seen, files() - before, output)
+
+
+def files() -> set[str]:
+    """In the places where libraries put files."""
+    return {str(path) for place in PLACES if place.is_dir() for path in place.iterdir()}
+
+
+def watch(
+    process: subprocess.Popen[bytes], metrics: Path
+) -> tuple[list[psutil.Process], dict[str, list[tuple[int, float]]]]:
+    """Until it ends: every process that it had, and of each, by name, pairs of step and MiB."""
+    root = psutil.Process(process.pid)
+    seen: dict[int, psutil.Process] = {}
+    memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    while process.poll() is None:
+        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        try:
+            family = [root, *root.children(recursive=True)]
+            for one in family:
+                seen[one.pid] = one
+                memory[f"{'trainer' if one == root else 'child'} {one.pid}"].append(
+                    (step, one.memory_full_info().uss / 2**20)
+                )
+        except psutil.NoSuchProcess:
+            pass
+        time.sleep(0.5)
+    return list(seen.values()), memory
+
+
+def report(
+    steps: int, memory: dict[str, list[tuple[int, float]]], seen: list[psutil.Process], left: set[str], output: Path
+) -> int:
+    """Prints and writes what was seen; the exit code."""
+    rows, growth = [], {}
+    for name, samples in memory.items():
+        early = [mib for step, mib in samples if steps // 4 <= step < steps // 2]
+        late = [mib for step, mib in samples if 3 * steps // 4 <= step < steps]
+        if not early or not late:
+            continue  # of a moment, such as a compiler
+        growth[name] = statistics.mean(late) / statistics.mean(early) - 1
+        rows.append(
+            {
+                "process": name.split()[0],
+                "2nd quarter MiB": f"{statistics.mean(early):.1f}",
+                "last quarter MiB": f"{statistics.mean(late):.1f}",
+                "change": f"{growth[name]:+.1%}",
+            }
+        )
+    alive = [f"{one.pid} {one.name()}" for one in seen if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    print_table(f"memory over {steps} steps", rows)
+    times = [json.loads(line) for line in (output / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+    parts = sorted({part for row in times for part in row} - {"step"})
+    seconds = {part: statistics.mean(row.get(part, 0.0) for row in times) for part in parts}
+    print_table("a step by part", [{"part": part, "seconds": f"{value:.4f}"} for part, value in seconds.items()])
+    print(f"\nprocesses left: {alive or 'none'}; files left: {sorted(left) or 'none'}")
+    write_result(
+        "soak",
+        {
+            "steps": steps,
+            "memory_growth": {name.split()[0]: value for name, value in growth.items()},
+            "seconds_per_step": seconds,
+            "processes_left": alive,
+            "files_left": len(left),
+        },
+    )
+    flat = bool(growth) and all(abs(value) <= TOLERANCE for value in growth.values())
+    return 0 if flat and not alive and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
