@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .model import HiddenStateGPTModel, build_model
 from .offload import Offloaded
 from .optimizer import build_optimizer, wrap_for_training
 from .parallel import RankLayout
+from .update_metrics import NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
 
 logger = logging.getLogger(__name__)
 
@@ -43,42 +44,6 @@ Trajectories = Mapping[int, Trajectory] | Sequence[Trajectory]
 StoredLogProbs = list[list[TokenLogProbs | None]]
 """By mini-batch and micro-batch of this data-parallel rank: this context-parallel rank's part, ``[T]`` each; None on
 pipeline stages before the last."""
-
-
-@dataclass(frozen=True)
-class UpdateMetrics:
-    """What one optimizer step did; the same on every rank.
-
-    Attributes:
-        loss: Numerator over denominator of the global mini-batch; NaN where the denominator is 0.
-        denominator: Tokens (or sequences) in the loss, over all ranks.
-        grad_norm: Global gradient norm before clipping; NaN where the step was skipped.
-        learning_rate: Of this step; NaN where it was skipped.
-        skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
-            was.
-        statistics: See :mod:`.algorithm.statistics`, over all ranks. The entropy is that of π_old unless the loss has
-            an entropy term.
-    """
-
-    loss: float
-    denominator: int
-    grad_norm: float
-    learning_rate: float
-    skipped: str
-    statistics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class NoiseFloor:
-    """How far two passes at equal weights disagree: what FIPO would take for drift.
-
-    Attributes:
-        shift: Largest |d|.
-        future_kl: Largest |F|; 0 for the baselines, which have none.
-    """
-
-    shift: float
-    future_kl: float
 
 
 class MegatronActor:
@@ -168,6 +133,7 @@ class MegatronActor:
         trajectories: Trajectories,
         old: StoredLogProbs | None,
         reference: StoredLogProbs | None = None,
+        watch: Collection[int] = (),
     ) -> list[UpdateMetrics]:
         """One optimizer step per mini-batch of the plan.
 
@@ -180,6 +146,7 @@ class MegatronActor:
             old: What :meth:`log_probs` returned before the first update on this plan; None for ``sft``, which has no
                 use for it.
             reference: What :meth:`reference_log_probs` returned; needed where ``algorithm.kl_coef`` > 0.
+            watch: Indices of trajectories whose tokens are wanted in ``UpdateMetrics.tokens``.
 
         Raises:
             ValueError: log-probs of another plan, a reference missing, or a plan for another layout.
@@ -195,7 +162,13 @@ class MegatronActor:
             ]:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
-            self._step(mini_batch, trajectories, old[number] if old else None, reference[number] if reference else None)
+            self._step(
+                mini_batch,
+                trajectories,
+                old[number] if old else None,
+                reference[number] if reference else None,
+                frozenset(watch),
+            )
             for number, mini_batch in enumerate(plan)
         ]
 
@@ -214,7 +187,7 @@ class MegatronActor:
             ValueError: no token of the mini-batch is in the loss.
         """
         with frozen_scaling(self.chunks):
-            _, statistics = self._forward_backward(mini_batch, trajectories, old[0], None, self._drift_only)
+            statistics = self._forward_backward(mini_batch, trajectories, old[0], None, self._drift_only).statistics
         self._zero_grad()
         if not statistics["tokens"]:
             raise ValueError("mini_batch: no token is in the loss, so there is nothing to compare")
@@ -302,13 +275,15 @@ class MegatronActor:
         trajectories: Trajectories,
         old: list[TokenLogProbs | None] | None,
         reference: list[TokenLogProbs | None] | None,
+        watch: frozenset[int],
     ) -> UpdateMetrics:
-        (numerator, denominator), statistics = self._forward_backward(mini_batch, trajectories, old, reference)
-        loss = numerator / denominator if denominator else math.nan
+        tokens: dict[int, TokenPart] = {}
+        found = self._forward_backward(mini_batch, trajectories, old, reference, watch=watch, tokens=tokens)
+        loss = found.numerator / found.denominator if found.denominator else math.nan
         # A NaN loss need not have NaN gradients: max(NaN, NaN) passes none on.
-        if not denominator:
+        if not found.denominator:
             skipped = "empty loss"
-        elif not math.isfinite(numerator):
+        elif not math.isfinite(found.numerator):
             skipped = "non-finite loss"
         else:
             skipped = "" if self._gradient_is_finite() else "non-finite gradient"
@@ -322,7 +297,16 @@ class MegatronActor:
             _, grad_norm, _ = self.optimizer.step()
             rate = self.optimizer.param_groups[0]["lr"]
         self._zero_grad()
-        return UpdateMetrics(loss, int(denominator), float(grad_norm), float(rate), skipped, statistics)
+        return UpdateMetrics(
+            loss,
+            int(found.denominator),
+            float(grad_norm),
+            float(rate),
+            skipped,
+            found.statistics,
+            found.shifts,
+            tokens,
+        )
 
     def _forward_backward(
         self,
@@ -331,11 +315,16 @@ class MegatronActor:
         old: list[TokenLogProbs | None] | None,
         reference: list[TokenLogProbs | None] | None,
         algorithm: PolicyLossConfig | None = None,
-    ) -> tuple[tuple[float, float], dict[str, float]]:
-        """Gradients of a mini-batch; its numerator and denominator over all ranks, and its metrics, on every rank."""
+        *,
+        watch: frozenset[int] = frozenset(),
+        tokens: dict[int, TokenPart] | None = None,
+    ) -> Reduced:
+        """Gradients of a mini-batch; what came of it over all ranks, on every rank. Fills ``tokens``."""
         outputs: list[LossOutput] = []
         algorithm = algorithm or self.config.algorithm
         with_entropy = algorithm.entropy_coef != 0
+        sampled = algorithm.kind != "sft"  # an example has no engine's log-probs
+        members = mini_batch.micro_batches[self.layout.data_rank] if watch else ()
 
         def loss(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
             before = old[index] if old else TokenLogProbs(found.log_probs.detach(), None)
@@ -349,18 +338,21 @@ class MegatronActor:
                     mask=micro.mask,
                     shards=micro.shards,
                     reference_log_probs=anchor.log_probs if anchor else None,
-                    behaviour_log_probs=micro.behaviour_log_probs,
+                    behaviour_log_probs=micro.behaviour_log_probs if sampled else None,
                     entropy=found.entropy if with_entropy else before.entropy,
                 ),
                 algorithm,
                 self._exchange,
             )
             outputs.append(output)
+            if tokens is not None and members and self.layout.tensor_rank == 0:
+                prompts = [len(trajectories[i].prompt.tokens) for i in members[index]]
+                tokens.update(token_parts(watch, members[index], prompts, micro, before, found, output))
             return output.numerator, output.denominator.int(), {}
 
         self._zero_grad()
         self._run(mini_batch, trajectories, loss, with_entropy=with_entropy, forward_only=False)
-        return self._reduce(outputs)
+        return reduce_outputs(outputs, self.layout)
 
     def _run(
         self,
@@ -438,32 +430,6 @@ class MegatronActor:
             with_entropy=with_entropy,
         )
         return TokenLogProbs(found.log_probs[0], None if found.entropy is None else found.entropy[0])
-
-    def _reduce(self, outputs: list[LossOutput]) -> tuple[tuple[float, float], dict[str, float]]:
-        """Merges over micro-batches, then over data- and context-parallel ranks of the last stage, then tells all."""
-        message: list[Any] = [None]
-        if outputs:
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            statistics = outputs[0].statistics
-            for output in outputs[1:]:
-                statistics = statistics + output.statistics
-            totals = torch.stack(
-                [
-                    torch.stack([output.numerator.detach() for output in outputs]).double().sum(),
-                    torch.stack([output.denominator for output in outputs]).sum().double(),
-                ]
-            )
-            dist.all_reduce(totals, group=group)
-            message = [(tuple(totals.tolist()), statistics.all_reduce(group).metrics())]
-        if self.layout.pipeline_size > 1:
-            dist.broadcast_object_list(
-                message,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-                device=self.layout.device,
-            )
-        (numerator, denominator), metrics = message[0]
-        return (numerator, denominator), metrics
 
     def _gradient_is_finite(self) -> bool:
         """Whether every gradient of every rank is finite, and so is its norm; the same answer everywhere."""

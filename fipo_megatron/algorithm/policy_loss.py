@@ -216,6 +216,7 @@ class _Weighting:
     """All that enters the loss without a gradient. ``_S`` fields count whole sequences, over all ranks."""
 
     future_kl_T: Tensor
+    mismatch_future_kl_T: Tensor | None
     raw_weight_T: Tensor
     weight_T: Tensor
     unsafe_T: Tensor
@@ -265,7 +266,14 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange
 
     numerator, denominator = _aggregate(loss_T, weighting, inputs, config)
     with torch.no_grad():
-        seen = {"clip_fraction": clipped_T, "importance_weight_mean": importance_T, "reference_kl": reference_kl_T}
+        seen = {"importance_weight_mean": importance_T, "reference_kl": reference_kl_T}
+        if clipped_T is not None:
+            low_T = clipped_T & (inputs.advantages < 0)
+            seen |= {
+                "clip_fraction": clipped_T,
+                "clip_fraction_low": low_T,
+                "clip_fraction_high": clipped_T & ~low_T,
+            }
         statistics = _statistics(seen, shift_T.detach(), weighting, inputs, config)
     return LossOutput(numerator, denominator, statistics, weighting.future_kl_T, weighting.weight_T)
 
@@ -343,30 +351,43 @@ def _check_present(inputs: LossInputs, config: PolicyLossConfig) -> None:
 def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None) -> _Weighting:
     """Future-KL weights and the sequences to drop, with one exchange for both.
 
-    The message holds, per sequence, the heads of this rank's chunks (FIPO only), its dual-clipped tokens and its tokens
-    in the mask: four numbers for FIPO under zigzag context parallelism.
+    The message holds, per sequence, its dual-clipped tokens here, its tokens in the mask, and for FIPO the heads of
+    this rank's chunks: of the drift and, where the engine's log-probs are known, of the mismatch. Under zigzag context
+    parallelism that is four or six numbers.
     """
     shards, ratio_T = inputs.shards, shift_T.exp()
     dual_clipped_T = inputs.mask & (inputs.advantages < 0) & (ratio_T > config.dual_clip)
     message = [shards.count_by_sequence(flags_T).double()[:, None] for flags_T in (dual_clipped_T, inputs.mask)]
-    future_kl_T = torch.zeros_like(shift_T)
-    if config.kind == "fipo":
-        # "Not above the bound" and not "at most the bound": a NaN must stay visible in the sum.
-        filtered_T = shift_T > math.log(config.dual_clip)
-        values_T = torch.where(filtered_T, 0.0, shift_T) if config.future_kl_filter else shift_T
-        future_kl_T, heads_SK = scan_chunks(values_T, shards, config.half_life)
-        message.append(heads_SK)
-    gathered = exchange_over_ranks(torch.cat(message, dim=1), shards, exchange)
+    sums = [scan_chunks(values_T, shards, config.half_life) for values_T in _summed(shift_T, inputs, config)]
+    gathered = exchange_over_ranks(torch.cat(message + [heads_SK for _, heads_SK in sums], dim=1), shards, exchange)
     dual_clipped_S, tokens_S = gathered[:, :, :2].sum(0).unbind(1)
-    if config.kind == "fipo" and len(shards.owners) > 1:
-        carries_SK = chunk_carries(gathered[:, :, 2:], shards, config.half_life)
-        future_kl_T = add_carries(future_kl_T, carries_SK, shards, config.half_life)
-    future_kl_T = future_kl_T.to(shift_T.dtype)
+    found = []
+    for number, (sums_T, _) in enumerate(sums):
+        if len(shards.owners) > 1:
+            first = 2 + number * shards.num_slots
+            carries_SK = chunk_carries(gathered[:, :, first : first + shards.num_slots], shards, config.half_life)
+            sums_T = add_carries(sums_T, carries_SK, shards, config.half_life)
+        found.append(sums_T.to(shift_T.dtype))
+    future_kl_T = found[0] if found else torch.zeros_like(shift_T)
 
     raw_weight_T = future_kl_T.clamp(max=LARGEST_EXPONENT).exp()
     weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
     dropped_S = config.sequence_drop & (dual_clipped_S > config.sequence_drop_threshold)
-    return _Weighting(future_kl_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
+    mismatch_T = found[1] if len(found) > 1 else None
+    return _Weighting(future_kl_T, mismatch_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
+
+
+def _summed(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> list[Tensor]:
+    """What Future-KL sums up, ``[T]`` each: the drift, and what the engine's mismatch would be if it were drift."""
+    if config.kind != "fipo":
+        return []
+    shifts = [shift_T]
+    if inputs.behaviour_log_probs is not None:
+        shifts.append(log_prob_shift(inputs.old_log_probs, inputs.behaviour_log_probs, inputs.mask, config.shift_clamp))
+    if not config.future_kl_filter:
+        return shifts
+    # "Not above the bound" and not "at most the bound": a NaN must stay visible in the sum.
+    return [torch.where(values_T > math.log(config.dual_clip), 0.0, values_T) for values_T in shifts]
 
 
 def _aggregate(
@@ -420,10 +441,19 @@ def _statistics(
         }
         extrema |= {"weight_max": weight_T, "weight_min": weight_T}
         extrema |= {"raw_weight_max": raw_T, "raw_weight_min": raw_T, "future_kl_abs_max": future_kl_T.abs()}
+        for sign, of_sign_T in (("positive", inputs.advantages > 0), ("negative", inputs.advantages <= 0)):
+            means |= {
+                f"weight_clip_{sign}_upper": of_sign_T & (weight_T >= high),
+                f"weight_clip_{sign}_lower": of_sign_T & (weight_T <= low),
+            }
     if inputs.behaviour_log_probs is not None:
         gap_T = torch.where(inputs.mask, inputs.old_log_probs - inputs.behaviour_log_probs, 0.0)
         means |= {"mismatch_abs_mean": gap_T.abs(), "mismatch_kl": torch.expm1(gap_T) - gap_T}
         extrema |= {"mismatch_abs_max": gap_T.abs()}
+        if weighting.mismatch_future_kl_T is not None:
+            summed_T = weighting.mismatch_future_kl_T.abs()
+            means |= {"mismatch_future_kl_abs_mean": summed_T}
+            extrema |= {"mismatch_future_kl_abs_max": summed_T}
         if config.importance_cap is not None:
             means |= {"importance_truncated_fraction": gap_T > math.log(config.importance_cap)}
     given = {name: value for name, value in means.items() if value is not None}

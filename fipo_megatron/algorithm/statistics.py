@@ -32,6 +32,8 @@ TOKEN_MEANS = (
     "future_kl_mean",
     "future_kl_abs_mean",
     "clip_fraction",
+    "clip_fraction_low",  # A < 0 and r < 1 − ε_low: what spikes before a collapse (Fig. 2)
+    "clip_fraction_high",
     "dual_clip_fraction",
     "filtered_fraction",
     "weight_mean",
@@ -45,12 +47,19 @@ TOKEN_MEANS = (
     "reference_kl",
     "mismatch_abs_mean",
     "mismatch_kl",  # k3 estimate of KL(π_behaviour ‖ π_old)
+    "mismatch_future_kl_abs_mean",
     "importance_weight_mean",
     "importance_truncated_fraction",
 )
 """Means over the tokens of the mask."""
 
-MAXIMA = ("weight_max", "raw_weight_max", "shift_abs_max", "future_kl_abs_max", "mismatch_abs_max")
+SIGN_MEANS = tuple(f"weight_clip_{sign}_{side}" for sign in SIGNS for side in ("upper", "lower"))
+"""Means over the tokens of the mask whose advantage has this sign; where there are none, there is no value."""
+
+MAXIMA = (
+    *("weight_max", "raw_weight_max", "shift_abs_max", "future_kl_abs_max"),
+    *("mismatch_abs_max", "mismatch_future_kl_abs_max"),
+)
 MINIMA = ("weight_min", "raw_weight_min")
 
 
@@ -61,7 +70,7 @@ class LossStatistics:
     Which values exist follows from the configuration of the loss, so that it is the same on every rank.
 
     Attributes:
-        sum_names: Names of ``sums``, from ``COUNTS`` and ``TOKEN_MEANS``.
+        sum_names: Names of ``sums``, from ``COUNTS``, ``TOKEN_MEANS`` and ``SIGN_MEANS``.
         extremum_names: Names of ``maxima``, from ``MAXIMA`` and ``MINIMA``.
         sums: ``[len(sum_names)]`` float64.
         maxima: ``[len(extremum_names)]`` float64; minima are stored negated; −inf where no token was seen.
@@ -88,7 +97,8 @@ class LossStatistics:
         Raises:
             KeyError: a name that this module does not list.
         """
-        unknown = set(counts) - set(COUNTS) | set(means) - set(TOKEN_MEANS) | set(extrema) - set(MAXIMA + MINIMA)
+        unknown = set(counts) - set(COUNTS) | set(means) - {*TOKEN_MEANS, *SIGN_MEANS}
+        unknown |= set(extrema) - set(MAXIMA + MINIMA)
         if unknown:
             raise KeyError(f"statistics without an entry in {__name__}: {sorted(unknown)}")
         sums = [count.double() for count in counts.values()]
@@ -123,7 +133,9 @@ class LossStatistics:
         tokens = values["tokens"]
         if not tokens:
             return {name: values[name] for name in COUNTS}
-        values = {name: value if name in COUNTS else value / tokens for name, value in values.items()}
+        of_sign = dict(zip(SIGNS, self.histograms.sum(1).tolist(), strict=True))
+        seen = {name: of_sign[name.split("_")[2]] if name in SIGN_MEANS else tokens for name in values}
+        values = {name: value if name in COUNTS else value / seen[name] for name, value in values.items() if seen[name]}
         for name, value in zip(self.extremum_names, self.maxima.tolist(), strict=True):
             values[name] = -value if name in MINIMA else value
         for sign, counts in zip(SIGNS, self.histograms.cpu(), strict=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from fipo_megatron.actor.actor import UpdateMetrics
+    from fipo_megatron.actor.update_metrics import UpdateMetrics
     from fipo_megatron.evaluate import Evaluation
     from fipo_megatron.rollout.sampler import Sampled
 

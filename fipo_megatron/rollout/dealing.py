@@ -22,6 +22,7 @@ class GroupRecord:
         rewards: Of each response.
         accuracies: Of each response.
         oldest: The oldest version of the weights that sampled any of it.
+        truncated: How many responses were cut off at the length limit.
     """
 
     prompt: str
@@ -32,6 +33,7 @@ class GroupRecord:
     rewards: tuple[float, ...]
     accuracies: tuple[int, ...]
     oldest: int
+    truncated: int = 0
 
     @classmethod
     def of(cls, group: Group, leader: int) -> GroupRecord:
@@ -46,6 +48,7 @@ class GroupRecord:
             rewards=tuple(float(t.reward or 0.0) for t in all_),
             accuracies=tuple(int(t.accuracy or 0) for t in all_),
             oldest=min(span.weight_version for t in all_ for span in t.spans),
+            truncated=sum(t.finish_reason == "length" for t in all_),
         )
 
     @classmethod

@@ -59,7 +59,11 @@ MUTANTS = {
         "dual_clipped_S > config.sequence_drop_threshold",
         "dual_clipped_S >= config.sequence_drop_threshold",
     ),
-    "filter: keeps the sign, drops the small": ("policy_loss.py", "filtered_T = shift_T >", "filtered_T = shift_T <"),
+    "filter: keeps the sign, drops the small": (
+        "policy_loss.py",
+        "torch.where(values_T > math.log(config.dual_clip)",
+        "torch.where(values_T < math.log(config.dual_clip)",
+    ),
     "surrogate: ratio clamped": (
         "policy_loss.py",
         "plain_T = -advantages_T * ratio_T",

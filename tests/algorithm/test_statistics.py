@@ -15,6 +15,7 @@ from fipo_megatron.algorithm.statistics import (
     MINIMA,
     NUM_BINS,
     QUANTILES,
+    SIGN_MEANS,
     TOKEN_MEANS,
     LossStatistics,
     bin_edges,
@@ -37,10 +38,12 @@ def test_merge_over_micro_batches_and_ranks(seed, dp, cp):
 
 def expected_metrics(batch, config):
     """Every metric of the loss by its definition, token by token."""
-    tokens, gaps, kls = [], [], []
+    tokens, gaps, kls, summed = [], [], [], []
     for _, r in batch:
         tokens += reference.response_loss(r, config)[3]
         gaps += list((r.old - r.behaviour)[r.mask])
+        passed = np.where(r.mask & (r.old - r.behaviour <= math.log(config.dual_clip)), r.old - r.behaviour, 0)
+        summed += list(abs(reference.suffix_sum(passed, config.half_life))[r.mask])
         kls += [math.exp(b - a) - 1 + a - b for a, b in zip(r.new[r.mask], r.reference[r.mask], strict=True)]
     shift, future, weight, advantage, above, unsafe, clipped = (
         np.array(x, dtype=float) for x in zip(*tokens, strict=True)
@@ -57,6 +60,8 @@ def expected_metrics(batch, config):
         "future_kl_abs_mean": abs(future).mean(),
         "future_kl_abs_max": abs(future).max(),
         "clip_fraction": clipped.mean(),
+        "clip_fraction_low": (clipped * (np.exp(shift) < 1)).mean(),
+        "clip_fraction_high": (clipped * (np.exp(shift) > 1)).mean(),
         "dual_clip_fraction": (above * (advantage < 0)).mean(),
         "filtered_fraction": above.mean(),
         "safety_fraction": unsafe.mean(),
@@ -73,10 +78,16 @@ def expected_metrics(batch, config):
         "reference_kl": np.mean(kls),
         "mismatch_abs_mean": abs(gaps).mean(),
         "mismatch_abs_max": abs(gaps).max(),
+        "mismatch_future_kl_abs_mean": np.mean(summed),
+        "mismatch_future_kl_abs_max": max(summed),
         "mismatch_kl": (np.exp(gaps) - 1 - gaps).mean(),
         "importance_weight_mean": np.exp(gaps).clip(max=config.importance_cap).mean(),
         "importance_truncated_fraction": (np.exp(gaps) > config.importance_cap).mean(),
     }
+    for sign, chosen in (("positive", advantage > 0), ("negative", advantage <= 0)):
+        if chosen.any():
+            values[f"weight_clip_{sign}_upper"] = (weight >= high)[chosen].mean()
+            values[f"weight_clip_{sign}_lower"] = (weight <= low)[chosen].mean()
     quantiles = {
         f"ratio_{sign}_q{100 * q:g}": np.quantile(shift[chosen], q, method="inverted_cdf")
         for sign, chosen in (("positive", advantage > 0), ("negative", advantage <= 0))
@@ -99,7 +110,7 @@ def test_every_value_by_its_definition(seed):
 
 def test_every_listed_value_is_reported():
     metrics = split_gradient(PACKAGE, random_batch(0), CONFIG)[3].metrics()
-    assert set(TOKEN_MEANS) - {"entropy"} | set(MAXIMA) | set(MINIMA) <= set(metrics)
+    assert set(TOKEN_MEANS) - {"entropy"} | {*SIGN_MEANS, *MAXIMA, *MINIMA} <= set(metrics)
     assert {f"ratio_{sign}_q{100 * q:g}" for sign in ("positive", "negative") for q in QUANTILES} <= set(metrics)
 
 
