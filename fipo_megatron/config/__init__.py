@@ -6,6 +6,7 @@ wins over them. Everything is checked before anything expensive starts: all keys
 they go together.
 """
 
+from .checks import notices
 from .files import ConfigError, keys, load_config
 from .schema import (
     ActorConfig,
@@ -13,14 +14,15 @@ from .schema import (
     Config,
     DataConfig,
     EvaluationConfig,
+    HealthConfig,
     ModelConfig,
+    ObserveConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     ServersConfig,
-    notices,
 )
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "ModelConfig",
+    "ObserveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RewardConfig",

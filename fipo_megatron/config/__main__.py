@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import yaml
 from pydantic import TypeAdapter
 
+from .checks import notices
 from .files import ConfigError, load_config
-from .schema import Config, notices
+from .schema import Config
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What can be configured: typed dataclasses, one per room, and what cannot go together."""
+"""What can be configured: typed dataclasses, one per room."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from fipo_megatron.algorithm.advantages import Baseline
-from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS, PolicyLossConfig
+from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
+
+from .checks import impossible
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -299,6 +301,64 @@ class EvaluationConfig:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class ObserveConfig:
+    """What a run shows of itself, beside ``metrics.jsonl``, ``evaluation.jsonl`` and ``timing.jsonl``.
+
+    Attributes:
+        tensorboard: Write event files to ``tensorboard/`` in the output.
+        trackers: Services that get the same numbers; their packages must be installed.
+        project: Of the run in these services.
+        texts: Responses per step that TensorBoard and the services show, right and wrong ones.
+        trajectories: Responses per step that are kept in ``trajectories/``, right and wrong ones; 0: none.
+        trajectories_every: Steps between two that keep some.
+        trajectory_tokens: Keep log-probs, Future-KL, weight and entropy of each of their tokens, too.
+        trajectory_file_mib: A new file is begun when one has so much.
+        trajectory_mib: Of all these files together; then the oldest one is removed.
+        plain_console: Plain lines on a terminal, too.
+    """
+
+    tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "swanlab"], ...] = ()
+    project: str = "fipo_megatron"
+    texts: Count = 4
+    trajectories: Count = 8
+    trajectories_every: Positive = 1
+    trajectory_tokens: bool = False
+    trajectory_file_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    trajectory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256.0
+    plain_console: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
+class HealthConfig:
+    """The alarm for collapse (Fig. 2): many tokens clipped from below, rising policy KL, falling length.
+
+    It is raised where means over ``window`` steps are at all three bounds, or the policy KL alone is at
+    ``policy_kl_limit``.
+
+    Attributes:
+        action: What follows: nothing, a warning, a checkpoint and the end of the run, or a return to a checkpoint from
+            before; ``off``: the alarm is not looked at.
+        window: Steps that are averaged.
+        low_clip: Tokens with A < 0 clipped at 1 − ε_low, of all tokens.
+        policy_kl: Mean of −d over the updates of a step, by absolute value.
+        length_ratio: Mean response length, of its best so far.
+        policy_kl_limit: Policy KL that is an alarm by itself.
+        max_roll_backs: Then the run is ended.
+        roll_back_lr: The learning rate is multiplied by this at each return.
+    """
+
+    action: Literal["off", "warn", "stop", "roll_back"] = "stop"
+    window: Positive = 3
+    low_clip: NotNegative = 0.02
+    policy_kl: NotNegative = 0.01
+    length_ratio: Fraction = 0.75
+    policy_kl_limit: NotNegative = 0.1
+    max_roll_backs: Positive = 2
+    roll_back_lr: Fraction = 0.5
+
+
+@dataclass(config=_STRICT, frozen=True)
 class RunConfig:
     """How long the run is, and what it writes.
 
@@ -315,6 +375,8 @@ class RunConfig:
         export_every: Steps between two exports as a Hugging Face model; 0: at the end alone.
         resume: ``auto``: from the newest checkpoint in ``output``, if there is one; ``never``: ``output`` must be new.
         evaluate_every: Steps between two evaluations; 0: none.
+        noise_floor_every: Steps between two that report what two passes at equal weights differ by; 0: none does. It
+            is checked in the first step of every process.
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
         replay: A directory of recorded responses to train on instead of sampling.
         rollout_only: Sample and score, but do not learn.
@@ -330,6 +392,7 @@ class RunConfig:
     export_every: Count = 0
     resume: Literal["auto", "never"] = "auto"
     evaluate_every: Count = 0
+    noise_floor_every: Count = 50
     record_rollouts: bool = False
     replay: str | None = None
     rollout_only: bool = False
@@ -348,6 +411,8 @@ class Config:
         rollout: See :class:`RolloutConfig`.
         reward: See :class:`RewardConfig`.
         evaluation: See :class:`EvaluationConfig`.
+        observe: See :class:`ObserveConfig`.
+        health: See :class:`HealthConfig`.
         seed: Of everything random in the run.
     """
 
@@ -359,158 +424,16 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     seed: Count = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for every combination that cannot work, all in one message."""
-        if problems := list(_impossible(self)):
+        if problems := list(impossible(self)):
             raise ValueError("\n".join(problems))
 
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps per rollout step."""
         return -(-self.rollout.prompts_per_step // self.actor.prompts_per_mini_batch)
-
-
-def _impossible(config: Config) -> list[str]:
-    algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
-    problems = []
-    if actor.prompts_per_mini_batch > rollout.prompts_per_step:
-        problems.append(
-            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: must be at most "
-            f"rollout.prompts_per_step = {rollout.prompts_per_step}"
-        )
-    elif algorithm.kind == "fipo" and config.updates_per_step == 1 and not algorithm.allow_inert:
-        problems.append(
-            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: one update per rollout step makes FIPO "
-            "inert (π_θ = π_old, so every weight is 1); use at most half of rollout.prompts_per_step = "
-            f"{rollout.prompts_per_step}, algorithm.kind=dapo, or algorithm.allow_inert=true"
-        )
-    if rollout.samples_per_prompt < 2 and algorithm.kind != "sft":
-        problems.append(
-            f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2, an advantage compares the "
-            "responses to one prompt"
-        )
-    if reward.overlong_buffer_tokens > rollout.max_response_tokens:
-        problems.append(
-            f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
-            f"rollout.max_response_tokens = {rollout.max_response_tokens}"
-        )
-    parallel = actor.parallel
-    multiple = 2 * parallel.context_parallel if parallel.context_parallel > 1 else 1
-    multiple *= parallel.tensor_parallel if parallel.sequence_parallel else 1
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if (padded := -(-longest // multiple) * multiple) > actor.token_budget:
-        problems.append(
-            f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
-        )
-    return problems + _impossible_actor(actor) + _impossible_servers(rollout) + _impossible_run(config)
-
-
-def _impossible_run(config: Config) -> list[str]:
-    run, problems = config.run, []
-    if run.replay and run.rollout_only:
-        problems.append(f"run.replay = {run.replay}: cannot go with run.rollout_only, nothing would be done")
-    if run.evaluate_every and not config.evaluation.files:
-        problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
-    if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):
-        problems.append(
-            f"run.evaluate_every = {run.evaluate_every}: must be 0 with run.replay or algorithm.kind = sft, which have "
-            "no engine"
-        )
-    return problems
-
-
-def _impossible_servers(rollout: RolloutConfig) -> list[str]:
-    servers, problems = rollout.servers, []
-    if servers.router and not servers.urls:
-        problems.append(
-            f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, those of every server behind it"
-        )
-    if rollout.overlap and not rollout.max_staleness:
-        problems.append("rollout.overlap = True: needs rollout.max_staleness of at least 1, tokens are one version old")
-    if rollout.overlap and servers.colocated:
-        problems.append("rollout.overlap = True: must be false with rollout.servers.colocated, they take turns")
-    if servers.colocated and servers.urls:
-        problems.append("rollout.servers.colocated = True: must be false with rollout.servers.urls")
-    if servers.colocated and rollout.engine == "embedded":
-        problems.append("rollout.servers.colocated = True: must be false with rollout.engine = embedded")
-    if servers.colocated and servers.sync == "distributed":
-        problems.append(
-            "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated, NCCL allows "
-            "one rank per GPU"
-        )
-    problems += [
-        f"rollout.servers.{name} = {url}: must begin with http:// or https://"
-        for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
-        for url in urls
-        if not url.startswith(("http://", "https://"))
-    ]
-    return problems
-
-
-def _impossible_actor(actor: ActorConfig) -> list[str]:
-    parallel, optimizer, problems = actor.parallel, actor.optimizer, []
-    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
-        problems.append(
-            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
-            "activations over those ranks"
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
-        problems.append(
-            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without "
-            "actor.parallel.pipeline_parallel"
-        )
-    if optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps:
-        problems.append(
-            f"actor.optimizer.decay_steps = {optimizer.decay_steps}: must be more than actor.optimizer.warmup_steps = "
-            f"{optimizer.warmup_steps} with actor.optimizer.schedule = {optimizer.schedule}"
-        )
-    if optimizer.min_lr > optimizer.lr:
-        problems.append(
-            f"actor.optimizer.min_lr = {optimizer.min_lr:g}: must be at most actor.optimizer.lr = {optimizer.lr:g}"
-        )
-    if actor.fp8 != "off" and actor.dtype != "bfloat16":
-        problems.append(f"actor.dtype = {actor.dtype}: must be bfloat16 with actor.fp8 = {actor.fp8}")
-    if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and actor.fp8_bf16_first_last:
-        problems.append(
-            f"actor.fp8_bf16_first_last = {actor.fp8_bf16_first_last}: must be 0 with actor.fp8_recipe = delayed; "
-            "blockwise and tensorwise can leave layers in bfloat16"
-        )
-    return problems
-
-
-def notices(config: Config) -> list[str]:
-    """What is valid but worth knowing at start-up, one sentence each."""
-    a = config.algorithm
-    found = []
-    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
-        found.append(
-            f"algorithm.safety_threshold = {a.safety_threshold:g} has no effect on the gradient: it is at least "
-            f"dual_clip = {a.dual_clip:g}, and dual-clipped tokens have none"
-        )
-    if a.kind == "fipo" and a.weight_clip is not None and not a.weight_clip[0] <= 1 <= a.weight_clip[1]:
-        found.append(
-            f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, also where "
-            "the policy has not moved"
-        )
-    found += [
-        f"algorithm.{key} = {getattr(a, key)}: {a.kind} has {default}"
-        for key, default in KIND_DEFAULTS[a.kind].items()
-        if getattr(a, key) != default
-    ]
-    if a.kl_coef and a.kl_estimator == "k1":
-        found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
-    if config.rollout.max_staleness and a.importance_cap is None:
-        found.append(
-            f"rollout.max_staleness = {config.rollout.max_staleness} without algorithm.importance_cap: tokens of older "
-            "weights are learned from as if the current ones had sampled them"
-        )
-    left_over = config.rollout.prompts_per_step % config.actor.prompts_per_mini_batch
-    if left_over:
-        found.append(
-            f"actor.prompts_per_mini_batch = {config.actor.prompts_per_mini_batch} does not divide "
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: the last update sees {left_over} prompts"
-        )
-    return found

@@ -1,0 +1,162 @@
+"""What cannot go together in a configuration, and what is valid but worth knowing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
+
+if TYPE_CHECKING:
+    from .schema import ActorConfig, Config, RolloutConfig
+
+
+def impossible(config: Config) -> list[str]:
+    """Every combination that cannot work, a line each: the field, its value, and what would be valid."""
+    algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
+    problems = []
+    if actor.prompts_per_mini_batch > rollout.prompts_per_step:
+        problems.append(
+            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: must be at most "
+            f"rollout.prompts_per_step = {rollout.prompts_per_step}"
+        )
+    elif algorithm.kind == "fipo" and config.updates_per_step == 1 and not algorithm.allow_inert:
+        problems.append(
+            f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: one update per rollout step makes FIPO "
+            "inert (π_θ = π_old, so every weight is 1); use at most half of rollout.prompts_per_step = "
+            f"{rollout.prompts_per_step}, algorithm.kind=dapo, or algorithm.allow_inert=true"
+        )
+    if rollout.samples_per_prompt < 2 and algorithm.kind != "sft":
+        problems.append(
+            f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2, an advantage compares the "
+            "responses to one prompt"
+        )
+    if reward.overlong_buffer_tokens > rollout.max_response_tokens:
+        problems.append(
+            f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
+            f"rollout.max_response_tokens = {rollout.max_response_tokens}"
+        )
+    parallel = actor.parallel
+    multiple = 2 * parallel.context_parallel if parallel.context_parallel > 1 else 1
+    multiple *= parallel.tensor_parallel if parallel.sequence_parallel else 1
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if (padded := -(-longest // multiple) * multiple) > actor.token_budget:
+        problems.append(
+            f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
+        )
+    return problems + _impossible_actor(actor) + _impossible_servers(rollout) + _impossible_run(config)
+
+
+def _impossible_run(config: Config) -> list[str]:
+    run, problems = config.run, []
+    if run.replay and run.rollout_only:
+        problems.append(f"run.replay = {run.replay}: cannot go with run.rollout_only, nothing would be done")
+    if run.evaluate_every and not config.evaluation.files:
+        problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
+    if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):
+        problems.append(
+            f"run.evaluate_every = {run.evaluate_every}: must be 0 with run.replay or algorithm.kind = sft, which have "
+            "no engine"
+        )
+    if config.observe.trajectory_mib < config.observe.trajectory_file_mib:
+        problems.append(
+            f"observe.trajectory_mib = {config.observe.trajectory_mib:g}: must be at least "
+            f"observe.trajectory_file_mib = {config.observe.trajectory_file_mib:g}"
+        )
+    if config.health.action == "roll_back" and (run.replay or config.algorithm.kind == "sft"):
+        problems.append("health.action = roll_back: must be off, warn or stop with run.replay or algorithm.kind = sft")
+    return problems
+
+
+def _impossible_servers(rollout: RolloutConfig) -> list[str]:
+    servers, problems = rollout.servers, []
+    if servers.router and not servers.urls:
+        problems.append(
+            f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, those of every server behind it"
+        )
+    if rollout.overlap and not rollout.max_staleness:
+        problems.append("rollout.overlap = True: needs rollout.max_staleness of at least 1, tokens are one version old")
+    if rollout.overlap and servers.colocated:
+        problems.append("rollout.overlap = True: must be false with rollout.servers.colocated, they take turns")
+    if servers.colocated and servers.urls:
+        problems.append("rollout.servers.colocated = True: must be false with rollout.servers.urls")
+    if servers.colocated and rollout.engine == "embedded":
+        problems.append("rollout.servers.colocated = True: must be false with rollout.engine = embedded")
+    if servers.colocated and servers.sync == "distributed":
+        problems.append(
+            "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated, NCCL allows "
+            "one rank per GPU"
+        )
+    problems += [
+        f"rollout.servers.{name} = {url}: must begin with http:// or https://"
+        for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
+        for url in urls
+        if not url.startswith(("http://", "https://"))
+    ]
+    return problems
+
+
+def _impossible_actor(actor: ActorConfig) -> list[str]:
+    parallel, optimizer, problems = actor.parallel, actor.optimizer, []
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        problems.append(
+            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
+            "activations over those ranks"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
+        problems.append(
+            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without "
+            "actor.parallel.pipeline_parallel"
+        )
+    if optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps:
+        problems.append(
+            f"actor.optimizer.decay_steps = {optimizer.decay_steps}: must be more than actor.optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps} with actor.optimizer.schedule = {optimizer.schedule}"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(
+            f"actor.optimizer.min_lr = {optimizer.min_lr:g}: must be at most actor.optimizer.lr = {optimizer.lr:g}"
+        )
+    if actor.fp8 != "off" and actor.dtype != "bfloat16":
+        problems.append(f"actor.dtype = {actor.dtype}: must be bfloat16 with actor.fp8 = {actor.fp8}")
+    if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and actor.fp8_bf16_first_last:
+        problems.append(
+            f"actor.fp8_bf16_first_last = {actor.fp8_bf16_first_last}: must be 0 with actor.fp8_recipe = delayed; "
+            "blockwise and tensorwise can leave layers in bfloat16"
+        )
+    return problems
+
+
+def notices(config: Config) -> list[str]:
+    """What is valid but worth knowing at start-up, one sentence each."""
+    a = config.algorithm
+    found = []
+    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
+        found.append(
+            f"algorithm.safety_threshold = {a.safety_threshold:g} has no effect on the gradient: it is at least "
+            f"dual_clip = {a.dual_clip:g}, and dual-clipped tokens have none"
+        )
+    if a.kind == "fipo" and a.weight_clip is not None and not a.weight_clip[0] <= 1 <= a.weight_clip[1]:
+        found.append(
+            f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, also where "
+            "the policy has not moved"
+        )
+    found += [
+        f"algorithm.{key} = {getattr(a, key)}: {a.kind} has {default}"
+        for key, default in KIND_DEFAULTS[a.kind].items()
+        if getattr(a, key) != default
+    ]
+    if a.kl_coef and a.kl_estimator == "k1":
+        found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
+    if config.rollout.max_staleness and a.importance_cap is None:
+        found.append(
+            f"rollout.max_staleness = {config.rollout.max_staleness} without algorithm.importance_cap: tokens of older "
+            "weights are learned from as if the current ones had sampled them"
+        )
+    left_over = config.rollout.prompts_per_step % config.actor.prompts_per_mini_batch
+    if left_over:
+        found.append(
+            f"actor.prompts_per_mini_batch = {config.actor.prompts_per_mini_batch} does not divide "
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: the last update sees {left_over} prompts"
+        )
+    return found
