@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import prod
 from pathlib import Path
@@ -46,6 +46,23 @@ _TIMEOUT = timedelta(hours=2)
 """The fastest rank waits for the slowest to write its share."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run is.
+
+    Attributes:
+        step: The next one.
+        cursor: Of the prompts.
+        roll_backs: How often it has returned to an earlier checkpoint.
+        learning_rate_factor: Of these returns.
+    """
+
+    step: int
+    cursor: int
+    roll_backs: int = 0
+    learning_rate_factor: float = 1.0
+
+
 class Checkpoints:
     """Those of a run, on this rank. All methods are collectives of all ranks, which must see one file system.
 
@@ -69,14 +86,11 @@ class Checkpoints:
                     logger.warning("%s: was never finished; removed", left)
                     shutil.rmtree(left)
 
-    def save(
-        self, step: int, cursor: int, carried: Carried | None, ahead: Sampled | None, scores: Mapping[int, float]
-    ) -> None:
+    def save(self, place: Place, carried: Carried | None, ahead: Sampled | None, scores: Mapping[int, float]) -> None:
         """Begins to write what a run needs to begin with this step; with ``run.async_save`` a thread does the rest.
 
         Args:
-            step: The next one.
-            cursor: Of the prompts.
+            place: Where the run is.
             carried: By the sampler of this rank; None where it does not lead.
             ahead: What was sampled for this step already; None where nothing was.
             scores: By step, to tell the best checkpoint.
@@ -104,9 +118,9 @@ class Checkpoints:
         if carried is not None:
             files[f"sampler-{leaders.index(self._layout.rank)}.npz"] = sampler_state.to_bytes(*carried)
         if ahead is not None:
-            files |= recordings.files(step, self._layout.rank, ahead)
-        described = self._manifest(step, cursor, len(leaders), sampled_ahead=ahead is not None)
-        self._writing = self._thread.submit(self._write, step, staged, files, described, scores)
+            files |= recordings.files(place.step, self._layout.rank, ahead)
+        described = self._manifest(place, len(leaders), sampled_ahead=ahead is not None)
+        self._writing = self._thread.submit(self._write, place.step, staged, files, described, scores)
         if not self._config.run.async_save:
             self.finish()
 
@@ -154,10 +168,12 @@ class Checkpoints:
         fail_points.reach("checkpoint_published")
         self._prune(scores)
 
-    def _manifest(self, step: int, cursor: int, leaders: int, *, sampled_ahead: bool) -> Manifest:
+    def _manifest(self, place: Place, leaders: int, *, sampled_ahead: bool) -> Manifest:
         return Manifest(
-            step=step,
-            cursor=cursor,
+            step=place.step,
+            cursor=place.cursor,
+            roll_backs=place.roll_backs,
+            learning_rate_factor=place.learning_rate_factor,
             leaders=leaders,
             sampled_ahead=sampled_ahead,
             world_size=self._layout.world_size,
@@ -191,6 +207,11 @@ class Checkpoints:
                         hidden = path.with_name(f".{path.name}.partial")
                         path.rename(hidden)
                         shutil.rmtree(hidden)
+
+    @property
+    def directory(self) -> Path:
+        """Where they are."""
+        return self._directory
 
     def newest(self) -> Path | None:
         """The newest one whose files are whole; those that are not are named, loudly.

@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 
 NAMES = (
-    *("sync", "evaluate", "generate", "response", "reward", "log_probs", "update", "save"),
+    *("sync", "evaluate", "generate", "response", "reward", "log_probs", "update", "observe", "save"),
     *("checkpoint_write", "checkpoint_publish", "checkpoint_published"),
 )
 

@@ -16,6 +16,7 @@ from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import DataError, Messages, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.manifest import Manifest
+from fipo_megatron.observe.trackers import missing_packages
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.open_engine import context_problem
 from fipo_megatron.weights.architecture import Architecture
@@ -63,6 +64,7 @@ def read_inputs(config: Config) -> Inputs:
             check_verifier(config.reward.verifier)
         except ValueError as error:
             problems.append(str(error))
+    problems += missing_packages(config.observe)
     problems += output_problems(Path(config.run.output), config.run.resume)
     problems += _other_model(Path(config.run.output) / "checkpoints", architecture, config.run.resume)
     tokenizer, prompts, to_evaluate = None, [], []  # type: tuple[PreTrainedTokenizerBase | None, list[Prompt], list[Prompt]]

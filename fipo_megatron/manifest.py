@@ -36,6 +36,8 @@ class Manifest:
         config: Of the run.
         packages: Versions.
         sampled_ahead: Whether it holds the responses of the next step.
+        roll_backs: How often the run had returned to an earlier checkpoint before.
+        learning_rate_factor: Of these returns.
         format: Of this file.
     """
 
@@ -50,6 +52,8 @@ class Manifest:
     config: dict[str, Any]
     packages: dict[str, str]
     sampled_ahead: bool = False
+    roll_backs: int = 0
+    learning_rate_factor: float = 1.0
     format: int = FORMAT
 
     def write(self, checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ from fipo_megatron.rollout.engine import EngineError, Memory, RolloutEngine, Sam
 from fipo_megatron.rollout.exchange import Exchange
 from fipo_megatron.rollout.open_engine import Host, OpenEngine, open_engine, open_sender
 from fipo_megatron.rollout.probe import check_probe, sample_probe
+from fipo_megatron.rollout.progress import Sampling, together
 from fipo_megatron.rollout.sampler import Sampled, Sampler, SamplerSettings, Scorer
 from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.rollout.sglang_client import SglangClient
@@ -171,6 +172,12 @@ class RolloutSession:
         self._ahead = Future()
         self._ahead.set_result(sampled)
 
+    def progress(self) -> Sampling:
+        """How far all leaders are, as rank 0 knows; from any thread."""
+        others = self.exchange.others() if len(self.exchange.leaders) > 1 else {}
+        seen = [tuple(one.values()) for rank, one in others.items() if rank != self.exchange.rank and one]
+        return together([self.sampler.progress.now(), *(Sampling(*one) for one in seen)])
+
     @property
     def engine(self) -> RolloutEngine | None:
         """Of this rank; None where it does not lead."""
@@ -199,6 +206,10 @@ class RolloutSession:
         groups = [group for one, _ in carried for group in one]
         unfinished = [prompt for _, one in carried for prompt in one]
         self.sampler.take_over(groups[place::leaders], unfinished[place::leaders])
+
+    def drop_carried(self) -> None:
+        """Forgets what is carried."""
+        self.sampler.take_over((), ())
 
     @contextmanager
     def generating(self, version: int) -> Iterator[None]:

@@ -8,21 +8,25 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-from fipo_megatron import fail_points
+from fipo_megatron import fail_points, roll_back
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.actor import MegatronActor, UpdateMetrics
+from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.agreement import all_or_none
 from fipo_megatron.actor.hf_weights import load_hf, save_hf
+from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
 from fipo_megatron.batch import Batch, batch_of, with_advantages
-from fipo_megatron.checkpoints import Checkpoints
+from fipo_megatron.checkpoints import Checkpoints, Place
 from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MiniBatch, split_mini_batches
 from fipo_megatron.data.prompts import PromptStream
@@ -30,8 +34,12 @@ from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluate import Evaluation, evaluate
 from fipo_megatron.inputs import Inputs, imitation
 from fipo_megatron.observe import recordings
+from fipo_megatron.observe.console import sampling_shown
+from fipo_megatron.observe.health import Alarm, CollapseAlarm, CollapseError
 from fipo_megatron.observe.records import StepLog
+from fipo_megatron.reporting import Reporting
 from fipo_megatron.reward.verifier import Verifier, open_verifier
+from fipo_megatron.roll_back import RollBack
 from fipo_megatron.rollout.delivery import Routes, deliver
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.open_engine import Host
@@ -42,6 +50,7 @@ from fipo_megatron.scoring import Scoring
 from fipo_megatron.weights.publish import partial_of
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Run:
@@ -50,6 +59,7 @@ class Run:
     Args:
         config: Of the run.
         inputs: What it reads.
+        console: The terminal, on the first rank; None where there is none.
 
     Attributes:
         config: Of the run.
@@ -57,8 +67,8 @@ class Run:
         first_step: The step that this process began with.
     """
 
-    def __init__(self, config: Config, inputs: Inputs) -> None:
-        self.config, self._inputs = config, inputs
+    def __init__(self, config: Config, inputs: Inputs, console: Console | None = None) -> None:
+        self.config, self._inputs, self._console = config, inputs, console
         self._output = Path(config.run.output)
         self._complete = False
         self._seconds: Counter[str] = Counter()
@@ -78,12 +88,18 @@ class Run:
         self._checkpoints = Checkpoints(self._output / "checkpoints", config, self.actor, inputs.architecture)
         self._stack.callback(self._checkpoints.close)
         self._stream = PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle)
-        self._log = StepLog(self._output, writes=self._layout.rank == 0)
+        self._log = StepLog(config, writes=self._layout.rank == 0)
+        self._stack.callback(self._log.close)
+        self._reporting = Reporting(config, inputs, self._layout)
+        self._alarm = CollapseAlarm(config.health)
+        self._raised: Alarm | None = None
+        self._noise: NoiseFloor | None = None
+        self._rates: Callable[[Mapping[str, float]], dict[str, float | None]] | None = None
         self._verifier: Verifier | None = None
         self._session: RolloutSession | None = None
         self._ahead: Sampled | None = None
-        self.first_step = self._saved = 0
-        self._stop = 0
+        self.first_step = self._saved = self._step = 0
+        self._roll_backs = self._stop = 0
         carried = self._resume()
         self._routes: Routes | None = None
         if config.run.replay:
@@ -95,16 +111,42 @@ class Run:
 
     def _resume(self) -> list[Carried]:
         """Goes on from the newest checkpoint, where there is one; what its samplers carried."""
+        events: list[RollBack] = []
+        if self.config.run.resume == "auto":
+            with all_or_none("looking for checkpoints"):
+                if self._layout.rank == 0:
+                    events = roll_back.read(self._output)
+                    roll_back.set_collapsed_aside(self._checkpoints.directory, events)
         path = self._checkpoints.newest() if self.config.run.resume == "auto" else None
         if path is None:
-            self._log.cut(0)
+            self._log.open(0)
             return []
-        saved, carried, self._ahead = self._checkpoints.load(path)
-        self.first_step = self._saved = saved.step
-        self._stream.given = saved.cursor
-        self._log.cut(saved.step)
+        carried = self._load(path, self._from_first_rank(events))
+        self.first_step = self._step
+        if self._layout.rank == 0 and events[self._roll_backs :]:  # of a checkpoint that is there no more
+            roll_back.write(self._output, events[: self._roll_backs])
+        self._log.open(self._step)
+        self._alarm.restore(self._from_first_rank(self._log.seen()))
         logger.info("goes on from %s", path)
         return carried
+
+    def _load(self, path: Path, events: Sequence[RollBack]) -> list[Carried]:
+        """Takes a checkpoint over; where the run has returned to it from later, it does not do the same again."""
+        saved, carried, self._ahead = self._checkpoints.load(path)
+        self._step = self._saved = saved.step
+        self._stream.given, self._roll_backs = saved.cursor, saved.roll_backs
+        self.actor.learning_rate_factor = saved.learning_rate_factor
+        if (event := roll_back.pending(events, saved)) is not None:
+            self._stream.given, self._roll_backs = event.cursor, event.number
+            self.actor.learning_rate_factor = event.learning_rate_factor
+            self._ahead = None
+            return []
+        return carried
+
+    def _from_first_rank(self, value: T) -> T:
+        message = [value]
+        dist.broadcast_object_list(message, src=0, device=self._layout.device)
+        return message[0]
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """The first ends the run after this step, saved; the second at once."""
@@ -156,34 +198,98 @@ class Run:
         self._stack.close()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left; saves after each where it is time to, and where the run is asked to end."""
-        for step in range(self.first_step, self.config.run.steps):
+        """The steps that are left; saves after each where it is time to, and where the run is asked to end.
+
+        Raises:
+            CollapseError: the alarm has ended the run, saved.
+        """
+        self._step = self.first_step
+        while self._step < self.config.run.steps:
+            step, start = self._step, time.perf_counter()
             yield step
-            done = step + 1
-            stopped = self._agree()
+            self._step += 1
+            stopped, raised = self._agree()
             every = self.config.run.save_every
-            if stopped or done == self.config.run.steps or (every and done % every == 0):
+            if raised is not None and self._answered(raised):
+                continue
+            last = self._step == self.config.run.steps
+            if stopped or raised is not None or last or (every and self._step % every == 0):
                 with self.part("save"):
-                    self._save(done)
+                    self._save(self._step)
+            self._seconds["step"] = time.perf_counter() - start
+            self._log_timing(step)
+            if raised is not None:
+                self._checkpoints.finish()
+                raise CollapseError(
+                    f"the run has collapsed: {raised.reason}. It is saved, and so is what there was before; "
+                    "health.action=warn goes on all the same, health.action=roll_back returns"
+                )
             if stopped:
                 self._checkpoints.finish()
                 logger.warning("ended after step %d, as asked; run it again to go on", step)
                 return
             every = self.config.run.export_every
-            if every and done % every == 0 and done < self.config.run.steps:
-                self._export(self._output / f"hf-{done:06}")
+            if every and self._step % every == 0 and not last:
+                self._export(self._output / f"hf-{self._step:06}")
         self._checkpoints.finish()
         self._complete = True
 
-    def _agree(self) -> bool:
-        """Whether any rank was asked to end. Where all have written a checkpoint, what went wrong is raised."""
-        flags = torch.tensor([self._stop > 0, self._checkpoints.is_writing], dtype=torch.int32)
+    def _agree(self) -> tuple[bool, Alarm | None]:
+        """Whether any rank was asked to end, and the alarm, where it is more than a warning.
+
+        Where all have written a checkpoint, what went wrong with it is raised.
+        """
+        raised = self._raised if self.config.health.action != "warn" else None
+        self._raised = None
+        flags = torch.tensor([self._stop > 0, self._checkpoints.is_writing, raised is not None], dtype=torch.int32)
         flags = flags.to(self._layout.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stopped, writing = flags.tolist()
+        stopped, writing, alarmed = flags.tolist()
         if not writing:
             self._checkpoints.finish()
-        return bool(stopped)
+        return bool(stopped), self._from_first_rank(raised) if alarmed else None
+
+    def _answered(self, alarm: Alarm) -> bool:
+        """Returns to a checkpoint from before, where that is asked for and can be done; all ranks are here."""
+        health = self.config.health
+        if health.action != "roll_back" or self._roll_backs >= health.max_roll_backs:
+            return False
+        self._checkpoints.finish()
+        found = self._from_first_rank(roll_back.target(self._checkpoints.directory, alarm.began))
+        if found is None:
+            logger.error("health.action = roll_back: there is no checkpoint from before step %d", alarm.began)
+            return False
+        if self._session is not None:
+            with suppress(EngineError, SamplingExhaustedError):
+                self._session.take_ahead()
+            self._session.drop_carried()
+        to, path = found
+        with all_or_none("returning to an earlier checkpoint"):
+            if self._layout.rank == 0:
+                event = RollBack(
+                    number=self._roll_backs + 1,
+                    step=alarm.step,
+                    to=to,
+                    cursor=self._stream.given,
+                    learning_rate_factor=self.actor.learning_rate_factor * health.roll_back_lr,
+                )
+                events = [*roll_back.read(self._output)[: self._roll_backs], event]
+                roll_back.write(self._output, events)
+                roll_back.set_collapsed_aside(self._checkpoints.directory, events)
+        self._load(path, self._from_first_rank(roll_back.read(self._output)))
+        self._alarm.restore(one for one in self._alarm.history if one[0] < to)
+        self._log.cut(to)
+        self._seconds.clear()
+        logger.error("returned to %s; the learning rate is times %g", path, self.actor.learning_rate_factor)
+        return True
+
+    def _log_timing(self, step: int) -> None:
+        if self._session is not None:
+            self._seconds["reward"] = self._scoring.take_seconds()
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        self._log.timing(step, seconds, self._rates(seconds) if self._rates is not None else {})
+        self._rates = None
 
     def _save(self, step: int) -> None:
         carried, ahead = None, None
@@ -192,7 +298,8 @@ class Run:
                 ahead = self._session.settle()
             carried = self._session.carried()
         scores = self._log.evaluations() if self.config.run.keep_best else {}
-        self._checkpoints.save(step, self._stream.given, carried, ahead, scores)
+        place = Place(step, self._stream.given, self._roll_backs, self.actor.learning_rate_factor)
+        self._checkpoints.save(place, carried, ahead, scores)
         self._saved = step
 
     @contextmanager
@@ -220,7 +327,7 @@ class Run:
                 if every and step % every == 0:
                     self._evaluate(step)
                 if sampled is None:
-                    with self.part("generate"):
+                    with self.part("generate"), self._shown():
                         sampled = self._session.sample(self._stream)
                 if self.config.rollout.overlap and step + 1 < self.config.run.steps:
                     self._session.sample_ahead(self._stream)
@@ -233,12 +340,17 @@ class Run:
             recordings.write(self._output / "rollouts", step, self._layout.rank, sampled)
         return sampled
 
+    def _shown(self) -> AbstractContextManager[None]:
+        """On the first rank, people see how far sampling is."""
+        assert self._session is not None
+        return sampling_shown(self._console, self._session.progress if self._layout.rank == 0 else None)
+
     def _taken_ahead(self) -> Sampled | None:
         """What was sampled while the step before was learned from; None where that is still to be done."""
         assert self._session is not None
         if not self.config.rollout.overlap:
             return None
-        with self.part("generate"):
+        with self.part("generate"), self._shown():
             try:
                 return self._session.take_ahead()
             except EngineError as error:
@@ -265,6 +377,7 @@ class Run:
                     self._inputs.stop_token_ids,
                 )
             )
+        self._scoring.take_seconds()
         self._log.evaluation(step, found)
         return found
 
@@ -291,10 +404,30 @@ class Run:
         )
         return Batch(tuple(t.name for t in examples), tuple(len(t) for t in examples), tuple(map(tuple, mini_batches)))
 
-    def log(self, step: int, sampled: Sampled | None, updates: Sequence[UpdateMetrics]) -> None:
-        """Writes what a step did."""
-        self._log.step(step, sampled, updates, dict(self._seconds))
-        self._seconds.clear()
+    def watched(self, sampled: Sampled, batch: Batch, step: int) -> frozenset[int]:
+        """Trajectories whose tokens are wanted for the trajectory file."""
+        return self._reporting.watched(sampled, batch, step)
+
+    def check_noise_floor(self, step: int, mini_batch: MiniBatch, trajectories: Mapping[int, Trajectory]) -> None:
+        """The lr = 0 gate, in the first step of a process and where it is to be reported."""
+        every = self.config.run.noise_floor_every
+        reported = bool(every) and step % every == 0
+        if reported or step == self.first_step:
+            floor = self.actor.check_noise_floor(mini_batch, trajectories)
+            self._noise = floor if reported else None
+
+    def log(self, step: int, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics]) -> None:
+        """Writes what a step did, and looks whether it is well."""
+        values = self._reporting.values(step, sampled, updates, self._noise)
+        self._noise = None
+        report, self._raised = self._alarm.look(step, values)
+        if self._raised is not None:
+            logger.error("ALARM in step %d: %s", step, self._raised.reason)
+            self._log.alarm(step, self.config.health.action, self._raised.reason)
+        with self.part("observe"):
+            rows = self._reporting.rows(step, sampled, batch, updates)
+        self._log.step(step, values | report, sampled, updates, rows)
+        self._rates = partial(self._reporting.rates, sampled, batch, updates)
 
     def export(self) -> None:
         """After the last step: evaluates a last time, and writes the policy as a Hugging Face model."""

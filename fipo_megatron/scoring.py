@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +28,7 @@ class Scoring:
 
     def __init__(self, config: Config, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._verifier, self._tokenizer = config, verifier, tokenizer
+        self._open, self._since, self._seconds = 0, 0.0, 0.0
 
     async def __call__(self, trajectory: Trajectory) -> Score:
         """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
@@ -49,7 +54,25 @@ class Scoring:
             prompt=str(self._tokenizer.decode(prompt.tokens.tolist())),
             data_source=prompt.data_source,
         )
-        return (await self._verifier.verify(answer)).correct
+        with self._busy():
+            return (await self._verifier.verify(answer)).correct
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        if not self._open:
+            self._since = time.perf_counter()
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._seconds += time.perf_counter() - self._since
+
+    def take_seconds(self) -> float:
+        """Seconds since the last call in which at least one answer was being checked."""
+        found, self._seconds = self._seconds, 0.0
+        return found
 
     def text(self, trajectory: Trajectory) -> str:
         """Of the response, without special tokens."""

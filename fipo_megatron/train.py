@@ -2,8 +2,9 @@
 
 torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
 
-Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid; 1: the run failed; 0: it is
-complete, or was asked to end (SIGTERM, Ctrl-C) and is saved. Run it again to go on.
+Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid; 1: the run failed; 3: the
+alarm for collapse has ended it, saved; 0: it is complete, or was asked to end (SIGTERM, Ctrl-C) and is saved. Run it
+again to go on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import transformers
 
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.inputs import read_inputs
+from fipo_megatron.observe.console import set_up_logging
+from fipo_megatron.observe.health import CollapseError
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.weights.hf_directory import WeightsError
@@ -40,16 +43,15 @@ def train(run: Run) -> None:
         plan = actor.plan(batch.lengths, batch.mini_batches)
         trajectories = run.deliver(sampled, batch, plan)
         if config.run.rollout_only or not plan:
-            run.log(step, sampled, [])
+            run.log(step, sampled, batch, [])
             continue
         with run.part("log_probs"):
-            if step == run.first_step:
-                actor.check_noise_floor(plan[0], trajectories)
+            run.check_noise_floor(step, plan[0], trajectories)
             old = actor.log_probs(plan, trajectories)
             reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
         with run.part("update"):
-            updates = actor.update(plan, trajectories, old, reference)
-        run.log(step, sampled, updates)
+            updates = actor.update(plan, trajectories, old, reference, run.watched(sampled, batch, step))
+        run.log(step, sampled, batch, updates)
 
 
 def imitate(run: Run) -> None:
@@ -60,7 +62,7 @@ def imitate(run: Run) -> None:
         plan = run.actor.plan(batch.lengths, batch.mini_batches)
         with run.part("update"):
             updates = run.actor.update(plan, examples, None)
-        run.log(step, None, updates)
+        run.log(step, None, batch, updates)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,11 +71,10 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    level = logging.WARNING if rank else logging.INFO
-    logging.basicConfig(format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", level=level)
     _hush()
     try:
         config = load_config(arguments[0], arguments[1:])
+        console = set_up_logging(rank, plain=config.observe.plain_console)
         inputs = read_inputs(config)
     except ValueError as error:
         if rank == 0:
@@ -84,9 +85,12 @@ def main(arguments: Sequence[str]) -> int:
     from fipo_megatron.run import Run  # Megatron takes seconds to import; a typo should not
 
     try:
-        with Run(config, inputs) as run:
+        with Run(config, inputs, console) as run:
             imitate(run) if config.algorithm.kind == "sft" else train(run)
             run.export()
+    except CollapseError as error:
+        logger.error("%s", error)
+        return 3
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1

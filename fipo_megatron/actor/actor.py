@@ -49,6 +49,10 @@ pipeline stages before the last."""
 class MegatronActor:
     """The policy on this rank.
 
+    Attributes:
+        skipped_steps: Optimizer steps that were skipped so far. May be set.
+        learning_rate_factor: The rates of the schedule are multiplied by it. May be set.
+
     Args:
         config: Of the run; ``actor``, ``algorithm``, ``rollout.temperature`` and ``actor.parallel`` are read.
         architecture: Of the model.
@@ -74,6 +78,7 @@ class MegatronActor:
         self.wrapped: list[DistributedDataParallel] = wrap_for_training(self.chunks, config.actor)
         self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
         self.skipped_steps = 0
+        self.learning_rate_factor = 1.0
         self._away = 0
         # The gate asks for d and F; the other terms of the loss may need what is not there.
         self._drift_only = replace(config.algorithm, kl_coef=0.0, entropy_coef=0.0, importance_cap=None)
@@ -294,6 +299,8 @@ class MegatronActor:
                 logger.warning("optimizer step skipped on all ranks: %s (%d so far)", skipped, self.skipped_steps)
         else:
             self.schedule.step(1)
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.learning_rate_factor
             _, grad_norm, _ = self.optimizer.step()
             rate = self.optimizer.param_groups[0]["lr"]
         self._zero_grad()

@@ -87,6 +87,7 @@ def _rollout() -> list[Metric]:
 
 SAMPLER_COUNTS = {
     "batches": "Batches of prompts (generation batches) that the step took.",
+    "tokens_sampled": "Response tokens that were sampled, those of groups that are not kept included.",
     "groups_sampled": "Groups whose responses were all sampled.",
     "groups_kept": "Of these, kept: neither all right nor all wrong.",
     "groups_all_right": "Of these, all right.",

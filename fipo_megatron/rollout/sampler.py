@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 from .dealing import GroupRecord, deal, merged
 from .engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
 from .exchange import Exchange
+from .progress import Progress
 from .sampler_state import Carried, Draft, Unfinished
 
 _LOOK_SECONDS = 0.1
@@ -89,12 +91,14 @@ class Sampled:
         records: All of them, in one order, the same on every rank.
         groups: Those of this leader, in the same order, scored.
         statistics: Counts over all leaders: batches, groups sampled, kept, dropped and why, carried in and out,
-            responses aborted and continued.
+            responses aborted and continued, tokens sampled.
+        seconds: That it took; 0 where that is not known.
     """
 
     records: tuple[GroupRecord, ...]
     groups: tuple[Group, ...]
     statistics: Mapping[str, int]
+    seconds: float = 0.0
 
 
 class Sampler:
@@ -121,6 +125,8 @@ class Sampler:
         self._groups: deque[Group] = deque()
         self._unfinished: deque[Unfinished] = deque()
         self._aborting = False
+        self.progress = Progress()
+        """How far this rank is."""
 
     @property
     def statistics(self) -> Mapping[str, int]:
@@ -138,7 +144,9 @@ class Sampler:
             SamplingExhaustedError: see ``on_exhausted``; on every rank.
             EngineError: of an engine, on its rank; elsewhere with its text.
         """
+        start = time.perf_counter()
         self._counts = Counter()
+        self.progress.reset()
         self._drop_stale(version)
         mine = {group.prompt.id: group for group in self._groups}
         self._counts["groups_carried_in"] = len(mine)
@@ -159,7 +167,8 @@ class Sampler:
                 f"(rollout.max_generation_batches = {self.settings.max_batches}): {statistics}"
             )
         used = tuple(kept[:need])
-        return Sampled(used, tuple(mine[record.prompt] for record in used if record.prompt in mine), statistics)
+        groups = tuple(mine[record.prompt] for record in used if record.prompt in mine)
+        return Sampled(used, groups, statistics, time.perf_counter() - start)
 
     async def _sample(
         self, mine: dict[str, Group], next_prompts: Callable[[int], Sequence[Prompt]]
@@ -327,12 +336,21 @@ class Sampler:
 
     async def _respond(self, draft: Draft) -> Trajectory | Draft:
         """One response, begun anew as often as somebody else aborts it."""
+        with self.progress.response():
+            found = await self._sampled(draft)
+        if isinstance(found, Trajectory):
+            self.progress.complete(len(found.tokens))
+        self._exchange.progress = dict(zip(("done", "begun", "tokens", "oldest"), self.progress.now(), strict=True))
+        return found
+
+    async def _sampled(self, draft: Draft) -> Trajectory | Draft:
         while True:
             if self._aborting:
                 return draft
             assert self._engine is not None
             generation = await self._engine.generate(self._request(draft))
             fail_points.reach("response")
+            self._counts["tokens_sampled"] += len(generation.tokens)
             start = len(draft.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]
             draft = Draft(
