@@ -93,9 +93,9 @@ def replayed(data, recorded, tmp_path_factory):
 def assert_same_steps(found, expected, start):
     """Loss and gradient norm to 1e-4, the update to 1e-2 of what the run changed."""
     for one, other in zip(metrics(found), metrics(expected), strict=True):
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
-        assert one["updates"] == 2
+        for tag, bounds in (("optimizer/grad_norm", {"rel": 1e-4}), ("policy/loss", {"rel": 1e-4, "abs": 1e-6})):
+            assert one[tag] == pytest.approx(other[tag], **bounds)
+        assert one["optimizer/updates"] == 2
     for name, before in load_file(start / "model.safetensors").items():
         moved = weights(expected)[name] - before
         assert moved.norm() > 0
@@ -153,10 +153,10 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, data, tmp_path):
     assert all(w.equal(weights(tmp_path / "killed")[name]) for name, w in weights(tmp_path / "whole").items())
     rows = metrics(tmp_path / "whole")
     if settings is CARRYING:
-        assert any(row["sampler"].get("prompts_carried_in") for row in rows)
+        assert any(row["sampler/prompts_carried_in"] for row in rows)
     else:
-        assert [row["staleness_max"] for row in rows] == [0, 1, 1, 1, 1]
-        assert all(row["importance_weight_mean"] for row in rows)
+        assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1, 1, 1]
+        assert all(row["mismatch/importance_weight_mean"] for row in rows)
     names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000005"]
 
@@ -167,8 +167,8 @@ def test_ranks_overlap_alike(data, tmp_path):
     train(data, tmp_path / "run", *overlapping, ranks=2)
     train(data, tmp_path / "run", *overlapping, "run.steps=7", ranks=2)
     rows = metrics(tmp_path / "run")
-    assert [row["staleness_max"] for row in rows] == [0, 1, 1, 1, 1, 0, 1]
-    assert all(row["sampler"]["groups_sampled"] for row in rows)
+    assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1, 1, 1, 0, 1]
+    assert all(row["sampler/groups_sampled"] for row in rows)
 
 
 def test_asked_to_end_it_saves_and_goes_on_later(data, tmp_path):
