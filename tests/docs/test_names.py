@@ -22,7 +22,6 @@ ALLOWED = {
     "actor.log_probs(plan)": "a method of MegatronActor",
     "actor.offloaded()": "a method of MegatronActor",
     "actor.skipped_steps": "an attribute of MegatronActor",
-    "run.noise_floor_every": "comes with the rooms observe and health",
 }
 """What looks like a key and is none, and why. An entry that nothing needs fails a test."""
 
