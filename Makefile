@@ -11,7 +11,7 @@ GPU_PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-pretrained sglang-env test-sglang lint format bench gpu-check verify clean
+.PHONY: help setup quickstart test test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -51,6 +51,14 @@ lint: setup ## ruff (format and lint) and mypy
 format: setup ## Let ruff rewrite what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Not --quiet: with it --strict sees no warnings.
+docs: setup ## The documentation in build/site; a broken link or a stale page is an error
+	$(RUN) -m tools.reference --check
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+docs-serve: setup ## The documentation at http://127.0.0.1:8000, built again whenever a page changes
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
 
 bench: setup sglang-env ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl

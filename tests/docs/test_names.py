@@ -1,0 +1,116 @@
+"""What the documentation names exists: keys, tags, files, modules and make targets."""
+
+import importlib.util
+import re
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+from fipo_megatron.config import Config, keys
+from fipo_megatron.observe import metrics
+from tests.docs.pages import PAGES, ROOT, blocks, spans
+
+KEYS = frozenset(keys())
+ROOMS = tuple(entry.name for entry in fields(Config) if is_dataclass(entry.default_factory))
+PASSED_ON = ("actor.transformer", "actor.ddp", "actor.megatron_optimizer", "rollout.sglang")
+"""Whatever is below these goes to other packages by name."""
+TAGS = tuple(re.sub(r"\{\w+\}", "*", metric.tag) for metric in (*metrics.METRICS, *metrics.HISTOGRAMS, *metrics.TEXTS))
+
+ALLOWED = {
+    "actor.log_probs(plan)": "a method of MegatronActor",
+    "actor.offloaded()": "a method of MegatronActor",
+    "actor.skipped_steps": "an attribute of MegatronActor",
+}
+"""What looks like a key and is none, and why. An entry that nothing needs fails a test."""
+
+FILES = frozenset(path.name for room in ("fipo_megatron", "tests") for path in (ROOT / room).rglob("*.py"))
+"""A name without a directory may be that of any of these."""
+
+WITHOUT_PATHS = {"upstream.md": "files of Megatron-Core", "decisions.md": "files that a design had"}
+"""Pages whose paths are not ours."""
+
+_KEY = re.compile(rf"(?:{'|'.join(ROOMS)})\.[a-z_][\w.]*(?:\(\w*\))?")
+_TAG = re.compile(rf"(?:{'|'.join(metrics.GROUPS)})/[\w*{{}}/]+(?<!/)")
+_PATH = re.compile(r"(?:[\w.-]+/)+(?:[\w.-]+)?|[\w-]+\.py")
+_MODULE = re.compile(r"python3? -m ([\w.]+)")
+_TARGET = re.compile(r"(?<![\w-])make ([a-z][a-z-]+)")
+
+
+def names_of(page):
+    """What stands in backticks, and the overrides and commands of fenced blocks."""
+    found = spans(page)
+    for block in blocks(page):
+        found += re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})\.[\w.]+(?==)", block.text)
+    return found
+
+
+def is_key(name):
+    return name in KEYS or any(name.startswith(f"{room}.") for room in PASSED_ON)
+
+
+def unknown_keys(names):
+    """Those that are neither keys nor allowed; `key=value` and `key = value` are read as well."""
+    found = [re.split(r" ?[=≥≤<>] ?", word)[0] for name in names for word in name.split(" key=")[0].split()]
+    candidates = [name for name in found if _KEY.fullmatch(name) and not name.endswith((".py", ".md", ".jsonl"))]
+    return [name for name in candidates if not is_key(name) and name not in ALLOWED]
+
+
+def unknown_tags(names):
+    candidates = [name for name in names if _TAG.fullmatch(name)]
+    patterns = [re.sub(r"\{\w+\}", "*", name) for name in candidates]
+    return [
+        name
+        for name, pattern in zip(candidates, patterns, strict=True)
+        if not any(fnmatchcase(tag, pattern) or fnmatchcase(pattern, tag) for tag in TAGS)
+    ]
+
+
+def unknown_paths(names):
+    """Files of the repository or, as `actor/fp8.py`, of the package."""
+    roots = (ROOT, ROOT / "fipo_megatron", ROOT / "docs")
+    tops = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+    candidates = [name for name in names if _PATH.fullmatch(name) and not _TAG.fullmatch(name)]
+    ours = [name for name in candidates if name.split("/")[0] in tops or name.endswith(".py")]
+    return [name for name in ours if name not in FILES and not any((root / name).exists() for root in roots)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_and_tags_exist(page):
+    names = names_of(page)
+    assert not unknown_keys(names)
+    assert not unknown_tags(names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WITHOUT_PATHS], ids=lambda page: page.name)
+def test_files_exist(page):
+    written = {block.title for block in blocks(page)} | {"build/", "checkpoints/", "rollouts/", "rollout/", "hf/"}
+    assert not [name for name in unknown_paths(spans(page)) if name not in written and not name.startswith("build/")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_modules_and_make_targets_exist(page):
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join([*spans(page), *(block.text for block in blocks(page))])
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert not set(_TARGET.findall(code)) - targets
+    modules = {name.rstrip(".") for name in _MODULE.findall(text)} - {"pytest"}
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def test_every_exception_is_needed():
+    names = [name for page in PAGES for name in names_of(page)]
+    words = {re.split(r" ?= ?", word)[0] for name in names for word in [name, *name.split()]}
+    assert not [name for name in ALLOWED if name not in words], "remove it"
+    assert not [name for name in ALLOWED if is_key(name)], "it exists now"
+
+
+def test_what_does_not_exist_is_noticed():
+    assert unknown_keys(["rollout.top_q", "actor.optimizer.lr", "run.resume=never", "rollout.sglang.tp_size"]) == [
+        "rollout.top_q"
+    ]
+    assert unknown_keys(["run.resumes=auto", "algorithm.kind = fipo"]) == ["run.resumes"]
+    assert unknown_tags(["policy/loss", "policy/los", "evaluation/{data_set}/avg", "policy/ratio_*"]) == ["policy/los"]
+    assert unknown_paths(["actor/fp8.py", "actor/fp9.py", "tests/gpu/", "time/step", "and/or"]) == ["actor/fp9.py"]
+    assert Path(ROOT / "mkdocs.yml").exists()
