@@ -34,7 +34,7 @@ def make_run(
 
 
 def write(path, rows):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -134,33 +134,12 @@ def trajectory(step, sample, collapse, draw, tokens):
     good, broken = health(step, collapse)
     right = draw.random() < good
     a, b = draw.randrange(100), draw.randrange(100)
-    text = [
-        str(a),
-        " +",
-        " ",
-        str(b),
-        ":\n",
-        str(a % 10),
-        " and",
-        " ",
-        str(b % 10),
-        " make",
-        " ",
-        str(a % 10 + b % 10),
-        ",",
-    ]
-    text += [
-        " so",
-        " the",
-        " last",
-        " digit",
-        " is",
-        " **",
-        str((a + b) % 10 if right else (a + b + 3) % 10),
-        "**",
-        ".",
-        "<eos>",
-    ]
+    text = [str(a), " +", " ", str(b), ":\n"]
+    for _ in range(draw.randrange(1, 6)):
+        text += ["Let", " me", " add", " the", " ones", ":", " ", str(a % 10), " and", " ", str(b % 10), " make", " "]
+        text += [str(a % 10 + b % 10), ".", " Wait", ",", " I", " check", " that", " again", ".\n"]
+    text += ["So", " the", " last", " digit", " is", " **", str((a + b) % 10 if right else (a + b + 3) % 10), "**", "."]
+    text.append("<eos>")
     if sample == 3:
         text = [HOSTILE, *text]
     n = len(text)
@@ -182,7 +161,7 @@ def trajectory(step, sample, collapse, draw, tokens):
     }
     if tokens and sample != 1:
         shift = [draw.gauss(0, 0.02 * (1 + 6 * broken)) for _ in text]
-        future = [sum(shift[i:]) for i in range(n)]
+        future = [sum(d * 0.978**k for k, d in enumerate(shift[i:])) for i in range(n)]
         old = [-abs(draw.gauss(0, 0.6)) for _ in text]
         row["tokens"] = {
             "text": text,

@@ -76,12 +76,11 @@ class Chart:
         return [line.tag for line in self.lines] + [tag for band in self.bands for tag in (band.low, band.high)]
 
 
-OUTCOME, STABILITY, FUTURE, NOISE, TIME = (
+OUTCOME, POLICY, NOISE, TIME = (
     "Outcome",
-    "Stability of the policy",
-    "Future-KL",
+    "Policy and Future-KL",
     "Drift, engine mismatch and noise",
-    "Time",
+    "Time and sampling",
 )
 
 
@@ -93,7 +92,7 @@ def _ratios(sign: str, title: str, picture: int) -> Chart:
     tag = f"policy/ratio_{sign}_q"
     return Chart(
         f"ratio-{sign}",
-        STABILITY,
+        POLICY,
         f"Importance ratio, tokens with {title}",
         tuple(Line(f"{tag}{q}", f"{q} %") for q in ("50", "1", "99")),
         (
@@ -165,14 +164,11 @@ CHARTS: tuple[Chart, ...] = (
         _lines("rollout", truncated_fraction="truncated"),
         percent=True,
     ),
-    Chart(
-        "batches", OUTCOME, "Generation batches per step", _lines("sampler", batches="generation batches"), picture=13
-    ),
-    Chart("entropy", STABILITY, "Entropy (nats per token)", _lines("policy", entropy="entropy"), picture=5),
-    Chart("policy-kl", STABILITY, "Policy KL, mean of −d (nats)", _lines("policy", policy_kl="policy KL"), picture=6),
+    Chart("entropy", POLICY, "Entropy (nats per token)", _lines("policy", entropy="entropy"), picture=5),
+    Chart("policy-kl", POLICY, "Policy KL, mean of −d (nats)", _lines("policy", policy_kl="policy KL"), picture=6),
     Chart(
         "clip",
-        STABILITY,
+        POLICY,
         "Clipped tokens",
         _lines("policy", clip_fraction_low="low", clip_fraction_high="high", dual_clip_fraction="dual clip"),
         percent=True,
@@ -180,7 +176,7 @@ CHARTS: tuple[Chart, ...] = (
     ),
     Chart(
         "grad-norm",
-        STABILITY,
+        POLICY,
         "Gradient norm before clipping",
         _lines("optimizer", grad_norm="gradient norm"),
         log=True,
@@ -188,7 +184,7 @@ CHARTS: tuple[Chart, ...] = (
     ),
     Chart(
         "advantage",
-        STABILITY,
+        POLICY,
         "Length-weighted mean advantage",
         _lines("policy", advantage_mean="advantage"),
         picture=11,
@@ -197,14 +193,14 @@ CHARTS: tuple[Chart, ...] = (
     _ratios("negative", "A ≤ 0", 15),
     Chart(
         "weight",
-        FUTURE,
+        POLICY,
         "Future-KL weight f",
         _lines("future_kl", weight_mean="mean", weight_min="min", weight_max="max"),
         picture=9,
     ),
     Chart(
         "weight-clip",
-        FUTURE,
+        POLICY,
         "Tokens with f on a bound",
         _lines(
             "future_kl",
@@ -219,22 +215,22 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "mismatch-shift",
         NOISE,
-        "Optimiser drift and engine mismatch, mean |Δ log-prob| (nats)",
-        (Line("policy/shift_abs_mean", "drift |d|"), Line("mismatch/abs_mean", "engine mismatch")),
+        "Drift and engine mismatch, mean |Δ log-prob|",
+        (Line("policy/shift_abs_mean", "optimiser drift"), Line("mismatch/abs_mean", "engine mismatch")),
         log=True,
         picture=10,
     ),
     Chart(
         "mismatch-future-kl",
         NOISE,
-        "Optimiser drift and engine mismatch, mean |Future-KL| (nats)",
-        (Line("future_kl/abs_mean", "drift |F|"), Line("mismatch/future_kl_abs_mean", "engine mismatch")),
+        "Drift and engine mismatch, mean |Future-KL|",
+        (Line("future_kl/abs_mean", "optimiser drift"), Line("mismatch/future_kl_abs_mean", "engine mismatch")),
         log=True,
     ),
     Chart(
         "noise-shift",
         NOISE,
-        "Signal and noise floor, largest |d| (nats)",
+        "Signal and noise floor, largest |Δ log-prob|",
         (Line("policy/shift_abs_max", "signal"), Line("noise/shift", "noise floor")),
         log=True,
         picture=17,
@@ -242,12 +238,13 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "noise-future-kl",
         NOISE,
-        "Signal and noise floor, largest |Future-KL| (nats)",
+        "Signal and noise floor, largest |Future-KL|",
         (Line("future_kl/abs_max", "signal"), Line("noise/future_kl", "noise floor")),
         log=True,
     ),
+    Chart("batches", TIME, "Generation batches per step", _lines("sampler", batches="generation batches"), picture=13),
     Chart("time", TIME, "Time of a step (s)", _STACK, stacked=True),
-    Chart("step-time", TIME, "Time of a step, in all (s)", _lines("time", step="step"), picture=12),
+    Chart("step-time", TIME, "Time of a whole step (s)", _lines("time", step="step"), picture=12),
     Chart(
         "throughput",
         TIME,
@@ -269,7 +266,7 @@ def charts_of(runs: list[Run]) -> list[Chart]:
     data_sets = sorted({name for run in runs for name in run.data_sets})
     every = [chart for name in data_sets for chart in held_out(name, len(data_sets) > 1)]
     every += [chart for chart in CHARTS if chart.key != "accuracy-all" or len(data_sets) != 1]
-    return [chart for chart in map(lambda chart: _with_data(chart, runs), every) if chart.lines]
+    return [chart for chart in (_with_data(chart, runs) for chart in every) if chart.lines]
 
 
 def _with_data(chart: Chart, runs: list[Run]) -> Chart:

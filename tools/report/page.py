@@ -84,8 +84,8 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
     notes = [note for run in runs for note in run.notes]
     if longest > MAX_POINTS:
         notes.append(
-            f"Long curves are thinned to {MAX_POINTS} points: of each stretch of steps the smallest and the largest value"
-            " (means where parts are stacked)."
+            f"Long curves ({longest:,} points) are thinned to {MAX_POINTS:,}: of each stretch of steps the smallest and"
+            " the largest value (means where parts are stacked)."
         )
     return {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.report.charts import Chart, bands_shown, charts_of, lines_shown
-from tools.report.runs import Run
+from tools.report.runs import Run, Series
 from tools.report.series import smoothed, thin
 from tools.report.verdict import compare
 
@@ -22,7 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 """Of Okabe and Ito, told apart with any colour vision; the page has them too."""
 
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-_MOST, _COLUMNS = 12, 3
+_MOST, _COLUMNS, _SENTENCES = 12, 3, 3
 
 
 def draw(runs: list[Run], *, smooth: int) -> bytes:
@@ -32,12 +32,13 @@ def draw(runs: list[Run], *, smooth: int) -> bytes:
 
     shown = sorted((chart for chart in charts_of(runs) if chart.picture), key=lambda chart: chart.picture)[:_MOST]
     rows = max(1, math.ceil(len(shown) / _COLUMNS))
-    head = 1.3
-    figure = Figure(figsize=(16, 3.3 * rows + head), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    sentences = compare(runs).sentences[:_SENTENCES]
+    head = 0.35 + 0.21 * len(sentences) + (0.35 if len(runs) > 1 else 0)
     height = 3.3 * rows + head
+    figure = Figure(figsize=(16, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0.005, 0.005, 0.99, 1 - head / height - 0.005), w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
-    _head(figure, runs, height)
+    _head(figure, runs, sentences, height)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
@@ -48,12 +49,12 @@ def draw(runs: list[Run], *, smooth: int) -> bytes:
     return buffer.getvalue()
 
 
-def _head(figure: Figure, runs: list[Run], height: float) -> None:
+def _head(figure: Figure, runs: list[Run], sentences: list[str], height: float) -> None:
     from matplotlib.lines import Line2D
 
-    sentence = _safe(compare(runs).sentences[0])
-    text = textwrap.shorten(sentence, 330, placeholder=" …")
-    figure.text(0.012, 1 - 0.12 / height, "\n".join(textwrap.wrap(text, 165)), va="top", size=13, weight="bold")
+    first, *more = (_safe(textwrap.shorten(text, 205, placeholder=" …")) for text in sentences)
+    figure.text(0.012, 1 - 0.12 / height, first, va="top", size=13, weight="bold")
+    figure.text(0.012, 1 - 0.42 / height, "\n".join(more), va="top", size=11)
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=3) for i in range(len(runs))]
     names = [_safe(textwrap.shorten(run.name, 40, placeholder="…")) for run in runs]
     if len(runs) > 1:
@@ -61,7 +62,7 @@ def _head(figure: Figure, runs: list[Run], height: float) -> None:
             handles,
             names,
             loc="upper left",
-            bbox_to_anchor=(0.006, 1 - 0.72 / height),
+            bbox_to_anchor=(0.006, 1 - (0.22 + 0.21 * len(sentences)) / height),
             ncols=min(len(runs), 8),
             frameon=False,
             fontsize=11,
@@ -78,26 +79,43 @@ def _chart(axis: Axes, chart: Chart, runs: list[Run], smooth: int) -> None:
     window = 1 if chart.marks else smooth
     for i, run in enumerate(runs):
         for level, band in enumerate(bands_shown(chart, len(runs))):
-            low, high = run.get(band.low), run.get(band.high)
-            if len(low) and np.array_equal(low.steps, high.steps):
-                edges = [smoothed(series, window) * scale for series in (low, high)]
-                alpha = 0.16 + 0.1 * level
-                axis.fill_between(
-                    low.steps, *edges, color=COLOURS[i % len(COLOURS)], alpha=alpha, lw=0, label=band.label
+            low, high = (_drawn(run.get(tag), window).finite() for tag in (band.low, band.high))
+            if len(low) and len(high):
+                steps = np.concatenate([low.steps, high.steps[::-1]])
+                edge = np.concatenate([low.values, high.values[::-1]]) * scale
+                axis.fill(
+                    steps, edge, color=COLOURS[i % len(COLOURS)], alpha=0.16 + 0.1 * level, lw=0, label=band.label
                 )
         for slot, line in enumerate(lines_shown(chart, len(runs))):
             _line(axis, chart, run, (i, slot, len(runs)), line.tag, line.label, window)
         for alarm in run.alarms:
             axis.axvline(alarm.step, color=COLOURS[i % len(COLOURS)], ls=(0, (2, 2)), lw=1, alpha=0.8)
-    title = chart.title + (" (%)" if chart.percent else "")
-    axis.set_title(_safe(title), loc="left", size=10.5, weight="bold")
-    if chart.log and _positive(chart, runs):
-        axis.set_yscale("log")
+    axis.set_title(_safe(chart.title), loc="left", size=10.5, weight="bold")
+    _scale(axis, chart, runs)
     axis.grid(alpha=0.25, lw=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)
     axis.set_xlabel("step", size=9)
     _legend(axis, chart, len(runs))
+
+
+def _drawn(series: Series, window: int) -> Series:
+    return thin(Series(series.steps, smoothed(series, window)))
+
+
+def _scale(axis: Axes, chart: Chart, runs: list[Run]) -> None:
+    from matplotlib import ticker
+
+    if chart.percent:
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(100))
+    else:
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
+    if chart.log and _positive(chart, runs):
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: str, label: str, window: int) -> None:
@@ -112,7 +130,7 @@ def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: 
     if window > 1:
         raw = thin(series)
         axis.plot(raw.steps, raw.values * scale, color=colour, alpha=0.25, lw=0.8)
-    shown = thin(type(series)(series.steps, smoothed(series, window)))
+    shown = _drawn(series, window)
     marker = "o" if chart.marks or len(series) < 3 else ""
     axis.plot(shown.steps, shown.values * scale, color=colour, ls=dash, lw=1.6, marker=marker, ms=3.5, label=label)
 

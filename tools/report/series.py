@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from tools.report.runs import Floats, Series
@@ -21,12 +23,12 @@ def thin(series: Series, points: int = MAX_POINTS) -> Series:
         return series
     edges = np.linspace(0, len(series), (points - 2) // 2 + 1).astype(int)
     kept = {0, len(series) - 1}
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges.tolist()):
         part = series.values[begin:end]
         if np.isnan(part).all():
-            kept.add(int(begin))
+            kept.add(begin)
         else:
-            kept |= {int(begin + np.nanargmin(part)), int(begin + np.nanargmax(part))}
+            kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
     index = np.array(sorted(kept))
     return Series(series.steps[index], series.values[index])
 

@@ -11,9 +11,11 @@ from tools.report.charts import TEXTS, text_of
 from tools.report.runs import Run
 from tools.report.verdict import LAST_STEPS, collapse, last_mean, scores, training_fall
 
+Cell = tuple[str, str]
+
 
 def headline(runs: list[Run]) -> dict[str, Any]:
-    """Columns and, for every run, one cell per column; all text."""
+    """Columns and, for every run, one cell per column: its text, and what belongs to it in smaller type."""
     names = sorted({name for run in runs for name, found in scores(run).items() if found})
     several = len(names) > 1
     columns = [f"{kind} held-out accuracy{f', {name}' if several else ''}" for name in names for kind in FINAL_AND_BEST]
@@ -24,35 +26,38 @@ def headline(runs: list[Run]) -> dict[str, Any]:
 FINAL_AND_BEST = ("Final", "Best")
 
 
-def _row(run: Run, names: list[str]) -> list[str]:
-    cells = []
+def _row(run: Run, names: list[str]) -> list[Cell]:
+    cells: list[Cell] = []
     for name in names:
         found = scores(run).get(name) or []
         best = max(found, key=lambda score: score.value, default=None)
-        cells += [f"{score} at step {score.step}" if score else "—" for score in (found[-1] if found else None, best)]
+        cells += [
+            (str(score), f"at step {score.step}") if score else ("—", "")
+            for score in (found[-1] if found else None, best)
+        ]
     length, seconds = last_mean(run.get("rollout/response_tokens_mean")), run.get("time/step").finite().values
     fall, training = collapse(run), training_fall(run)
     if fall:
-        fell = f"yes: {fall}"
+        fell = ("yes", str(fall))
     elif training:
-        fell = f"{training.what} fell ({training.begin} to {training.end}), held-out accuracy did not"
+        fell = ("no", f"{training.what} fell ({training.begin} to {training.end}), held-out accuracy did not")
     else:
-        fell = "no"
+        fell = ("no", "")
     cells += [
         _steps(run),
-        "—" if math.isnan(length) else f"{length:.4g} tokens",
+        ("—", "") if math.isnan(length) else (f"{length:,.4g}", "tokens"),
         fell,
-        f"{np.median(seconds):.3g} s" if len(seconds) else "—",
-        f"{len(run.alarms)}, first at step {run.alarms[0].step}" if run.alarms else "none",
+        (f"{np.median(seconds):.3g} s" if len(seconds) else "—", "median" if len(seconds) else ""),
+        (f"{len(run.alarms)}", f"first at step {run.alarms[0].step}") if run.alarms else ("none", ""),
     ]
     return cells
 
 
-def _steps(run: Run) -> str:
+def _steps(run: Run) -> Cell:
     planned = run.planned_steps
     if planned is None or run.steps >= planned:
-        return f"{run.steps}"
-    return f"{run.steps} of {planned}; running, or ended early (last written {run.written:%Y-%m-%d %H:%M} UTC)"
+        return f"{run.steps}", ""
+    return f"{run.steps} of {planned}", f"runs, or ended early; last written {run.written:%Y-%m-%d %H:%M} UTC"
 
 
 def last_values(runs: list[Run]) -> list[dict[str, Any]]:

@@ -118,12 +118,12 @@ def training_fall(run: Run) -> Fall | None:
         drop = float(means[best] - series.values[-window:].mean())
         noise = float(np.std(np.diff(series.values))) / math.sqrt(2 * window)
         if drop > max(least, 5 * noise):
-            still = np.flatnonzero(means[best:] >= means[best] - drop / 4)
+            still = np.flatnonzero(means[best:] >= means[best] - max(drop / 10, 3 * noise))
             start = min(best + int(still[-1]) + 1, len(series) - 1)
             begin, end = float(means[best]), float(series.values[-window:].mean())
             step, best_step = int(series.steps[start]), int(series.steps[best])
             text = (f"{100 * begin:.1f} %", f"{100 * end:.1f} %") if share else (f"{begin:.3g}", f"{end:.3g}")
-            return Fall(name, *text, best_step, step, _beside(run, step, step))
+            return Fall(name, *text, best_step, step, _beside(run, best_step, step))
     return None
 
 
@@ -141,7 +141,7 @@ def _beside(run: Run, before: int, after: int) -> str:
         then = np.abs(series.values[series.steps >= after])
         if len(first) and len(then):
             ratio = float((then.mean() + floor) / (first.mean() + floor))
-            word = f"rose ×{ratio:.3g}" if ratio > 1 else f"fell to {100 * ratio:.0f} %"
+            word = f"rose ×{ratio:.2g}" if ratio > 1 else f"fell to {100 * ratio:.0f} %"
             changes.append((abs(math.log(ratio)), f"{name} {word}"))
     told = [text for size, text in sorted(changes, reverse=True) if size >= math.log(2)][:2]
     return f", while {' and '.join(told)}" if told else ""
@@ -194,15 +194,15 @@ def compare(runs: list[Run]) -> Comparison:
     leader = int(np.argmax(means))
     equals = tuple(i for i in range(len(runs)) if i == leader or not _clearly_below(at[i], at[leader]))
     behind = [_behind(runs[i], runs[leader], at[i], at[leader]) for i in range(len(runs)) if i not in equals]
-    sentences = [*_first(runs, at, leader, equals), *behind]
+    told = {runs[i].name for i in range(len(runs)) if i not in equals}
+    sentences = [*_first(runs, at, leader, equals), *behind, *_troubles(runs, told)]
     uneven = {table[name][-1].step for table in tables for name in common} != set(common.values())
     if uneven:
         where = " and ".join(str(step) for step in sorted(set(common.values())))
         sentences.append(
             f"Compared at step {where}, the last one at which all were evaluated: the runs differ in length."
         )
-    told = {runs[i].name for i in range(len(runs)) if i not in equals}
-    return Comparison(leader, equals, sentences + _troubles(runs, told))
+    return Comparison(leader, equals, sentences)
 
 
 def _at(found: list[Score], step: int) -> Score:

@@ -44,11 +44,12 @@ function table(target, head, rows) {
   );
 }
 
-function placeTip(tip, x, y) {
+function placeTip(tip, x, y, below = false) {
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
   const left = x + 16 + box.width > innerWidth ? x - box.width - 16 : x + 16;
-  const top = Math.min(Math.max(8, y - box.height / 2), innerHeight - box.height - 8);
+  const under = y + 24 + box.height > innerHeight ? y - box.height - 24 : y + 24;
+  const top = below ? under : Math.min(Math.max(8, y - box.height / 2), innerHeight - box.height - 8);
   tip.style.left = `${Math.max(4, left)}px`;
   tip.style.top = `${Math.max(4, top)}px`;
 }

@@ -31,9 +31,9 @@ function smoothedValues(steps, values, window) {
 
 function linearTicks(low, high, count) {
   const raw = (high - low) / count, unit = 10 ** Math.floor(Math.log10(raw));
-  const width = [1, 2, 5, 10].map((factor) => factor * unit).find((size) => size >= raw * 0.999);
+  const width = [1, 2, 5, 10].map((factor) => factor * unit).reduce((a, b) => Math.abs(Math.log(b / raw)) < Math.abs(Math.log(a / raw)) ? b : a);
   const ticks = [];
-  for (let i = Math.ceil(low / width - 1e-9); i * width <= high + width * 1e-9; i++) ticks.push(i * width);
+  for (let i = Math.ceil(low / width - 1e-9); i * width <= high + width * 1e-9; i++) ticks.push(i * width || 0);
   return ticks;
 }
 
@@ -177,7 +177,13 @@ class Chart {
       high = Math.max(high, value);
       if (value > 0) least = Math.min(least, value);
     });
-    for (const line of this.lines) look(line.steps, this.spec.stacked ? line.top : line.shown);
+    for (const line of this.lines) {
+      look(line.steps, this.spec.stacked ? line.top : line.shown);
+      if (this.window() > 1 && !this.spec.stacked) {
+        const [steps, raw] = this.withoutExtremes(line);
+        look(steps, raw);
+      }
+    }
     for (const band of this.shownBands) band.edges.forEach((edge, i) => look(edge.steps, band.shown[i]));
     this.logarithmic = this.log && !this.spec.stacked && least < Infinity;
     if (low > high) return [0, 1];
@@ -190,6 +196,14 @@ class Chart {
     const room = 0.06 * (high - low);
     const bottom = low >= 0 && low < 0.35 * high ? 0 : low - room;
     return [bottom, high + room];
+  }
+
+  // Of unsmoothed values, which lie behind smoothed ones: a spike shall not flatten the rest.
+  withoutExtremes(line) {
+    const there = line.values.map((value, i) => [line.steps[i], value])
+      .filter(([step, value]) => value !== null && step >= state.from && step <= state.to).sort((a, b) => a[1] - b[1]);
+    const cut = Math.ceil(0.03 * there.length), kept = there.slice(cut, there.length - cut);
+    return [kept.map(([step]) => step), kept.map(([, value]) => value)];
   }
 
   axes(low, high) {

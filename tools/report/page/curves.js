@@ -20,9 +20,14 @@ class Curves {
     const sections = [...new Set(data.charts.map((spec) => spec.section))];
     byId("charts").replaceChildren(...sections.flatMap((name) => [
       make("h3", { text: name }),
-      make("div", { class: "grid-of-charts" }, ...this.charts.filter((chart) => chart.spec.section === name).map((chart) => chart.figure)),
+      this.grid(this.charts.filter((chart) => chart.spec.section === name)),
     ]));
     if (!this.charts.length) byId("charts").append(make("p", { class: "card", text: "No step is there yet: there is nothing to draw." }));
+  }
+
+  grid(charts) {
+    const pairs = charts.length === 2 || charts.length === 4;
+    return make("div", { class: `grid-of-charts ${pairs ? "pairs" : ""}` }, ...charts.map((chart) => chart.figure));
   }
 
   controls() {

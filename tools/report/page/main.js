@@ -15,15 +15,11 @@ function summary() {
         best ? make("span", { class: "badge right", text: "best" }) : "",
         equal && !best ? make("span", { class: "badge", text: "no clear difference" }) : "",
         make("span", { class: "path quiet", text: data.runs[i].path })),
-      ...cells.map((cell) => accuracyCell(cell)));
+      ...cells.map(([text, detail]) => make("td", { class: text === "yes" ? "warned" : detail.length > 40 ? "long" : "" },
+        make("b", { text }), detail ? make("span", { class: "detail", text: detail }) : "")));
   });
   table(byId("headline"), ["Run", ...data.headline.columns], rows);
   byId("notes").replaceChildren(...data.notes.map((text) => make("p", { class: "quiet", text })));
-}
-
-function accuracyCell(text) {
-  const warned = text.startsWith("yes: ");
-  return make("td", { class: warned ? "warned" : "", text: warned ? text.slice(5) : text });
 }
 
 function differences() {

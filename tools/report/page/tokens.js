@@ -203,7 +203,7 @@ class TokenView {
       make("strong", {}, `token ${i + 1} of ${this.chosen.response_tokens ?? tokens.text.length}: `, make("code", { text: JSON.stringify(tokens.text[i]) })),
       make("table", {}, ...rows.filter(([, value]) => value !== undefined && value !== null).map(([name, value]) =>
         make("tr", {}, make("td", { text: name }), make("td", { class: "value", text: number(value) })))));
-    placeTip(byId("tip"), x, y);
+    placeTip(byId("tip"), x, y, true);
   }
 
   key(event) {
