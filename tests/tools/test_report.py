@@ -105,14 +105,17 @@ def test_noise_is_no_fall(tmp_path):
     assert training_fall(read_runs([tmp_path / "run"])[0]) is None
 
 
-def test_thinning_keeps_extremes_and_ends():
+def test_thinning_keeps_means_and_extremes():
     values = np.sin(np.arange(500_000) / 1e4)
     values[123_456], values[400_001], values[7] = 9.0, -9.0, np.nan
     thinned = thin(Series(np.arange(500_000), values), 1500)
-    assert len(thinned) <= 1500
-    assert (np.nanmax(thinned.values), np.nanmin(thinned.values)) == (9.0, -9.0)
-    assert (thinned.steps[0], thinned.steps[-1]) == (0, 499_999)
-    assert np.all(np.diff(thinned.steps) > 0)
+    assert thinned.extremes is not None
+    low, high = thinned.extremes
+    assert len(thinned.line) + len(low) + len(high) <= 1500
+    assert (high.values.max(), low.values.min()) == (9.0, -9.0)
+    assert np.all(np.diff(thinned.line.steps) > 0)
+    np.testing.assert_allclose(thinned.line.values[5], values[5000:6000].mean())
+    assert thin(Series(np.arange(9), values[:9]), 9).extremes is None
     parts = thin_together([Series(np.arange(10_001), np.full(10_001, float(i))) for i in (1, 2)], 100)
     assert [len(part) for part in parts] == [100, 100]
     assert all((part.values == i).all() for i, part in enumerate(parts, 1))

@@ -67,7 +67,23 @@ class StepTable:
         if key not in self._index:
             self._index[key] = len(self.arrays)
             self.arrays.append(series.steps.tolist())
-        return {"s": self._index[key], "v": [_rounded(value) for value in series.values.tolist()]}
+        return {"s": self._index[key], "v": _rounded_all(series)}
+
+    def thinned(self, series: Series) -> dict[str, Any]:
+        """A series of any length, with its extremes where it was thinned."""
+        thinned = thin(series)
+        ends = {name: _rounded_all(end) for name, end in zip(("low", "high"), thinned.extremes or (), strict=False)}
+        return self.packed(thinned.line) | ends
+
+
+def _rounded_all(series: Series) -> list[float | None]:
+    return [_rounded(value) for value in series.values.tolist()]
+
+
+def edge(series: Series, side: int) -> Series:
+    """For the lower (0) or upper (1) edge of a band."""
+    thinned = thin(series)
+    return thinned.extremes[side] if thinned.extremes else thinned.line
 
 
 def _rounded(value: float) -> float | None:
@@ -84,8 +100,8 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
     notes = [note for run in runs for note in run.notes]
     if longest > MAX_POINTS:
         notes.append(
-            f"Long curves ({longest:,} points) are thinned to {MAX_POINTS:,}: of each stretch of steps the smallest and"
-            " the largest value (means where parts are stacked)."
+            f"Long curves ({longest:,} points) are thinned to {MAX_POINTS:,} numbers: a line is the mean over a"
+            " stretch of steps, the shade around it reaches from the smallest to the largest value."
         )
     return {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -146,12 +162,12 @@ def _chart(chart: Chart, runs: list[Run], steps: StepTable) -> dict[str, Any]:
     for i, run in enumerate(runs):
         for slot, line in enumerate(lines_shown(chart, len(runs))):
             if len(run.get(line.tag).finite()):
-                packed = steps.packed(thin(run.get(line.tag)))
+                packed = steps.thinned(run.get(line.tag))
                 lines.append({"run": i, "slot": slot, "label": line.label, "tag": line.tag} | packed)
         for level, band in enumerate(bands_shown(chart, len(runs))):
             low, high = run.get(band.low), run.get(band.high)
             if len(low.finite()) and len(high.finite()):
-                edges = {"low": steps.packed(thin(low)), "high": steps.packed(thin(high))}
+                edges = {"low": steps.packed(edge(low, 0)), "high": steps.packed(edge(high, 1))}
                 bands.append({"run": i, "level": level, "label": band.label} | edges)
     return _head(chart) | {"only": None, "lines": lines, "bands": bands}
 

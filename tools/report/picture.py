@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.report.charts import Chart, bands_shown, charts_of, lines_shown
+from tools.report.page import edge
 from tools.report.runs import Run, Series
 from tools.report.series import smoothed, thin
 from tools.report.verdict import compare
@@ -52,7 +53,9 @@ def draw(runs: list[Run], *, smooth: int) -> bytes:
 def _head(figure: Figure, runs: list[Run], sentences: list[str], height: float) -> None:
     from matplotlib.lines import Line2D
 
-    first, *more = (_safe(textwrap.shorten(text, 205, placeholder=" …")) for text in sentences)
+    first, *more = (
+        _safe(textwrap.shorten(text, 200 if i else 150, placeholder=" …")) for i, text in enumerate(sentences)
+    )
     figure.text(0.012, 1 - 0.12 / height, first, va="top", size=13, weight="bold")
     figure.text(0.012, 1 - 0.42 / height, "\n".join(more), va="top", size=11)
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=3) for i in range(len(runs))]
@@ -79,13 +82,8 @@ def _chart(axis: Axes, chart: Chart, runs: list[Run], smooth: int) -> None:
     window = 1 if chart.marks else smooth
     for i, run in enumerate(runs):
         for level, band in enumerate(bands_shown(chart, len(runs))):
-            low, high = (_drawn(run.get(tag), window).finite() for tag in (band.low, band.high))
-            if len(low) and len(high):
-                steps = np.concatenate([low.steps, high.steps[::-1]])
-                edge = np.concatenate([low.values, high.values[::-1]]) * scale
-                axis.fill(
-                    steps, edge, color=COLOURS[i % len(COLOURS)], alpha=0.16 + 0.1 * level, lw=0, label=band.label
-                )
+            low, high = (edge(_smooth(run.get(tag), window), side) for side, tag in enumerate((band.low, band.high)))
+            _fill(axis, low, high, scale, color=COLOURS[i % len(COLOURS)], alpha=0.16 + 0.1 * level, label=band.label)
         for slot, line in enumerate(lines_shown(chart, len(runs))):
             _line(axis, chart, run, (i, slot, len(runs)), line.tag, line.label, window)
         for alarm in run.alarms:
@@ -99,8 +97,15 @@ def _chart(axis: Axes, chart: Chart, runs: list[Run], smooth: int) -> None:
     _legend(axis, chart, len(runs))
 
 
-def _drawn(series: Series, window: int) -> Series:
-    return thin(Series(series.steps, smoothed(series, window)))
+def _smooth(series: Series, window: int) -> Series:
+    return Series(series.steps, smoothed(series, window))
+
+
+def _fill(axis: Axes, low: Series, high: Series, scale: float, **style: Any) -> None:
+    low, high = low.finite(), high.finite()
+    if len(low) and len(high):
+        values = np.concatenate([low.values, high.values[::-1]]) * scale
+        axis.fill(np.concatenate([low.steps, high.steps[::-1]]), values, lw=0, **style)
 
 
 def _scale(axis: Axes, chart: Chart, runs: list[Run]) -> None:
@@ -127,10 +132,12 @@ def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: 
     scale = 100.0 if chart.percent else 1.0
     colour = COLOURS[(i if count > 1 else slot) % len(COLOURS)]
     dash = _DASHES[slot % len(_DASHES)] if count > 1 or chart.bands else "solid"
-    if window > 1:
-        raw = thin(series)
-        axis.plot(raw.steps, raw.values * scale, color=colour, alpha=0.25, lw=0.8)
-    shown = _drawn(series, window)
+    raw = thin(series)
+    if raw.extremes:
+        _fill(axis, *raw.extremes, scale, color=colour, alpha=0.2)
+    elif window > 1:
+        axis.plot(raw.line.steps, raw.line.values * scale, color=colour, alpha=0.25, lw=0.8)
+    shown = thin(_smooth(series, window)).line
     marker = "o" if chart.marks or len(series) < 3 else ""
     axis.plot(shown.steps, shown.values * scale, color=colour, ls=dash, lw=1.6, marker=marker, ms=3.5, label=label)
 

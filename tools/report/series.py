@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 
-from tools.report.runs import Floats, Series
+from tools.report.runs import Floats, Series, Steps
 
 MAX_POINTS = 1500
-"""Of a series in a report: more than a chart has pixels."""
+"""Numbers of a series in a report: more than a chart has pixels."""
 
 
-def thin(series: Series, points: int = MAX_POINTS) -> Series:
-    """At most so many points: of each stretch of steps the smallest and the largest value, and both ends.
+@dataclass(frozen=True)
+class Thinned:
+    """A series that a chart can hold.
 
-    Args:
-        series: Of any length.
-        points: At least 4.
+    Attributes:
+        line: The series itself, or means over stretches of steps, at the middle step of each.
+        extremes: Smallest and largest values of the stretches; None where nothing was left out.
+    """
+
+    line: Series
+    extremes: tuple[Series, Series] | None = None
+
+
+def thin(series: Series, points: int = MAX_POINTS) -> Thinned:
+    """At most so many numbers: of each stretch of steps the mean, the smallest and the largest value.
+
+    A smoothed curve of extremes alone would not be the mean; values that are not finite are left out.
     """
     if len(series) <= points:
-        return series
-    edges = np.linspace(0, len(series), (points - 2) // 2 + 1).astype(int)
-    kept = {0, len(series) - 1}
-    for begin, end in pairwise(edges.tolist()):
-        part = series.values[begin:end]
-        if np.isnan(part).all():
-            kept.add(begin)
-        else:
-            kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
-    index = np.array(sorted(kept))
-    return Series(series.steps[index], series.values[index])
+        return Thinned(series)
+    begin, steps = _stretches(series, points // 3)
+    finite = np.isfinite(series.values)
+    counts = np.add.reduceat(finite.astype(np.int64), begin)
+    sums = np.add.reduceat(np.where(finite, series.values, 0.0), begin)
+    mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    low, high = (extreme.reduceat(series.values, begin) for extreme in (np.fmin, np.fmax))
+    return Thinned(Series(steps, mean), (Series(steps, low), Series(steps, high)))
+
+
+def _stretches(series: Series, count: int) -> tuple[Steps, Steps]:
+    """Where they begin, and the step in the middle of each."""
+    edges = np.linspace(0, len(series), count + 1).astype(np.int64)
+    return edges[:-1], series.steps[(edges[:-1] + edges[1:] - 1) // 2]
 
 
 def thin_together(aligned: list[Series], points: int = MAX_POINTS) -> list[Series]:
     """For series that are stacked, over the same steps: means over stretches, so that sums stay sums."""
     if not aligned or len(aligned[0]) <= points:
         return aligned
-    edges = np.linspace(0, len(aligned[0]), points + 1).astype(int)[:-1]
-    counts = np.diff(np.append(edges, len(aligned[0])))
-    steps = aligned[0].steps[edges]
-    return [Series(steps, np.add.reduceat(series.values, edges) / counts) for series in aligned]
+    begin, steps = _stretches(aligned[0], points)
+    counts = np.diff(np.append(begin, len(aligned[0])))
+    return [Series(steps, np.add.reduceat(series.values, begin) / counts) for series in aligned]
 
 
 def smoothed(series: Series, window: int) -> Floats:

@@ -18,12 +18,9 @@ def headline(runs: list[Run]) -> dict[str, Any]:
     """Columns and, for every run, one cell per column: its text, and what belongs to it in smaller type."""
     names = sorted({name for run in runs for name, found in scores(run).items() if found})
     several = len(names) > 1
-    columns = [f"{kind} held-out accuracy{f', {name}' if several else ''}" for name in names for kind in FINAL_AND_BEST]
-    columns += ["Steps", "Final length", "Fell from its best?", "Time per step", "Alarms"]
+    columns = names if several else [f"{kind} held-out accuracy" for _ in names for kind in ("Final", "Best")]
+    columns = [*columns, "Steps", "Final length", "Fell from its best?", "Time per step", "Alarms"]
     return {"columns": columns, "rows": [_row(run, names) for run in runs]}
-
-
-FINAL_AND_BEST = ("Final", "Best")
 
 
 def _row(run: Run, names: list[str]) -> list[Cell]:
@@ -31,10 +28,11 @@ def _row(run: Run, names: list[str]) -> list[Cell]:
     for name in names:
         found = scores(run).get(name) or []
         best = max(found, key=lambda score: score.value, default=None)
-        cells += [
+        final_and_best = [
             (str(score), f"at step {score.step}") if score else ("—", "")
             for score in (found[-1] if found else None, best)
         ]
+        cells += final_and_best if len(names) == 1 else [_in_one(*final_and_best)]
     length, seconds = last_mean(run.get("rollout/response_tokens_mean")), run.get("time/step").finite().values
     fall, training = collapse(run), training_fall(run)
     if fall:
@@ -51,6 +49,10 @@ def _row(run: Run, names: list[str]) -> list[Cell]:
         (f"{len(run.alarms)}", f"first at step {run.alarms[0].step}") if run.alarms else ("none", ""),
     ]
     return cells
+
+
+def _in_one(final: Cell, best: Cell) -> Cell:
+    return (final[0], f"{final[1]}; best {best[0]} {best[1]}") if final[1] else final
 
 
 def _steps(run: Run) -> Cell:

@@ -219,13 +219,12 @@ def _first(runs: list[Run], at: list[dict[str, Score]], leader: int, equals: tup
     values = ", ".join(f"{score}{'' if len(at[leader]) == 1 else f' on {name}'}" for name, score in at[leader].items())
     if len(equals) == 1:
         return [f"{runs[leader].name} is best: {values} of the held-out answers are right at step {where}."]
-    told = []
-    for name in at[leader]:
-        each = ", ".join(f"{runs[i].name} {at[i][name]}" for i in equals)
-        told.append(each if len(at[leader]) == 1 else f"{name}: {each}")
-    why = "their intervals overlap" if not math.isnan(next(iter(at[leader].values())).low) else "there are no intervals"
-    names = " and ".join(runs[i].name for i in equals)
-    return [f"No clear difference between {names} at step {where}: {why} ({'; '.join(told)})."]
+    *names, last = (runs[i].name for i in equals)
+    known = not any(math.isnan(score.low) for i in equals for score in at[i].values())
+    why = "their 95 % intervals overlap" if known else "there are no intervals to judge by"
+    (name, *more) = at[leader]
+    told = "" if more or len(equals) > 2 else f" ({', '.join(f'{runs[i].name} {at[i][name]}' for i in equals)})"
+    return [f"No clear difference between {', '.join(names)} and {last} at step {where}: {why}{told}."]
 
 
 def _behind(run: Run, best: Run, found: dict[str, Score], top: dict[str, Score]) -> str:

@@ -1,6 +1,6 @@
 // A chart: lines, bands or stacked areas over steps, in SVG.
 const HEIGHT = 236;
-const MARGIN = { left: 56, right: 14, top: 12, bottom: 26 };
+const MARGIN = { left: 62, right: 14, top: 12, bottom: 26 };
 
 function nearest(steps, step) {
   let low = 0, high = steps.length - 1;
@@ -179,9 +179,9 @@ class Chart {
     });
     for (const line of this.lines) {
       look(line.steps, this.spec.stacked ? line.top : line.shown);
-      if (this.window() > 1 && !this.spec.stacked) {
-        const [steps, raw] = this.withoutExtremes(line);
-        look(steps, raw);
+      if (this.spec.stacked) continue;
+      for (const values of [line.low ?? line.values, line.high ?? line.values]) {
+        look(...(this.window() > 1 ? this.withoutExtremes(line.steps, values) : [line.steps, values]));
       }
     }
     for (const band of this.shownBands) band.edges.forEach((edge, i) => look(edge.steps, band.shown[i]));
@@ -199,8 +199,8 @@ class Chart {
   }
 
   // Of unsmoothed values, which lie behind smoothed ones: a spike shall not flatten the rest.
-  withoutExtremes(line) {
-    const there = line.values.map((value, i) => [line.steps[i], value])
+  withoutExtremes(steps, values) {
+    const there = values.map((value, i) => [steps[i], value])
       .filter(([step, value]) => value !== null && step >= state.from && step <= state.to).sort((a, b) => a[1] - b[1]);
     const cut = Math.ceil(0.03 * there.length), kept = there.slice(cut, there.length - cut);
     return [kept.map(([step]) => step), kept.map(([, value]) => value)];
@@ -252,6 +252,9 @@ class Chart {
       if (this.spec.stacked) {
         group.append(svg("path", { class: `stack ${line.look}`, d: this.area([line.steps, line.base], [line.steps, line.top]) }));
         continue;
+      }
+      if (line.low) {
+        group.append(svg("path", { class: `band extremes ${line.look.split(" ")[0]}`, d: this.area([line.steps, line.low], [line.steps, line.high]) }));
       }
       if (this.window() > 1) group.append(svg("path", { class: `line raw ${line.look}`, d: this.path(line.steps, line.values).join("") }));
       group.append(svg("path", { class: `line ${line.look}`, d: this.path(line.steps, line.shown).join("") }));
@@ -314,7 +317,8 @@ class Chart {
       const off = Math.abs(line.steps[i] - step);
       if (off > 0 && off > near) continue;
       const beside = line.steps[i] === step ? "" : ` (step ${line.steps[i]})`;
-      const value = number(line.values[i], this.spec.percent) + beside;
+      const ends = line.low ? ` (${number(line.low[i], this.spec.percent)} to ${number(line.high[i], this.spec.percent)})` : "";
+      const value = number(line.values[i], this.spec.percent) + ends + beside;
       const mean = this.window() > 1 ? number(line.shown[i], this.spec.percent) : null;
       rows.push(make("tr", {}, make("td", {}, this.swatch(line.look)), make("td", { text: this.labelOf(line) }),
         make("td", { class: "value", text: value }), make("td", { class: "value quiet", text: mean ? `mean ${mean}` : "" })));
