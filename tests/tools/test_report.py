@@ -186,6 +186,19 @@ def test_numbers_that_json_does_not_know(tmp_path):
     assert page_data([run], smooth=1, responses=1, token_limit=1)["charts"] == []
 
 
+def test_rows_that_are_not_as_they_should_be(tmp_path):
+    row = {"step": 0, "response": "x", "reward": math.nan, "versions": [[1], "x", [0, 3]], "accuracy": None}
+    odd = [row, row | {"tokens": {"text": ["x"], "shift": [math.nan], "weight": [1, 2]}}, {"step": "x"}, {"step": 1}]
+    write(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "policy/loss": 1.0}])
+    write(tmp_path / "run" / "trajectories" / "from-000000.jsonl", odd)
+    (run,) = read_runs([tmp_path / "run"])
+    shown = chosen_responses(run, 10, 10)[0]
+    assert [found["tokens"] for found in shown] == [{"text": ["x"], "shift": [None]}, None]
+    assert shown[0]["versions"] == [[0, 3]]
+    assert shown[0]["reward"] is None
+    assert "data" in render([run], smooth=1, responses=10, token_limit=10)
+
+
 def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")

@@ -124,9 +124,17 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
         "table": last_values(runs),
         "charts": charts,
         "steps": steps.arrays,
+        "range": _range(runs),
         "responses": [row | {"run": i} for i, (rows, _) in enumerate(chosen) for row in rows],
         "omitted": [text for _, text in chosen],
     }
+
+
+def _range(runs: list[Run]) -> list[int]:
+    """First and last step of all, two different ones."""
+    ends = [int(series.steps[i]) for run in runs for series in run.series.values() for i in (0, -1)]
+    first = min(ends, default=0)
+    return [first, max(first + 1, max(ends, default=0))]
 
 
 def _charts(chart: Chart, runs: list[Run], steps: StepTable) -> list[dict[str, Any]]:

@@ -118,7 +118,10 @@ def _scale(axis: Axes, chart: Chart, runs: list[Run]) -> None:
     if chart.log and _positive(chart, runs):
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        if high / low > 5:
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        else:
+            axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
         axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(ticker.NullLocator())
 

@@ -113,17 +113,26 @@ def _pick(by_step: dict[int, list[dict[str, Any]]], limit: int) -> list[dict[str
 
 def _shown(row: dict[str, Any], token_limit: int) -> dict[str, Any]:
     shown: dict[str, Any] = {"step": row["step"], "ground_truth": str(row.get("ground_truth", ""))}
-    shown |= {name: row[name] for name in PLAIN if isinstance(row.get(name), str | int | float)}
+    shown |= {name: row[name] for name in PLAIN if isinstance(row.get(name), str | int)}
+    shown |= {name: _rounded(row[name]) for name in PLAIN if isinstance(row.get(name), float)}
     response, prompt, tokens = row["response"], str(row.get("prompt", "")), _tokens(row.get("tokens"), token_limit)
     length = row.get("response_tokens")
     count = len(row["tokens"]["text"]) if tokens else None
     shown["response_tokens"] = length if isinstance(length, int) else count
     shown["prompt"] = prompt[:MAX_CHARACTERS]
-    shown["versions"] = row["versions"] if isinstance(row.get("versions"), list) else []
+    shown["versions"] = _versions(row.get("versions"))
     shown["tokens"] = tokens
     shown["response"] = "" if tokens else response[:MAX_CHARACTERS]
     shown["cut"] = bool(count and count > token_limit) or (not tokens and len(response) > MAX_CHARACTERS)
     return shown
+
+
+def _versions(versions: Any) -> list[list[int]]:
+    """Pairs of a weight version and a number of tokens."""
+    pairs = versions if isinstance(versions, list) else []
+    return [
+        pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+    ]
 
 
 def _tokens(tokens: Any, limit: int) -> dict[str, list[Any]] | None:

@@ -49,9 +49,10 @@ function logTicks(low, high) {
 }
 
 class Chart {
-  constructor(spec, owner) {
+  constructor(spec, owner, index) {
     this.spec = spec;
     this.owner = owner;
+    this.clip = `clip-${index}`;
     this.byRun = several && spec.only === null;
     this.log = spec.log;
     this.step = null;
@@ -135,10 +136,9 @@ class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.svg.setAttribute("width", width);
     this.svg.setAttribute("height", HEIGHT);
-    const clip = `clip-${this.spec.key}`;
-    const inside = svg("g", { "clip-path": `url(#${CSS.escape(clip)})` });
+    const inside = svg("g", { "clip-path": `url(#${this.clip})` });
     this.svg.replaceChildren(
-      svg("clipPath", { id: clip }, svg("rect", {
+      svg("clipPath", { id: this.clip }, svg("rect", {
         x: MARGIN.left, y: 0, width: width - MARGIN.left - MARGIN.right, height: HEIGHT - MARGIN.bottom + 1 })),
       this.axes(low, high), inside, this.alarms());
     this.curves(inside);

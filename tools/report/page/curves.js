@@ -1,10 +1,8 @@
 // All charts, and what they have in common: shown runs, range of steps, smoothing.
 class Curves {
   constructor() {
-    this.charts = data.charts.map((spec) => new Chart(spec, this));
-    let first = Infinity, last = -Infinity;
-    for (const steps of data.steps) { first = Math.min(first, steps[0]); last = Math.max(last, steps[steps.length - 1]); }
-    this.range = first <= last ? [first, Math.max(last, first + 1)] : [0, 1];
+    this.charts = data.charts.map((spec, i) => new Chart(spec, this, i));
+    this.range = data.range;
     [state.from, state.to] = this.range;
     this.layOut();
     this.controls();

@@ -103,7 +103,7 @@ class TokenView {
   }
 
   facts(response) {
-    const versions = response.versions.filter(Array.isArray).map(([version, count]) => `${version} (${count} tokens)`).join(", ");
+    const versions = response.versions.map(([version, count]) => `${version} (${count} tokens)`).join(", ");
     const facts = [
       ["Run", several ? data.runs[response.run].name : undefined], ["Step", response.step], ["Problem", response.prompt_id],
       ["Sample", response.sample], ["Data", response.data_source], ["Reward", response.reward], ["Advantage", response.advantage],
@@ -191,7 +191,7 @@ class TokenView {
     this.at = span;
     span.classList.add("at");
     const shift = tokens.shift?.[i], old = tokens.old_log_prob?.[i];
-    const version = versions.filter(Array.isArray).reduce(([left, found], [name, count]) =>
+    const version = versions.reduce(([left, found], [name, count]) =>
       found === null && i < left + count ? [left, name] : [left + count, found], [0, null])[1];
     const rows = [
       ["log π behaviour (engine)", tokens.behaviour_log_prob?.[i]], ["log π old", old],
