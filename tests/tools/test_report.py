@@ -99,6 +99,18 @@ def test_a_fall_in_training_that_held_out_accuracy_does_not_share_is_no_collapse
     assert "held-out accuracy did not" in str(headline([run])["rows"])
 
 
+def test_without_intervals_nothing_is_clear(tmp_path):
+    for name, last in (("a", 0.9), ("b", 0.2)):
+        write(tmp_path / name / "metrics.jsonl", [{"step": 0, "policy/loss": 1.0}])
+        write(
+            tmp_path / name / "evaluation.jsonl",
+            [{"step": s, "evaluation/accuracy": v} for s, v in ((0, 0.1), (1, last))],
+        )
+    both = read_runs([tmp_path / "a", tmp_path / "b"])
+    assert compare(both).sentences[0].endswith("there are no intervals to judge by (a 90.0 %, b 20.0 %).")
+    assert compare(both[:1]).sentences[0].endswith("10.0 % at step 0 (there are no intervals).")
+
+
 def test_noise_is_no_fall(tmp_path):
     draw_noise = np.random.default_rng(0).normal(0.5, 0.2, 300)
     write(tmp_path / "run" / "metrics.jsonl", [{"step": i, "rollout/accuracy": v} for i, v in enumerate(draw_noise)])

@@ -57,6 +57,7 @@ class Chart:
         marks: Points are drawn, and never smoothed: values are few.
         picture: Rank among the charts of the PNG; 0: not in it.
         stacked: Lines lie upon each other; one chart for every run.
+        legend: Needed: there are several lines or bands, or there were before those without data were left out.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Chart:
     marks: bool = False
     picture: int = 0
     stacked: bool = False
+    legend: bool = False
 
     @property
     def tags(self) -> list[str]:
@@ -275,6 +277,7 @@ def _with_data(chart: Chart, runs: list[Run]) -> Chart:
         chart,
         lines=tuple(line for line in chart.lines if line.tag in there),
         bands=tuple(band for band in chart.bands if band.low in there and band.high in there),
+        legend=len(chart.lines) + len(chart.bands) > 1,
     )
 
 

@@ -161,6 +161,7 @@ def _head(chart: Chart) -> dict[str, Any]:
         "percent": chart.percent,
         "marks": chart.marks,
         "stacked": chart.stacked,
+        "legend": chart.legend,
         "explained": [list(row) for row in explained(chart)],
     }
 

@@ -115,8 +115,10 @@ def _scale(axis: Axes, chart: Chart, runs: list[Run]) -> None:
         axis.yaxis.set_major_formatter(ticker.PercentFormatter(100))
     else:
         axis.ticklabel_format(axis="y", scilimits=(-3, 5))
+    if axis.dataLim.height == 0 and axis.dataLim.y0 == 0:
+        axis.set_ylim(0, 1)
     if chart.log and _positive(chart, runs):
-        axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="mask")
         low, high = axis.get_ylim()
         if high / low > 5:
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
@@ -146,15 +148,16 @@ def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: 
 
 
 def _positive(chart: Chart, runs: list[Run]) -> bool:
-    found = [run.get(line.tag).finite().values for run in runs for line in chart.lines]
-    return all((values > 0).all() for values in found) and any(map(len, found))
+    """Whether a logarithmic scale shows something, and hides nothing but zeros."""
+    found = np.concatenate([run.get(line.tag).finite().values for run in runs for line in chart.lines])
+    return bool((found >= 0).all() and (found > 0).any())
 
 
 def _legend(axis: Axes, chart: Chart, runs: int) -> None:
     """Once for each label; in grey where colours stand for runs."""
     handles, labels = axis.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
-    if len(first) < 2:
+    if not chart.legend or not first:
         return
     legend = axis.legend(
         list(reversed(first.values())), [_safe(label) for label in reversed(first)], fontsize=8.5, framealpha=0.7

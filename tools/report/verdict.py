@@ -243,13 +243,15 @@ def _alone(run: Run) -> str:
         if found:
             first, last, of = found[0], found[-1], "" if len(scores(run)) == 1 else f" on {name}"
             text = f"{run.name}{of}: {last} of the held-out answers are right at step {last.step}"
-            if len(found) > 1:
-                clear = first.below(last) or last.below(first)
-                than = f"{first} at step {first.step}"
-                text += f"; {'clearly ' + ('more' if first.below(last) else 'fewer') if clear else 'not clearly other'}"
-                text += f" than {than}"
-            told.append(text + ".")
+            told.append(text + (f"; {_since(first, last)}." if len(found) > 1 else "."))
     return " ".join(told) or f"{run.name}: no held-out evaluation yet."
+
+
+def _since(first: Score, last: Score) -> str:
+    if math.isnan(first.low) or math.isnan(last.low):
+        return f"{first} at step {first.step} (there are no intervals)"
+    clear = "clearly more than" if first.below(last) else "clearly fewer than" if last.below(first) else ""
+    return f"{clear or 'not clearly more or fewer than'} {first} at step {first.step}"
 
 
 def _troubles(runs: list[Run], told: set[str] | frozenset[str] = frozenset()) -> list[str]:

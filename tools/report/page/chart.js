@@ -103,7 +103,7 @@ class Chart {
       entries.push(...[...labels].map(([label, level]) =>
         make("span", { class: "entry" }, make("span", { class: `box c0 level${level}` }), label)));
     }
-    return make("div", { class: "legend" }, ...(entries.length > 1 ? entries : []));
+    return make("div", { class: "legend" }, ...(this.spec.legend ? entries : []));
   }
 
   swatch(look) {
@@ -189,9 +189,11 @@ class Chart {
     if (low > high) return [0, 1];
     if (this.logarithmic) {
       const bottom = low > 0 ? low : least;
-      return high / bottom < 1.02 ? [bottom / 1.1, high * 1.1] : [bottom / 1.08, high * 1.08];
+      const room = Math.max(1.02, (high / bottom) ** 0.06);
+      return [bottom / room, high * room];
     }
     if (this.spec.stacked) return [0, high * 1.05 || 1];
+    if (low === 0 && high === 0) return [0, this.spec.percent ? 0.01 : 1];
     if (high - low < 1e-12 * Math.max(1, Math.abs(high))) return [low - (Math.abs(low) * 0.1 || 1), high + (Math.abs(high) * 0.1 || 1)];
     const room = 0.06 * (high - low);
     const bottom = low >= 0 && low < 0.35 * high ? 0 : low - room;
