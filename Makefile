@@ -11,7 +11,7 @@ GPU_PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
+.PHONY: help setup quickstart test test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -35,10 +35,15 @@ quickstart: setup ## Trains a tiny model with FIPO: two minutes, no GPU, no down
 	$(RUN) -m examples.quickstart
 
 test: setup ## All tests that need nothing but this environment
-	$(RUN) -m pytest -m "not pretrained and not sglang"
+	$(RUN) -m pytest -m "not pretrained and not sglang and not browser"
 
 test-sglang: setup sglang-env ## Against real SGLang servers on this machine
 	$(RUN) -m pytest -m sglang
+
+test-browser: setup ## The report's page in a real chromium
+	@for program in chromium chromedriver; do command -v $$program >/dev/null || \
+		{ echo "test-browser: there is no $$program; Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
+	$(RUN) -m pytest -m browser
 
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
