@@ -133,7 +133,7 @@ def _jsonl(file: Path, answer: str) -> Iterator[Problem]:
             id=str(row.get("id", f"{file.stem}:{number}")),
             messages=_messages(file, number, row["prompt"]),
             answer=str(row[answer]),
-            data_source=str(row.get("data_source", file.stem)),
+            data_source=str(row.get("data_source") or file.stem),
         )
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fipo_megatron.evaluation.results import cut_problems, problems_file, write_problems
+
 if TYPE_CHECKING:
     from fipo_megatron.actor.actor import UpdateMetrics
-    from fipo_megatron.evaluate import Evaluation
+    from fipo_megatron.evaluation.results import Evaluation
     from fipo_megatron.rollout.sampler import Sampled
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,10 @@ class StepLog:
     def evaluation(self, step: int, found: Evaluation) -> None:
         """An evaluation, with the weights that the step begins with."""
         if self._writes:
-            values = {"accuracy": found.accuracy, "response_length": found.response_length}
-            self._append("evaluation.jsonl", {"step": step} | values)
-            logger.info("step %4d  evaluation: accuracy %.3f  response_length %.1f", step, *values.values())
+            write_problems(problems_file(self._output, step), found.problems)
+            self._append("evaluation.jsonl", {"step": step} | found.scalars())
+            text = "step %4d  evaluation: accuracy %.3f  response_tokens %.1f"
+            logger.info(text, step, found.accuracy, found.response_tokens)
 
     def cut(self, step: int) -> None:
         """Removes what was written of this step and later ones, and a line that is not whole."""
@@ -65,12 +68,13 @@ class StepLog:
             partial = file.with_name(f".{name}.partial")
             partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(file)
+        cut_problems(self._output, step)
 
     def evaluations(self) -> dict[int, float]:
         """Accuracy by step."""
         file = self._output / "evaluation.jsonl"
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
-        return {row["step"]: row["accuracy"] for row in rows}
+        return {row["step"]: row["evaluation/accuracy"] for row in rows}
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with (self._output / name).open("a", encoding="utf-8") as file:
