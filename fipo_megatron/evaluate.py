@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +102,14 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
+async def until_asked_to_end(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
+    """The result; SIGTERM cancels it, as Ctrl-C does: what it has started ends."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
+
+
 async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: Path) -> Evaluation:
     """Opens an engine of the model in the directory, or of the servers that are named; closes it in any case.
 
@@ -167,16 +175,16 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engine and temporary files end with it, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go with it, too
     try:
         inputs.output.mkdir(parents=True, exist_ok=True)
         with model_directory(config, inputs) as directory:
-            found = asyncio.run(sample_and_count(config, inputs, directory))
+            found = asyncio.run(until_asked_to_end(sample_and_count(config, inputs, directory)))
         report.write(inputs.output, found, settings(config))
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         logger.error("ended, as asked; there is no result")
         return 1
     print(f"\n{report.table(found)}\n\n{inputs.output}/{report.SUMMARY}, {report.PROBLEMS}")

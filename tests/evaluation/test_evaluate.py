@@ -14,6 +14,8 @@ import pytest
 from examples.quickstart import task
 from fipo_megatron import evaluate
 from fipo_megatron.actor.conversion import Options, hf_to_megatron
+from fipo_megatron.config import load_config
+from fipo_megatron.inputs import InputError, read_inputs
 from fipo_megatron.observe.metrics import OF_DATA_SETS
 from tests import test_train
 
@@ -159,7 +161,12 @@ def test_nothing_is_overwritten_and_several_processes_are_refused(data, tmp_path
     said = capsys.readouterr().err
     assert "evaluation-model: holds an evaluation already" in said
     assert "2 processes: an evaluation is one process" in said
-    assert test_train.train(data, tmp_path / "run", "evaluation.checkpoint=x", code=2).count("fipo_megatron.evaluate")
+
+
+def test_a_run_evaluates_no_checkpoint(data, tmp_path):
+    training = [*settings(data, tmp_path / "run"), f"data.files=[{data}/problems.jsonl]", "evaluation.checkpoint=x"]
+    with pytest.raises(InputError, match=r"evaluation.checkpoint = x: is for python -m fipo_megatron.evaluate alone"):
+        read_inputs(load_config(CONFIG, training))
 
 
 def test_weights_that_are_missing_are_noticed(data, tmp_path, capsys):
