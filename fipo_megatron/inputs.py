@@ -128,9 +128,9 @@ def read_prompts(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         )
 
-    return tokenize(
-        read_problems(files, answer=answer, once=answer == "answer"), tokens_of, config.data.max_prompt_tokens
-    )
+    apart = field == "evaluation.files"
+    found = read_problems(files, answer=answer, once=answer == "answer", apart=apart)
+    return tokenize(found, tokens_of, config.data.max_prompt_tokens)
 
 
 def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
