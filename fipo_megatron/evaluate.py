@@ -1,93 +1,195 @@
-"""How often the policy is right: problems are shared among the leaders, each is answered k times."""
+"""Evaluates a model: avg@k, cons@k and pass@k of every data set, with intervals.
+
+python -m fipo_megatron.evaluate CONFIG.yaml [key=value ...]
+
+Evaluated is the Hugging Face model in model.path; with evaluation.checkpoint=DIR a Megatron checkpoint; with
+rollout.servers.urls=[...] what these SGLang servers serve. Results: run.output/evaluation-NAME/.
+Exit code 2: the configuration, or what it names, is not valid; 1: the evaluation failed; 0: it is complete.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
 
-from fipo_megatron.config import Config
-from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.config import Config, ModelConfig, load_config
+from fipo_megatron.evaluation import report
+from fipo_megatron.evaluation.answering import Response, evaluate
+from fipo_megatron.evaluation.inputs import EvaluationInputs, read_inputs
+from fipo_megatron.evaluation.results import Evaluation
+from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.rollout.exchange import Exchange
+from fipo_megatron.rollout.open_engine import Host, open_engine
 from fipo_megatron.scoring import Scoring
+from fipo_megatron.weights.hf_directory import WeightsError
+from fipo_megatron.weights.publish import partial_of
+
+logger = logging.getLogger("fipo_megatron")
+EXPECTED = (EngineError, RequestError, WeightsError, OSError)
+"""What may happen to an evaluation that is as it should be; its text says all there is to say."""
+_PROGRESS_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found.
-
-    Attributes:
-        accuracy: avg@k: share of right answers.
-        response_length: Mean, in tokens.
-        right: Right answers to each problem, by its id.
-    """
-
-    accuracy: float
-    response_length: float
-    right: dict[str, int]
-
-
-async def evaluate(
-    problems: Sequence[Prompt],
-    engine: RolloutEngine | None,
-    exchange: Exchange,
-    scoring: Scoring,
-    config: Config,
-    stop_token_ids: Sequence[int],
-) -> Evaluation:
-    """On all ranks; every rank has the result.
+class ProgressLog:
+    """Says how far an evaluation is, from time to time.
 
     Args:
-        problems: The same on every rank.
-        engine: Of this rank; None where it does not lead.
-        exchange: Of the leaders.
-        scoring: Of this rank.
-        config: Of the run; ``evaluation`` is read.
-        stop_token_ids: Responses end with one of these.
+        total: Responses to come.
+        seconds: Between two lines.
+    """
+
+    def __init__(self, total: int, seconds: float = _PROGRESS_SECONDS) -> None:
+        self._total, self._seconds = total, seconds
+        self._done = self._right = self._tokens = 0
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, response: Response) -> None:
+        """Another response."""
+        self._done += 1
+        self._right += response.right
+        self._tokens += response.tokens
+        now = time.monotonic()
+        if now - self._last >= self._seconds or self._done == self._total:
+            self._last = now
+            logger.info(
+                "%d of %d responses, %.1f %% of them right, %.0f tokens/s",
+                self._done,
+                self._total,
+                100 * self._right / self._done,
+                self._tokens / max(now - self._start, 1e-3),
+            )
+
+
+@contextmanager
+def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
+    """The model as a Hugging Face directory; that of a checkpoint exists within the block alone.
 
     Raises:
-        EngineError: of an engine.
+        WeightsError, OSError: see :func:`.actor.conversion.megatron_to_hf`.
     """
-    settings, mine, error = config.evaluation, [], None
-    sampling = SamplingParameters(
-        settings.temperature, config.rollout.max_response_tokens, settings.top_p, tuple(stop_token_ids)
-    )
+    if config.evaluation.checkpoint is None:
+        yield inputs.companions
+        return
+    target = inputs.output / "hf.temporary"
+    for left in (target, partial_of(target)):  # of an evaluation that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    logger.info("converts %s to %s, which is removed at the end", config.evaluation.checkpoint, target)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Megatron-Core's imports
+            from fipo_megatron.actor.conversion import Options, megatron_to_hf
 
-    async def answer(prompt: Prompt, sample: int) -> tuple[str, bool, int]:
-        assert engine is not None
-        request = GenerationRequest(
-            id=f"evaluation/{prompt.id}/{sample}",
-            group=f"evaluation/{prompt.id}",
-            tokens=prompt.tokens,
-            sampling=sampling,
-            seed=sampling_seed(config.seed, f"evaluation/{prompt.id}", sample, 0),
-        )
-        found = await engine.generate(request)
-        one = Trajectory(
-            prompt=prompt,
-            sample=sample,
-            tokens=found.tokens,
-            behaviour_log_probs=found.log_probs,
-            mask=np.ones(len(found.tokens), np.bool_),
-            finish_reason=found.finish_reason,
-        )
-        return prompt.id, await scoring.is_correct(one), len(found.tokens)
+            megatron_to_hf(Path(config.evaluation.checkpoint), target, Options(), inputs.companions)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
-    if exchange.rank in exchange.leaders:
-        share = problems[exchange.leaders.index(exchange.rank) :: len(exchange.leaders)]
+
+async def until_asked_to_end(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
+    """The result; SIGTERM cancels it, as Ctrl-C does: what it has started ends."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
+
+
+async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: Path) -> Evaluation:
+    """Opens an engine of the model in the directory, or of the servers that are named; closes it in any case.
+
+    Raises:
+        EngineError: it does not start, or serves another model.
+    """
+    servers = replace(config.rollout.servers, colocated=False)  # nobody else wants the memory
+    config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
+    exchange, starters = (Exchange(dist.HashStore(), 0) for _ in range(2))
+    host = Host(rank=0, local_rank=0, starters=(0,), cuda=torch.cuda.is_available(), directory=inputs.output)
+    verifier = open_verifier(config.reward)
+    try:
+        opened = await open_engine(config, host, exchange, starters, inputs.tokenizer, inputs.architecture.vocab)
         try:
-            async with exchange.alive():
-                mine = await asyncio.gather(
-                    *(answer(prompt, sample) for prompt in share for sample in range(settings.samples_per_prompt))
-                )
-        except Exception as failed:
-            error = failed
-    everyone = [one for part in await exchange.gather(mine, error) for one in part]
-    right = {prompt.id: 0 for prompt in problems}
-    for id_, correct, _ in everyone:
-        right[id_] += correct
-    count = max(1, len(everyone))
-    return Evaluation(sum(right.values()) / count, sum(length for _, _, length in everyone) / count, right)
+            for one in opened.facts:
+                logger.info("%s: SGLang %s, weights of version %d", one.url, one.version, one.weight_version)
+            return await evaluate(
+                inputs.problems,
+                opened.engine,
+                exchange,
+                Scoring(config, verifier, inputs.tokenizer),
+                config,
+                inputs.stop_token_ids,
+                ProgressLog(len(inputs.problems) * config.evaluation.samples_per_prompt),
+            )
+        finally:
+            await opened.close()
+    finally:
+        await verifier.close()
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What was evaluated, and how: for the summary."""
+    by_servers = config.rollout.engine == "sglang" and config.rollout.servers.urls
+    return {
+        "model": config.model.path,
+        "checkpoint": config.evaluation.checkpoint,
+        "servers": list(config.rollout.servers.urls) if by_servers else [],
+        "files": list(config.evaluation.files),
+        "samples_per_prompt": config.evaluation.samples_per_prompt,
+        "temperature": config.evaluation.temperature,
+        "top_p": config.evaluation.top_p,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "verifier": config.reward.verifier,
+        "truncated_is_wrong": config.reward.truncated_is_wrong,
+        "engine": config.rollout.engine,
+        "seed": config.seed,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    for name in ("megatron", "nvidia", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        inputs = read_inputs(config)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go with it, too
+    try:
+        inputs.output.mkdir(parents=True, exist_ok=True)
+        with model_directory(config, inputs) as directory:
+            found = asyncio.run(until_asked_to_end(sample_and_count(config, inputs, directory)))
+        report.write(inputs.output, found, settings(config))
+    except EXPECTED as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        logger.error("ended, as asked; there is no result")
+        return 1
+    print(f"\n{report.table(found)}\n\n{inputs.output}/{report.SUMMARY}, {report.PROBLEMS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from fipo_megatron import manifest
 from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import DataError, Messages, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.evaluation.results import name_problems
 from fipo_megatron.manifest import Manifest
 from fipo_megatron.observe.trackers import missing_packages
 from fipo_megatron.reward.verifier import check_verifier
@@ -67,22 +68,21 @@ def read_inputs(config: Config) -> Inputs:
     problems += missing_packages(config.observe)
     problems += output_problems(Path(config.run.output), config.run.resume)
     problems += _other_model(Path(config.run.output) / "checkpoints", architecture, config.run.resume)
-    tokenizer, prompts, to_evaluate = None, [], []  # type: tuple[PreTrainedTokenizerBase | None, list[Prompt], list[Prompt]]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        problems.append(f"model.path = {path}: no tokenizer: {error}")
-    if tokenizer is not None and not tokenizer.chat_template and config.data.chat_template == "tokenizer":
+    if config.evaluation.checkpoint is not None:
         problems.append(
-            f"model.path = {path}: its tokenizer has no chat template, and prompts are conversations; with "
-            "data.chat_template=none they are plain text"
+            f"evaluation.checkpoint = {config.evaluation.checkpoint}: is for python -m fipo_megatron.evaluate alone; a "
+            "run evaluates its own weights"
         )
-    elif tokenizer is not None:
+    prompts, to_evaluate = [], []  # type: tuple[list[Prompt], list[Prompt]]
+    tokenizer, unusable = read_tokenizer(config, path)
+    problems += unusable
+    if tokenizer is not None and not unusable:
         answer = "response" if config.algorithm.kind == "sft" else "answer"
         try:
-            prompts = _prompts(config, config.data.files, tokenizer, "data.files", answer)
+            prompts = read_prompts(config, config.data.files, tokenizer, "data.files", answer)
             if config.evaluation.files and config.run.evaluate_every:
-                to_evaluate = _prompts(config, config.evaluation.files, tokenizer, "evaluation.files", "answer")
+                to_evaluate = read_prompts(config, config.evaluation.files, tokenizer, "evaluation.files", "answer")
+                problems += name_problems(prompt.data_source for prompt in to_evaluate)
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -91,9 +91,35 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(architecture, tokenizer, stop_tokens(path, tokenizer), tuple(prompts), tuple(to_evaluate))
 
 
-def _prompts(
+def read_tokenizer(config: Config, path: Path) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """That of a model's directory, and what is wrong with it; None: there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        return None, [f"model.path = {path}: no tokenizer: {error}"]
+    if tokenizer.chat_template or config.data.chat_template != "tokenizer":
+        return tokenizer, []
+    return tokenizer, [
+        f"model.path = {path}: its tokenizer has no chat template, and prompts are conversations; with "
+        "data.chat_template=none they are plain text"
+    ]
+
+
+def read_prompts(
     config: Config, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, field: str, answer: str
 ) -> list[Prompt]:
+    """All of the files that are short enough.
+
+    Args:
+        config: Of the run; ``data`` is read.
+        files: To read.
+        tokenizer: Of the model.
+        field: Of the configuration that names the files.
+        answer: The column of jsonl files that holds the answer.
+
+    Raises:
+        DataError: a file is not what it should be, or nothing is there.
+    """
     if not files:
         raise DataError(f"{field}: is empty; expected .parquet or .jsonl files")
 
@@ -104,9 +130,9 @@ def _prompts(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         )
 
-    return tokenize(
-        read_problems(files, answer=answer, once=answer == "answer"), tokens_of, config.data.max_prompt_tokens
-    )
+    apart = field == "evaluation.files"
+    found = read_problems(files, answer=answer, once=answer == "answer", apart=apart)
+    return tokenize(found, tokens_of, config.data.max_prompt_tokens)
 
 
 def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MiniBatch, split_mini_batches
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.data.trajectory import Trajectory
-from fipo_megatron.evaluate import Evaluation, evaluate
+from fipo_megatron.evaluation.answering import evaluate
+from fipo_megatron.evaluation.results import Evaluation
 from fipo_megatron.inputs import Inputs, imitation
 from fipo_megatron.observe import recordings
 from fipo_megatron.observe.console import sampling_shown

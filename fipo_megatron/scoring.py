@@ -13,7 +13,7 @@ from fipo_megatron import fail_points
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Trajectory
-from fipo_megatron.reward.verifier import Answer, Verifier
+from fipo_megatron.reward.verifier import Answer, Verdict, Verifier
 from fipo_megatron.rollout.sampler import Score
 
 
@@ -33,7 +33,7 @@ class Scoring:
     async def __call__(self, trajectory: Trajectory) -> Score:
         """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
         fail_points.reach("reward")
-        correct = await self.is_correct(trajectory)
+        correct = (await self.verdict(trajectory)).correct
         reward = self._config.reward
         penalty = overlong_penalty(
             torch.tensor([len(trajectory.tokens)]),
@@ -43,10 +43,10 @@ class Scoring:
         )
         return Score((1.0 if correct else -1.0) + float(penalty), int(correct))
 
-    async def is_correct(self, trajectory: Trajectory) -> bool:
-        """The verifier's verdict."""
+    async def verdict(self, trajectory: Trajectory) -> Verdict:
+        """The verifier's; wrong, and without an answer, where ``reward.truncated_is_wrong`` says so."""
         if self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length":
-            return False
+            return Verdict(False)
         prompt = trajectory.prompt
         answer = Answer(
             response=self.text(trajectory),
@@ -55,7 +55,7 @@ class Scoring:
             data_source=prompt.data_source,
         )
         with self._busy():
-            return (await self._verifier.verify(answer)).correct
+            return await self._verifier.verify(answer)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

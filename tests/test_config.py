@@ -54,6 +54,14 @@ PAPER_7B = PAPER_32B | {
     "rollout.max_response_tokens": 10240,
     "reward.overlong_buffer_tokens": 2048,
 }
+AIME = {
+    "evaluation.samples_per_prompt": 32,
+    "evaluation.temperature": 1.0,
+    "evaluation.top_p": 0.7,
+    "evaluation.files": ("data/aime-2024.parquet", "data/aime-2025.parquet"),
+    "rollout.max_response_tokens": 20480,
+    "reward.verifier": "math",
+}
 DAPO_32B = PAPER_32B | {"algorithm.kind": "dapo", "actor.prompts_per_mini_batch": 32, "updates_per_step": 16}
 
 
@@ -65,7 +73,12 @@ def value(config, key):
 
 @pytest.mark.parametrize(
     ("preset", "expected"),
-    [("fipo_qwen2.5_32b", PAPER_32B), ("fipo_qwen2.5_7b_math", PAPER_7B), ("dapo_qwen2.5_32b", DAPO_32B)],
+    [
+        ("fipo_qwen2.5_32b", PAPER_32B),
+        ("fipo_qwen2.5_7b_math", PAPER_7B),
+        ("dapo_qwen2.5_32b", DAPO_32B),
+        ("evaluate_aime", AIME),
+    ],
 )
 def test_presets_hold_the_numbers_of_the_paper(preset, expected):
     config = load_config(PRESETS / f"{preset}.yaml")

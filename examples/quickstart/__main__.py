@@ -64,7 +64,7 @@ def main() -> None:
     rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     print("\n  step   accuracy on 256 held-out problems   response tokens")
     for row in rows:
-        print(f"  {row['step']:4}   {row['accuracy']:33.1%}   {row['response_length']:15.1f}")
+        print(f"  {row['step']:4}   {row['evaluation/accuracy']:33.1%}   {row['evaluation/response_tokens']:15.1f}")
     print(
         f"""
   {seconds:.0f} s. What there is now:

@@ -285,19 +285,24 @@ class RewardConfig:
 
 @dataclass(config=_STRICT, frozen=True)
 class EvaluationConfig:
-    """Evaluation during training.
+    """Evaluation, during training (``run.evaluate_every``) and alone (``python -m fipo_megatron.evaluate``).
 
     Attributes:
-        files: Problems, in the formats of ``data.files``.
+        files: Problems, in the formats of ``data.files``; statistics are of each ``data_source``, or each file.
         samples_per_prompt: k of avg@k, cons@k and pass@k.
         temperature: Of the sampling.
         top_p: Nucleus; 1: off.
+        checkpoint: Alone: a Megatron checkpoint (torch_dist) to evaluate; null: the model in ``model.path``.
+        name: Alone: results go to ``evaluation-NAME`` in ``run.output``; null: the last part of the path of what is
+            evaluated.
     """
 
     files: tuple[str, ...] = ()
     samples_per_prompt: Positive = 32
     temperature: Temperature = 1.0
     top_p: Fraction = 0.7
+    checkpoint: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
 
 
 @dataclass(config=_STRICT, frozen=True)

@@ -47,25 +47,28 @@ class Problem:
     data_source: str
 
 
-def read_problems(files: Sequence[str | Path], *, answer: str = "answer", once: bool = True) -> list[Problem]:
+def read_problems(
+    files: Sequence[str | Path], *, answer: str = "answer", once: bool = True, apart: bool = False
+) -> list[Problem]:
     """All rows of the files.
 
     Args:
         files: ``.parquet`` or ``.jsonl``.
         answer: The column of jsonl files that holds the answer.
         once: Take rows that say the same once: DAPO-Math-17k has each a hundred times.
+        apart: Rows of different data sources do not say the same: every data set is evaluated whole.
 
     Raises:
         DataError: a file cannot be read, columns are missing (all are named), a row is not valid, or nothing is there.
     """
     found: list[Problem] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     ids: set[str] = set()
     rows = 0
     for file in files:
         for problem in _problems(Path(file), answer):
             rows += 1
-            said = json.dumps(problem.messages), problem.answer
+            said = json.dumps(problem.messages), problem.answer, problem.data_source if apart else ""
             if once and said in seen:
                 continue
             if problem.id in ids:
@@ -133,7 +136,7 @@ def _jsonl(file: Path, answer: str) -> Iterator[Problem]:
             id=str(row.get("id", f"{file.stem}:{number}")),
             messages=_messages(file, number, row["prompt"]),
             answer=str(row[answer]),
-            data_source=str(row.get("data_source", file.stem)),
+            data_source=str(row.get("data_source") or file.stem),
         )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from fipo_megatron.algorithm.statistics import bin_edges
 from fipo_megatron.config import Config
+from fipo_megatron.evaluation.results import cut_problems, problems_file, write_problems
 from fipo_megatron.manifest import describe_config
 
 from .console import StepLines
@@ -29,7 +30,7 @@ from .trajectories import TrajectoryFiles, cut_rows
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
-    from fipo_megatron.evaluate import Evaluation
+    from fipo_megatron.evaluation.results import Evaluation
     from fipo_megatron.rollout.sampler import Sampled
 
 logger = logging.getLogger(__name__)
@@ -138,10 +139,12 @@ class StepLog:
     def evaluation(self, step: int, found: Evaluation) -> None:
         """An evaluation, with the weights that the step begins with."""
         if self._writes:
-            values = {"evaluation/accuracy": found.accuracy, "evaluation/response_tokens": found.response_length}
+            values = found.scalars()
+            write_problems(problems_file(self._output, step), found.problems)
             self._append("evaluation.jsonl", {"step": step} | values)
             self._tell(step, values)
-            logger.info("step %d: evaluation: accuracy %.3f, %.1f tokens per response", step, *values.values())
+            text = "step %d: evaluation: accuracy %.3f, %.1f tokens per response"
+            logger.info(text, step, found.accuracy, found.response_tokens)
 
     def alarm(self, step: int, action: str, reason: str) -> None:
         """The alarm for collapse."""
@@ -154,6 +157,7 @@ class StepLog:
             for name in FILES:
                 cut_rows(self._output / name, step)
             self._trajectories.cut(step)
+            cut_problems(self._output, step)
 
     def evaluations(self) -> dict[int, float]:
         """Accuracy by step."""

@@ -20,6 +20,8 @@ from fipo_megatron.reward import answers
 
 Check = Callable[[str, str], tuple[bool, str | None]]
 _OPEN_FILES = 64
+_LAST_CHARACTERS = 4000
+"""Of a response, in which its answer is looked for: bounds the time."""
 
 
 def main(verifier: str, seconds: str, mebibytes: str) -> None:
@@ -52,7 +54,13 @@ def load(verifier: str) -> Check:
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{verifier}: is no function")
-    return lambda response, ground_truth: (float(function(response, ground_truth)) > 0, None)
+    return lambda response, ground_truth: (float(function(response, ground_truth)) > 0, _last_answer(response))
+
+
+def _last_answer(response: str) -> str | None:
+    """What a response gives as its answer, where the verifier does not say: for the vote of an evaluation."""
+    found = answers.extract(response[-_LAST_CHARACTERS:])
+    return found and found[: answers.MAX_ANSWER_CHARACTERS]
 
 
 def framed(message: dict[str, Any]) -> bytes:

@@ -223,7 +223,8 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 class HttpVerifier(_Counting):
     """Asks a service: POST of ``prompt``, ``response``, ``ground_truth`` and ``data_source``.
 
-    It answers ``{"correct": true}`` or ``{"score": 1.0}``, which is right above 0.
+    It answers ``{"correct": true}`` or ``{"score": 1.0}``, which is right above 0; beside it there may be
+    ``"extracted"``: what it took for the answer.
 
     Args:
         url: Of the service.
@@ -272,7 +273,8 @@ class HttpVerifier(_Counting):
         value = content.get("correct", content.get("score")) if isinstance(content, dict) else None
         if not isinstance(value, bool | int | float):
             return Verdict(False, failure="error")
-        return Verdict(value > 0)
+        extracted = content.get("extracted")
+        return Verdict(value > 0, extracted if isinstance(extracted, str) else None)
 
     async def close(self) -> None:
         """See :class:`Verifier`."""

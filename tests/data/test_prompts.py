@@ -50,6 +50,15 @@ def test_jsonl_and_ids_that_occur_twice(tmp_path):
     assert [p.answer for p in problems] == ["1", "2"]
 
 
+def test_data_sets_that_share_a_problem_stay_whole(tmp_path):
+    row = {"prompt": "1?", "answer": "1"}
+    files = [jsonl(tmp_path / f"{name}.jsonl", [row, row]) for name in "ab"]
+    assert [p.data_source for p in read_problems(files)] == ["a"]
+    assert [p.data_source for p in read_problems(files, apart=True)] == ["a", "b"]
+    (unnamed,) = read_problems([jsonl(tmp_path / "c.jsonl", [row | {"data_source": ""}])])
+    assert unnamed.data_source == "c"
+
+
 def test_examples_to_imitate_may_occur_twice(tmp_path):
     file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "one"}] * 3)
     assert len(read_problems([file], answer="response", once=False)) == 3

@@ -28,6 +28,12 @@ ALLOWED = {
 FILES = frozenset(path.name for room in ("fipo_megatron", "tests") for path in (ROOT / room).rglob("*.py"))
 """A name without a directory may be that of any of these."""
 
+OF_USERS = {
+    *("build/", "checkpoints/", "rollouts/", "rollout/", "hf/", "tensorboard/", "trajectories/", "evaluations/"),
+    *("data/aime-2024.parquet", "data/aime-2025.parquet", "evaluation/DATA_SET/"),
+}
+"""What a run writes, and what a user brings."""
+
 WITHOUT_PATHS = {"upstream.md": "files of Megatron-Core", "decisions.md": "files that a design had"}
 """Pages whose paths are not ours."""
 
@@ -85,7 +91,7 @@ def test_keys_and_tags_exist(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WITHOUT_PATHS], ids=lambda page: page.name)
 def test_files_exist(page):
-    written = {block.title for block in blocks(page)} | {"build/", "checkpoints/", "rollouts/", "rollout/", "hf/"}
+    written = {block.title for block in blocks(page)} | OF_USERS
     assert not [name for name in unknown_paths(spans(page)) if name not in written and not name.startswith("build/")]
 
 

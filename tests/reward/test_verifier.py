@@ -55,6 +55,10 @@ def test_right_and_wrong():
 def test_verifiers_of_users():
     verdicts, _ = verify("python:tests.reward.verifiers.contains", [Answer("it is 34", "34"), Answer("no", "34")])
     assert [verdict.correct for verdict in verdicts] == [True, False]
+    said = [Answer("Answer: 34", "34"), Answer("34" + r"\boxed{" * 20_000, "34"), Answer("Answer: " + "9" * 999, "34")]
+    verdicts, _ = verify("python:tests.reward.verifiers.contains", said)
+    assert [verdict.extracted for verdict in verdicts] == ["34", None, "9" * 300], "for votes, in bounded time"
+    assert [verdict.correct for verdict in verdicts] == [True, True, False]
     verdicts, _ = verify("python:tests.reward.verifiers.score", [Answer("0.5", ""), Answer("0", ""), Answer("a", "")])
     assert [(verdict.correct, verdict.failure) for verdict in verdicts] == [(True, ""), (False, ""), (False, "error")]
 
@@ -139,6 +143,8 @@ def test_a_service():
             return web.Response(text="<html>")
         if response == "slow":
             await asyncio.sleep(60)
+        if response == "right":
+            return web.json_response({"correct": True, "extracted": "34"})
         return web.json_response({"score": -0.5} if response == "score" else {"correct": response != "wrong"})
 
     async def run():
@@ -168,6 +174,7 @@ def test_a_service():
         "slow": "timeout",
     }
     assert counts == {"verified": 6, "error": 1, "timeout": 1}
+    assert (found["right"].extracted, found["flaky"].extracted) == ("34", None)
     assert (asked["flaky"], asked["wrong"]) == (3, 1)
     [unreachable], _ = verify("http://127.0.0.1:9/", [Answer("a", "b")])
     assert unreachable.failure == "unreachable"

@@ -74,6 +74,7 @@ def test_kept_refilled_and_carried_as_computed_by_hand(path):
     assert names(groups) == [1, 3, 5]
     assert {k: v for k, v in statistics.items() if v} == {
         "batches": 3,
+        "tokens_sampled": 6 * 4 * 12,
         "groups_sampled": 6,
         "groups_kept": 3,
         "groups_all_wrong": 1,

@@ -1,0 +1,207 @@
+"""The program, on models of the quickstart's with random weights: alone and in training, by every way to a model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart import task
+from fipo_megatron import evaluate
+from fipo_megatron.actor.conversion import Options, hf_to_megatron
+from fipo_megatron.config import load_config
+from fipo_megatron.inputs import InputError, read_inputs
+from fipo_megatron.observe.metrics import OF_DATA_SETS
+from tests import test_train
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
+PROBLEMS = 12
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Problems of two data sets, and a model."""
+    directory = tmp_path_factory.mktemp("data")
+    task.build(directory, seed=1)
+    rows = [json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()[:PROBLEMS]]
+    for row in rows[8:]:
+        row["data_source"] = "other/set"
+    (directory / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def settings(data, output):
+    return [
+        *(f"model.path={data}/model", f"evaluation.files=[{data}/few.jsonl]", f"run.output={output}"),
+        *("reward.verifier=python:tests.train_verifiers.by_chance", "reward.truncated_is_wrong=false"),
+        *("evaluation.samples_per_prompt=4", "rollout.max_response_tokens=12", "rollout.embedded_slots=32"),
+    ]
+
+
+def run(data, output, *overrides):
+    """In this process; the exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return evaluate.main([str(CONFIG), *settings(data, output), *overrides])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Two steps, evaluated before, between and after."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "run.save_every=1"]
+    test_train.train(data, output, *evaluating)
+    return output
+
+
+def test_a_run_writes_tags_and_rows(trained):
+    rows = [json.loads(line) for line in (trained / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    names = [f"evaluation/{data_set}/{name}" for data_set in ("few", "other_set") for name in OF_DATA_SETS]
+    assert list(rows[0]) == ["step", "evaluation/accuracy", "evaluation/response_tokens", *names]
+    files = sorted(file.name for file in (trained / "evaluations").iterdir())
+    assert files == ["step-000000.jsonl", "step-000001.jsonl", "step-000002.jsonl"]
+    problems = [json.loads(line) for line in (trained / "evaluations" / files[-1]).read_text().splitlines()]
+    assert [problem["data_set"] for problem in problems] == ["few"] * 8 + ["other_set"] * 4
+    right = sum(problem["right"] for problem in problems)
+    assert 0 < right < 4 * PROBLEMS
+    assert rows[-1]["evaluation/accuracy"] == right / (4 * PROBLEMS)
+
+
+def test_every_way_to_the_weights_gives_the_rows_of_the_run(data, trained, tmp_path, capsys):
+    """Its checkpoint, the model it exported, and that converted to a checkpoint: bit for bit."""
+    expected = (trained / "evaluations" / "step-000002.jsonl").read_bytes()
+    hf_to_megatron(trained / "hf", tmp_path / "converted", Options())
+    ways = {
+        "trained": f"evaluation.checkpoint={trained}/checkpoints/step-000002",
+        "hf": f"model.path={trained}/hf",
+        "converted": f"evaluation.checkpoint={tmp_path}/converted",
+    }
+    for name, way in ways.items():
+        assert run(data, tmp_path / "out", way, f"evaluation.name={name}") == 0
+        output = tmp_path / "out" / f"evaluation-{name}"
+        assert (output / "problems.jsonl").read_bytes() == expected
+        assert sorted(file.name for file in output.iterdir()) == ["problems.jsonl", "summary.json"]
+        assert "avg@4" in capsys.readouterr().out
+    row = json.loads((trained / "evaluation.jsonl").read_text().splitlines()[-1])
+    summary = json.loads((output / "summary.json").read_text())
+    assert {"step": 2} | summary["scalars"] == row
+    assert summary["checkpoint"] == f"{tmp_path}/converted"
+    assert run(data, tmp_path / "out", f"evaluation.checkpoint={trained}/checkpoints/step-000001") == 0
+    assert (tmp_path / "out" / "evaluation-step-000001" / "problems.jsonl").read_bytes() != expected
+
+
+def test_a_hugging_face_model_needs_no_megatron(data, tmp_path):
+    """Neither do errors; progress is shown."""
+    code = (
+        "import sys; from fipo_megatron import evaluate; code = evaluate.main(sys.argv[1:]); "
+        "assert not [name for name in sys.modules if name.partition('.')[0] == 'megatron']; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(CONFIG), *settings(data, tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{4 * PROBLEMS} of {4 * PROBLEMS} responses" in done.stderr
+    assert "other_set" in done.stdout
+    assert (tmp_path / "evaluation-model" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/nowhere"], "model.path = '/nowhere': has no config.json"),
+        (["evaluation.files=[]", "run.evaluate_every=0"], "evaluation.files: is empty"),
+        (["evaluation.files=[/nowhere.jsonl]"], "/nowhere.jsonl: cannot be read"),
+        (["evaluation.checkpoint=/nowhere"], "evaluation.checkpoint = /nowhere: not a torch_dist checkpoint"),
+        (["evaluation.name=a/b"], "evaluation.name = 'a/b'"),
+        (["evaluation.samples_per_prompt=0"], "evaluation.samples_per_prompt = 0"),
+        (["reward.verifier=python:no.such"], "reward.verifier = python:no.such: there is no module"),
+        (["rollout.max_response_tokens=120", "actor.token_budget=9999"], "must be at most the model's context"),
+        (["rollout.servers.urls=['http://localhost:1']"], "needs rollout.engine = sglang"),
+        ([f"run.output={__file__}/run"], "cannot be written"),
+    ],
+)
+def test_errors_come_before_anything_is_built(overrides, message, data, tmp_path, capsys):
+    assert run(data, tmp_path / "out", *overrides) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_names_its_checkpoints(data, trained, tmp_path, capsys):
+    assert run(data, tmp_path, f"evaluation.checkpoint={trained}") == 2
+    assert f"there is {trained}/checkpoints/step-000001, {trained}/checkpoints/step-000002" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_sent_to_servers_that_run(data, trained, tmp_path, capsys):
+    by_servers = ["rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:1']"]
+    assert run(data, tmp_path, *by_servers, f"evaluation.checkpoint={trained}/checkpoints/step-000002") == 2
+    assert "must be null with rollout.servers.urls" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_and_several_processes_are_refused(data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "evaluation-model").mkdir()
+    (tmp_path / "evaluation-model" / "summary.json").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(data, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "evaluation-model: holds an evaluation already" in said
+    assert "2 processes: an evaluation is one process" in said
+
+
+def test_a_run_evaluates_no_checkpoint(data, tmp_path):
+    training = [*settings(data, tmp_path / "run"), f"data.files=[{data}/problems.jsonl]", "evaluation.checkpoint=x"]
+    with pytest.raises(InputError, match=r"evaluation.checkpoint = x: is for python -m fipo_megatron.evaluate alone"):
+        read_inputs(load_config(CONFIG, training))
+
+
+def test_weights_that_are_missing_are_noticed(data, tmp_path, capsys):
+    shutil.copytree(data / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert run(data, tmp_path / "out", f"model.path={tmp_path}/model") == 2
+    assert "holds neither model.safetensors nor" in capsys.readouterr().err
+
+
+def test_servers_that_are_not_there_end_it(data, tmp_path, caplog):
+    by_servers = ["rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:1']"]
+    assert run(data, tmp_path, *by_servers) == 1
+    assert "http://127.0.0.1:1" in caplog.text
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_asked_to_end_it_leaves_no_model_behind(data, trained, tmp_path):
+    """SIGTERM while it samples from what a checkpoint was converted to."""
+    longer = ["evaluation.samples_per_prompt=512", f"evaluation.checkpoint={trained}/checkpoints/step-000002"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fipo_megatron.evaluate", str(CONFIG), *settings(data, tmp_path), *longer],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = tmp_path / "evaluation-step-000002"
+    while not (output / "hf.temporary").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "ended, as asked" in said
+    assert "Traceback" not in said
+    assert not list(output.iterdir())

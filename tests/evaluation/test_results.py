@@ -1,0 +1,107 @@
+"""Rows, tags, tables and files of an evaluation, by hand."""
+
+import json
+
+import pytest
+
+from fipo_megatron.evaluation import report
+from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
+from fipo_megatron.evaluation.statistics import vote
+from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
+from fipo_megatron.observe.records import StepLog
+
+
+def problem(data_set, id_, answers, truth="5", lengths=(10, 20, 30, 40), cut=0):
+    right = [answer == truth for answer in answers]
+    return ProblemResult.of(data_set, id_, truth, right, lengths, cut, vote(answers, right))
+
+
+@pytest.fixture
+def found():
+    return Evaluation(
+        (
+            problem("one", "1", ["5", "5", "7", None]),
+            problem("one", "2", ["7", "5", "7", "5"], cut=1),
+            problem("two", "3", [None] * 4, lengths=(1, 1, 1, 1)),
+        )
+    )
+
+
+def test_a_row(found):
+    assert report.asdict(found.problems[1]) == {
+        "data_set": "one",
+        "id": "2",
+        "ground_truth": "5",
+        "samples": 4,
+        "right": 2,
+        "answered": 4,
+        "answers": {"7": 2, "5": 2},
+        "response_tokens": 25.0,
+        "truncated": 1,
+        "consensus": "7",
+        "consensus_right": False,
+    }
+
+
+def test_scalars_are_the_tags_of_the_table_of_metrics(found):
+    scalars = found.scalars()
+    known = {metric.tag for metric in METRICS if metric.group == "evaluation"}
+    assert {tag.replace("/one/", "/{data_set}/").replace("/two/", "/{data_set}/") for tag in scalars} == known
+    assert len(scalars) == 2 + 2 * len(OF_DATA_SETS)
+    assert scalars["evaluation/accuracy"] == pytest.approx(4 / 12)
+    assert scalars["evaluation/response_tokens"] == pytest.approx(51 / 3)
+    assert scalars["evaluation/one/avg"] == 0.5
+    assert scalars["evaluation/one/cons"] == 0.5
+    assert scalars["evaluation/one/pass"] == 1
+    assert scalars["evaluation/one/truncated_fraction"] == 1 / 8
+    assert scalars["evaluation/two/avg"] == scalars["evaluation/two/cons"] == scalars["evaluation/two/pass"] == 0
+    assert scalars["evaluation/two/avg_low"] is None
+
+
+def test_where_a_verifier_names_no_answers_there_is_no_cons():
+    row = ProblemResult.of("one", "1", "5", [True, False], [1, 1], 0, vote([None, None], [True, False]))
+    scalars = Evaluation((row, row)).scalars()
+    assert scalars["evaluation/one/avg"] == 0.5
+    assert [scalars[f"evaluation/one/cons{end}"] for end in ("", "_low", "_high")] == [None] * 3
+
+
+def test_the_table_is_aligned(found):
+    lines = report.table(found).splitlines()
+    assert lines[0].split() == ["data", "set", "problems", "avg@4", "cons@4", "pass@4", "tokens", "truncated"]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert "50.0% (" in lines[1]
+    assert lines[2].split() == ["two", "1", "0.0%", "0.0%", "0.0%", "1.0", "0.0%"]
+    assert lines[4].split() == ["data", "set", "pass@1", "pass@2", "pass@4"]
+
+
+def test_the_summary_can_be_read_again(found, tmp_path):
+    report.write(tmp_path, found, {"model": "m"})
+    summary = json.loads((tmp_path / report.SUMMARY).read_text())
+    assert summary["model"] == "m"
+    assert summary["scalars"] == found.scalars()
+    assert summary["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
+    rows = [json.loads(line) for line in (tmp_path / report.PROBLEMS).read_text().splitlines()]
+    assert [ProblemResult(**row) for row in rows] == list(found.problems)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [report.PROBLEMS, report.SUMMARY]
+
+
+def test_resume_cuts_evaluations(found, tmp_path):
+    log = StepLog(tmp_path, writes=True)
+    for step in (0, 10, 20):
+        log.evaluation(step, found)
+    (tmp_path / "evaluations" / ".step-000020.jsonl.partial").write_text("half")
+    log.cut(10)
+    assert [file.name for file in (tmp_path / "evaluations").iterdir()] == ["step-000000.jsonl"]
+    assert log.evaluations() == {0: pytest.approx(4 / 12)}
+
+
+def test_names_of_data_sets():
+    assert [data_set_name(name) for name in ("AIME 2024/II", "held_out", "a.b-c", "")] == [
+        "AIME_2024_II",
+        "held_out",
+        "a.b-c",
+        "unnamed",
+    ]
+    assert name_problems(["a", "b", "a"]) == []
+    (text,) = name_problems(["a b", "a/b"])
+    assert "'a/b' and 'a b': both are called a_b" in text
