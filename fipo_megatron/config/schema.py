@@ -338,13 +338,13 @@ class ObserveConfig:
 class HealthConfig:
     """The alarm for collapse (Fig. 2): many tokens clipped from below, rising policy KL, falling length.
 
-    It is raised where means over ``window`` steps are at all three bounds, or the policy KL alone is at
-    ``policy_kl_limit``.
+    It is raised where medians of ``window`` steps are at all three bounds, or that of the policy KL alone is at
+    ``policy_kl_limit``. One bad step is none.
 
     Attributes:
         action: What follows: nothing, a warning, a checkpoint and the end of the run, or a return to a checkpoint from
             before; ``off``: the alarm is not looked at.
-        window: Steps that are averaged.
+        window: Steps whose median is taken.
         low_clip: Tokens with A < 0 clipped at 1 − ε_low, of all tokens.
         policy_kl: Mean of −d over the updates of a step, by absolute value.
         length_ratio: Mean response length, of its best so far.

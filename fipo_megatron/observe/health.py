@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from fipo_megatron.config import HealthConfig
@@ -76,7 +77,7 @@ class CollapseAlarm:
         config = self._config
         self._window = [*self._window[-config.window + 1 :], seen] if config.window > 1 else [seen]
         count = len(self._window)
-        low_clip, policy_kl, length = (sum(one[n] for one in self._window) / count for n in (1, 2, 3))
+        low_clip, policy_kl, length = (median(one[n] for one in self._window) for n in (1, 2, 3))
         self._longest = max(self._longest, length)
         ratio = length / self._longest
         signature = low_clip >= config.low_clip and abs(policy_kl) >= config.policy_kl and ratio <= config.length_ratio
@@ -89,11 +90,11 @@ class CollapseAlarm:
         }
         if not raised:
             return report, None
-        limit = f" (bound alone: {config.policy_kl_limit:g})"
+        limit = "" if signature else f" (bound alone: {config.policy_kl_limit:g})"
         reason = (
-            f"over {count} steps, {low_clip:.2%} of the tokens are clipped from below (bound {config.low_clip:.2%}), "
-            f"the policy KL is {abs(policy_kl):.3g} (bound {config.policy_kl:g}{'' if signature else limit}), and the "
-            f"mean length is {ratio:.0%} of its best (bound {config.length_ratio:.0%})"
+            f"by the median of {count} steps, {low_clip:.2%} of the tokens are clipped from below "
+            f"(bound {config.low_clip:.2%}), the policy KL is {abs(policy_kl):.3g} (bound {config.policy_kl:g}{limit}), "
+            f"and the length is {ratio:.0%} of its best (bound {config.length_ratio:.0%})"
         )
         alarm = Alarm(seen[0], self._window[0][0], reason)
         self._window = []

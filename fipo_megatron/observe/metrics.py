@@ -185,9 +185,9 @@ OF_UPDATES = _POLICY | _RATIOS | _FUTURE_KL | _MISMATCH | _OPTIMIZER
 """By the names that :mod:`.algorithm.statistics` and :mod:`.observe.records` know them by."""
 
 _HEALTH = [
-    Metric("health/low_clip", "policy/clip_fraction_low, mean over `health.window` steps.", "", HEALTH),
-    Metric("health/policy_kl", "|policy/policy_kl|, mean over `health.window` steps.", "nats", HEALTH),
-    Metric("health/length_ratio", "Mean length over `health.window` steps, of its best so far.", "", HEALTH),
+    Metric("health/low_clip", "policy/clip_fraction_low, median of `health.window` steps.", "", HEALTH),
+    Metric("health/policy_kl", "|policy/policy_kl|, median of `health.window` steps.", "nats", HEALTH),
+    Metric("health/length_ratio", "Mean length, median of `health.window` steps, of its best so far.", "", HEALTH),
     Metric("health/alarm", "1 where the alarm is raised in this step, else 0.", "", HEALTH),
 ]
 

@@ -1,0 +1,72 @@
+"""Lines are aligned; ranks are named; how far sampling is reaches the log."""
+
+import logging
+import time
+
+from rich.console import Console
+
+from fipo_megatron.observe import console
+from fipo_megatron.rollout.progress import Progress, Sampling, together
+
+VALUES = {tag: 0.5 for _, tag, _, _ in console.COLUMNS}
+
+
+def test_a_line_per_step_below_its_header(caplog):
+    caplog.set_level(logging.INFO)
+    lines = console.StepLines()
+    lines.say(3, 200, VALUES, {"generate": 12.34, "sync": 0.01})
+    lines.say(140, 200, VALUES | {"policy/loss": -12.5, "policy/entropy": None}, {"update": 1.0})
+    header, first, second = [record.getMessage() for record in caplog.records]
+    assert first.startswith("  3/200 ")
+    assert second.startswith("140/200 ")
+    for title, _, _, _ in console.COLUMNS:
+        end = header.index(title) + len(title)
+        assert first[end - 1] != " "
+        assert second[end - 1] != " "
+    assert first.endswith("  generate 12.3")
+    assert len(header.partition("seconds")[0]) == len(first.partition("generate")[0])
+
+
+def test_columns_that_do_not_exist_are_left_out(caplog):
+    caplog.set_level(logging.INFO)
+    console.StepLines().say(0, 9, {"policy/loss": 1.0}, {})
+    assert "accuracy" not in caplog.records[0].getMessage()
+
+
+def test_ranks_other_than_the_first_warn_with_their_rank(capsys):
+    try:
+        assert console.set_up_logging(3, plain=False) is None
+        logging.getLogger("fipo_megatron.x").info("unheard")
+        logging.getLogger("fipo_megatron.x").warning("heard")
+        said = capsys.readouterr().err
+        assert "rank 3 WARNING heard" in said
+        assert "unheard" not in said
+    finally:
+        logging.basicConfig(force=True)
+
+
+def test_sampling_is_shown_in_the_log_and_on_a_terminal(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(console, "_QUIET_SECONDS", 0.01)
+    now = Sampling(12, 8192, 90_000, 61.7)
+    with console.sampling_shown(None, lambda: now):
+        time.sleep(0.1)
+    said = caplog.records[0].getMessage()
+    assert "sampling: 12 of 8,192 responses" in said
+    assert "the longest in flight for 62 s" in said
+    terminal = Console(force_terminal=True, width=140, record=True)
+    with console.sampling_shown(terminal, lambda: now):
+        time.sleep(0.6)
+    assert "12 of 8,192 responses" in terminal.export_text()
+
+
+def test_progress_of_several_ranks():
+    progress = Progress()
+    with progress.response():
+        time.sleep(0.01)
+        assert progress.now()[:3] == (0, 1, 0)
+        assert progress.now().oldest_seconds >= 0.01
+    progress.complete(7)
+    assert progress.now()[:3] == (1, 1, 7)
+    assert together([progress.now(), Sampling(2, 3, 4, 99.0)]) == (3, 4, 11, 99.0)
+    assert together([]) == (0, 0, 0, 0.0)

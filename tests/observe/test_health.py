@@ -1,0 +1,65 @@
+"""The alarm is raised for the signature of Fig. 2, not for a part of it, and in a resumed run in the same step."""
+
+import pytest
+
+from fipo_megatron.config import HealthConfig
+from fipo_megatron.observe.health import LOOKED_AT, CollapseAlarm
+
+CONFIG = HealthConfig(window=3, low_clip=0.02, policy_kl=0.01, length_ratio=0.75, policy_kl_limit=0.1)
+HEALTHY, COLLAPSED = (0.002, 0.001, 100.0), (0.05, 0.03, 40.0)
+
+
+def look(alarm, steps, first=0):
+    found = []
+    for number, values in enumerate(steps, first):
+        _, raised = alarm.look(number, dict(zip(LOOKED_AT, values, strict=True)))
+        found.append(raised)
+    return found
+
+
+def test_the_whole_signature_raises_it():
+    found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [COLLAPSED] * 2)
+    assert [bool(one) for one in found] == [False] * 6 + [True]
+    assert (found[-1].step, found[-1].began) == (6, 4)
+    assert "5.00% of the tokens are clipped from below (bound 2.00%)" in found[-1].reason
+    assert "40% of its best (bound 75%)" in found[-1].reason
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_two_of_three_signs_do_not(part):
+    values = [h if n == part else c for n, (h, c) in enumerate(zip(HEALTHY, COLLAPSED, strict=True))]
+    assert not any(look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [values] * 10))
+
+
+@pytest.mark.parametrize("kl", [0.2, -0.2])
+def test_a_policy_that_is_far_away_raises_it_alone(kl):
+    found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.0, kl, 100.0)] * 2)
+    assert found[-1].step == 6
+
+
+def test_one_bad_step_does_not():
+    assert not any(look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.9, 0.9, 10.0)] + [HEALTHY] * 5))
+
+
+def test_it_is_raised_once_per_window_and_not_before_there_is_one():
+    found = look(CollapseAlarm(CONFIG), [(0.5, 0.5, 1.0)] * 7)
+    assert [bool(one) for one in found] == [False, False, True, False, False, True, False]
+
+
+def test_restored_it_goes_on_as_if_it_had_seen_all():
+    steps = [HEALTHY] * 4 + [COLLAPSED] * 5
+    for cut in range(len(steps)):
+        first, second = CollapseAlarm(CONFIG), CollapseAlarm(CONFIG)
+        whole = look(first, steps)
+        look(second, steps[:cut])
+        restored = CollapseAlarm(CONFIG)
+        restored.restore(second.history)
+        assert look(restored, steps[cut:], cut) == whole[cut:]
+
+
+def test_steps_that_learn_nothing_are_passed_over():
+    alarm = CollapseAlarm(CONFIG)
+    assert alarm.look(0, {"rollout/response_tokens_mean": 3.0}) == ({}, None)
+    assert not alarm.history
+    off = CollapseAlarm(HealthConfig(action="off"))
+    assert off.look(0, dict(zip(LOOKED_AT, COLLAPSED, strict=True))) == ({}, None)

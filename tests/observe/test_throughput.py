@@ -1,0 +1,50 @@
+"""FLOPs by formula, and rates."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fipo_megatron.observe.throughput import PEAKS, matrix_parameters, model_flops, peak_flops, throughput
+from fipo_megatron.weights.architecture import Architecture
+
+CONFIGS = Path(__file__).parents[1] / "weights" / "configs"
+
+
+def architecture(name):
+    return Architecture.from_hf(json.loads((CONFIGS / f"{name}.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen2.5-32B", 31.98), ("Qwen3-30B-A3B", 3.04), ("Qwen2.5-0.5B", 0.494)],
+)
+def test_parameters_that_a_token_is_multiplied_with(name, billions):
+    """32.76 B without its embedding of 152,064 × 5,120; the 8 chosen of 128 experts; a tied embedding is the output."""
+    assert matrix_parameters(architecture(name)) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_attention_grows_with_the_square():
+    shape = architecture("Qwen2.5-32B")
+    linear = 2 * matrix_parameters(shape)
+    quadratic = (model_flops(shape, [20480]) - linear * 20480) / 20480**2
+    assert quadratic == pytest.approx(2 * 64 * 40 * 128)
+    assert model_flops(shape, [100, 200]) == model_flops(shape, [100]) + model_flops(shape, [200])
+
+
+def test_peaks_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == PEAKS["H100"] == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("") is None
+
+
+def test_rates():
+    found = throughput(generated=600, generating=3, trained=1000, training=2, step=10, flops=4e12, peak=8e12)
+    assert found == {
+        "throughput/generated_tokens_per_second": 200,
+        "throughput/trained_tokens_per_second": 500,
+        "throughput/tokens_per_second": 100,
+        "throughput/mfu": 0.25,
+    }
+    found = throughput(generated=None, generating=0, trained=10, training=0, step=1, flops=1, peak=None)
+    assert found == {"throughput/trained_tokens_per_second": None, "throughput/tokens_per_second": 10}

@@ -1,0 +1,98 @@
+"""What trackers get comes out of them again: TensorBoard's own reader, and the services' packages without a service."""
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fipo_megatron.config import ObserveConfig
+from fipo_megatron.observe.trackers import TensorBoard, as_markdown, missing_packages, open_trackers
+
+ROW = {
+    "step": 3,
+    "prompt_id": "7",
+    "sample": 1,
+    "prompt": "1+1?",
+    "response": "`2`\n</script>**x**",
+    "reward": 1.0,
+    "ground_truth": "2",
+    "accuracy": 1,
+    "advantage": 0.5,
+    "response_tokens": 4,
+}
+
+
+def read(directory):
+    found = EventAccumulator(str(directory), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_says_what_it_was_told(tmp_path):
+    tracker = TensorBoard(tmp_path, 0)
+    for step in range(3):
+        tracker.scalars(step, {"policy/loss": 0.5 * step, "evaluation/aime-2024/avg": 0.25})
+    values = np.random.default_rng(0).normal(0, 1, 1000)
+    counts, edges = np.histogram(values, bins=20)
+    counts[3] = 0
+    tracker.histogram(2, "policy/log_ratio_positive", edges, counts)
+    tracker.text(2, "samples/responses", [ROW, ROW])
+    tracker.close()
+    found = read(tmp_path)
+    assert [(e.step, e.value) for e in found.Scalars("policy/loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert found.Tags()["scalars"] == ["policy/loss", "evaluation/aime-2024/avg"]
+    (event,) = found.Histograms("policy/log_ratio_positive")
+    histogram = event.histogram_value
+    assert histogram.num == counts.sum()
+    kept = [(limit, count) for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True) if count]
+    assert [count for _, count in kept] == counts[counts > 0].tolist()
+    assert [limit for limit, _ in kept] == pytest.approx(edges[1:][counts > 0].tolist())
+    (text,) = found.Tensors("samples/responses/text_summary")
+    assert text.tensor_proto.string_val[0].decode().count(as_markdown(ROW)) == 2
+
+
+def test_a_resumed_run_leaves_one_curve(tmp_path):
+    for first, value in ((0, 1.0), (3, 2.0)):
+        tracker = TensorBoard(tmp_path, first)
+        for step in range(first, 5):
+            tracker.scalars(step, {"policy/loss": value})
+        tracker.close()
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("policy/loss")] == [
+        *((step, 1.0) for step in range(3)),
+        *((step, 2.0) for step in range(3, 5)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+@pytest.mark.filterwarnings("ignore")
+def test_services_without_a_service(name, tmp_path, monkeypatch):
+    """Their own packages, which write to the disk alone."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    config = ObserveConfig(tensorboard=False, trackers=(name,), project="tests")
+    assert not missing_packages(config)
+    (tracker,) = open_trackers(config, tmp_path / "run", {"seed": 1}, 0)
+    counts, edges = np.histogram(np.linspace(-3, 3, 1025), bins=1025)
+    for step in range(2):
+        tracker.scalars(step, {"policy/loss": 0.625 + step})
+        tracker.histogram(step, "policy/log_ratio_positive", edges, counts)
+        tracker.text(step, "samples/responses", [ROW])
+    tracker.close()
+    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any(b"policy/loss" in content for content in written)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert missing_packages(ObserveConfig(trackers=("wandb",))) == [
+        "observe.tensorboard = True: tensorboard is not installed here",
+        "observe.trackers = ['wandb']: wandb is not installed here",
+    ]
+
+
+def test_nothing_in_a_response_ends_its_block():
+    lines = as_markdown(ROW).splitlines()[1:]
+    assert all(not line or line.startswith("    ") for line in lines)
+    assert "    </script>**x**" in lines
