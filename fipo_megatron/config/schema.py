@@ -336,10 +336,10 @@ class ObserveConfig:
 
 @dataclass(config=_STRICT, frozen=True)
 class HealthConfig:
-    """The alarm for collapse (Fig. 2): many tokens clipped from below, rising policy KL, falling length.
+    """The alarm for collapse: many tokens clipped from below and a rising policy KL, while length or accuracy falls.
 
-    It is raised where medians of ``window`` steps are at all three bounds, or that of the policy KL alone is at
-    ``policy_kl_limit``. One bad step is none.
+    It is raised where medians of ``window`` steps are at the bounds of both and at that of the length or the accuracy,
+    or where the policy KL alone is at ``policy_kl_limit``. One bad step is none.
 
     Attributes:
         action: What follows: nothing, a warning, a checkpoint and the end of the run, or a return to a checkpoint from
@@ -348,6 +348,7 @@ class HealthConfig:
         low_clip: Tokens with A < 0 clipped at 1 − ε_low, of all tokens.
         policy_kl: Mean of −d over the updates of a step, by absolute value.
         length_ratio: Mean response length, of its best so far.
+        accuracy_ratio: Accuracy of the responses that are learned from, of its best so far.
         policy_kl_limit: Policy KL that is an alarm by itself.
         max_roll_backs: Then the run is ended.
         roll_back_lr: The learning rate is multiplied by this at each return.
@@ -358,6 +359,7 @@ class HealthConfig:
     low_clip: NotNegative = 0.02
     policy_kl: NotNegative = 0.01
     length_ratio: Fraction = 0.75
+    accuracy_ratio: Fraction = 0.6
     policy_kl_limit: NotNegative = 0.1
     max_roll_backs: Positive = 2
     roll_back_lr: Fraction = 0.5

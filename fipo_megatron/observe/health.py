@@ -1,4 +1,8 @@
-"""The alarm for collapse: many tokens clipped from below, rising policy KL, falling length (2603.19835, Fig. 2)."""
+"""The alarm for collapse: many tokens clipped from below and a rising policy KL, while length or accuracy falls.
+
+The first three are the signature of Fig. 2 of arXiv 2603.19835. A policy that was pushed too far need not become terse:
+the quickstart at ten times its learning rate loses its accuracy at full length.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from typing import Any
 
 from fipo_megatron.config import HealthConfig
 
-LOOKED_AT = ("policy/clip_fraction_low", "policy/policy_kl", "rollout/response_tokens_mean")
+LOOKED_AT = (
+    *("policy/clip_fraction_low", "policy/policy_kl"),
+    *("rollout/response_tokens_mean", "rollout/accuracy"),
+)
 
 
 class CollapseError(RuntimeError):
@@ -31,7 +38,7 @@ class Alarm:
     reason: str
 
 
-Seen = tuple[int, float, float, float]
+Seen = tuple[int, float, float, float, float]
 """Step, and the values of ``LOOKED_AT``."""
 
 
@@ -46,7 +53,7 @@ class CollapseAlarm:
         self._config = config
         self._history: list[Seen] = []
         self._window: list[Seen] = []
-        self._longest = 0.0
+        self._longest = self._most_right = 0.0
 
     def look(self, step: int, values: Mapping[str, Any]) -> tuple[dict[str, float], Alarm | None]:
         """The metrics of a step.
@@ -69,33 +76,45 @@ class CollapseAlarm:
 
     def restore(self, history: Iterable[Seen]) -> None:
         """Begins anew with what was seen of earlier steps."""
-        self._history, self._window, self._longest = [(*one,) for one in history], [], 0.0
+        self._history, self._window = [(*one,) for one in history], []
+        self._longest = self._most_right = 0.0
         for seen in self._history:
             self._judge(seen)
 
     def _judge(self, seen: Seen) -> tuple[dict[str, float], Alarm | None]:
         config = self._config
-        self._window = [*self._window[-config.window + 1 :], seen] if config.window > 1 else [seen]
-        count = len(self._window)
-        low_clip, policy_kl, length = (median(one[n] for one in self._window) for n in (1, 2, 3))
-        self._longest = max(self._longest, length)
-        ratio = length / self._longest
-        signature = low_clip >= config.low_clip and abs(policy_kl) >= config.policy_kl and ratio <= config.length_ratio
-        raised = count == config.window and (signature or abs(policy_kl) >= config.policy_kl_limit)
+        self._window = [*self._window, seen][-config.window :]
+        low_clip, policy_kl, length, accuracy = (median(one[n] for one in self._window) for n in range(1, 5))
+        self._longest, self._most_right = max(self._longest, length), max(self._most_right, accuracy)
         report = {
             "health/low_clip": low_clip,
             "health/policy_kl": abs(policy_kl),
-            "health/length_ratio": ratio,
-            "health/alarm": float(raised),
+            "health/length_ratio": length / self._longest,
+            "health/accuracy_ratio": accuracy / self._most_right if self._most_right else 1.0,
         }
+        raised = len(self._window) == config.window and self._is_collapse(report)
+        report["health/alarm"] = float(raised)
         if not raised:
             return report, None
-        limit = "" if signature else f" (bound alone: {config.policy_kl_limit:g})"
-        reason = (
-            f"by the median of {count} steps, {low_clip:.2%} of the tokens are clipped from below "
-            f"(bound {config.low_clip:.2%}), the policy KL is {abs(policy_kl):.3g} (bound {config.policy_kl:g}{limit}), "
-            f"and the length is {ratio:.0%} of its best (bound {config.length_ratio:.0%})"
-        )
-        alarm = Alarm(seen[0], self._window[0][0], reason)
+        alarm = Alarm(seen[0], self._window[0][0], self._reason(report))
         self._window = []
         return report, alarm
+
+    def _is_collapse(self, report: Mapping[str, float]) -> bool:
+        config = self._config
+        pushed = report["health/low_clip"] >= config.low_clip and report["health/policy_kl"] >= config.policy_kl
+        falls = (
+            report["health/length_ratio"] <= config.length_ratio
+            or report["health/accuracy_ratio"] <= config.accuracy_ratio
+        )
+        return (pushed and falls) or report["health/policy_kl"] >= config.policy_kl_limit
+
+    def _reason(self, report: Mapping[str, float]) -> str:
+        config = self._config
+        return (
+            f"by the median of {config.window} steps, {report['health/low_clip']:.2%} of the tokens are clipped from "
+            f"below (bound {config.low_clip:.2%}), the policy KL is {report['health/policy_kl']:.3g} (bound "
+            f"{config.policy_kl:g}, alone {config.policy_kl_limit:g}), the length is "
+            f"{report['health/length_ratio']:.0%} of its best (bound {config.length_ratio:.0%}) and the accuracy "
+            f"{report['health/accuracy_ratio']:.0%} (bound {config.accuracy_ratio:.0%})"
+        )

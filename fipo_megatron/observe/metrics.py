@@ -188,6 +188,9 @@ _HEALTH = [
     Metric("health/low_clip", "policy/clip_fraction_low, median of `health.window` steps.", "", HEALTH),
     Metric("health/policy_kl", "|policy/policy_kl|, median of `health.window` steps.", "nats", HEALTH),
     Metric("health/length_ratio", "Mean length, median of `health.window` steps, of its best so far.", "", HEALTH),
+    Metric(
+        "health/accuracy_ratio", "rollout/accuracy, median of `health.window` steps, of its best so far.", "", HEALTH
+    ),
     Metric("health/alarm", "1 where the alarm is raised in this step, else 0.", "", HEALTH),
 ]
 

@@ -6,7 +6,8 @@ from fipo_megatron.config import HealthConfig
 from fipo_megatron.observe.health import LOOKED_AT, CollapseAlarm
 
 CONFIG = HealthConfig(window=3, low_clip=0.02, policy_kl=0.01, length_ratio=0.75, policy_kl_limit=0.1)
-HEALTHY, COLLAPSED = (0.002, 0.001, 100.0), (0.05, 0.03, 40.0)
+HEALTHY, COLLAPSED = (0.002, 0.001, 100.0, 0.6), (0.05, 0.03, 40.0, 0.6)
+WRONG = (0.05, 0.03, 100.0, 0.3)
 
 
 def look(alarm, steps, first=0):
@@ -15,6 +16,11 @@ def look(alarm, steps, first=0):
         _, raised = alarm.look(number, dict(zip(LOOKED_AT, values, strict=True)))
         found.append(raised)
     return found
+
+
+def test_accuracy_that_falls_is_a_sign_like_length():
+    assert look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [WRONG] * 2)[-1].step == 6
+    assert not any(look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.002, 0.03, 40.0, 0.1)] * 9))
 
 
 def test_the_whole_signature_raises_it():
@@ -33,16 +39,16 @@ def test_two_of_three_signs_do_not(part):
 
 @pytest.mark.parametrize("kl", [0.2, -0.2])
 def test_a_policy_that_is_far_away_raises_it_alone(kl):
-    found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.0, kl, 100.0)] * 2)
+    found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.0, kl, 100.0, 0.6)] * 2)
     assert found[-1].step == 6
 
 
 def test_one_bad_step_does_not():
-    assert not any(look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.9, 0.9, 10.0)] + [HEALTHY] * 5))
+    assert not any(look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.9, 0.9, 10.0, 0.0)] + [HEALTHY] * 5))
 
 
 def test_it_is_raised_once_per_window_and_not_before_there_is_one():
-    found = look(CollapseAlarm(CONFIG), [(0.5, 0.5, 1.0)] * 7)
+    found = look(CollapseAlarm(CONFIG), [(0.5, 0.5, 1.0, 0.1)] * 7)
     assert [bool(one) for one in found] == [False, False, True, False, False, True, False]
 
 
