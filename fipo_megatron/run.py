@@ -279,7 +279,9 @@ class Run:
                 roll_back.set_collapsed_aside(self._checkpoints.directory, events)
         self._load(path, self._from_first_rank(roll_back.read(self._output)))
         self._alarm.restore(one for one in self._alarm.history if one[0] < to)
-        self._log.cut(to)
+        self._log.close()
+        self._log.open(to)
+        self._log.alarm(alarm.step, health.action, alarm.reason)
         self._seconds.clear()
         logger.error("returned to %s; the learning rate is times %g", path, self.actor.learning_rate_factor)
         return True

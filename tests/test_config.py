@@ -280,3 +280,17 @@ def test_presets_name_only_keys_that_exist():
 
     for preset in PRESETS.glob("*.yaml"):
         assert set(written(yaml.safe_load(preset.read_text()))) - {"base"} <= set(keys(Config))
+
+
+@pytest.mark.parametrize("text", ["off", "Off"])
+def test_off_is_a_word(text, tmp_path):
+    """In YAML 1.1 it would be false, and no choice of any field."""
+    file = tmp_path / "config.yaml"
+    file.write_text("actor: {fp8: off}\nrun: {keep_best: false}")
+    config = load_config(file, ["health.action=off", "data.shuffle=true"])
+    assert (config.actor.fp8, config.health.action, config.run.keep_best, config.data.shuffle) == (
+        *("off", "off"),
+        *(False, True),
+    )
+    with pytest.raises(ConfigError, match=r"data.shuffle = '(off|Off)': must be a valid boolean"):
+        load_config(file, [f"data.shuffle={text}"])

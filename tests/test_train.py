@@ -5,18 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from examples.quickstart import task
+from tests.runs import ROOT, command, metrics, train, weights
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
 RANDOM_KILLS = int(os.environ.get("FIPO_RANDOM_KILLS", "0"))
 FAIL_POINTS = os.environ.get("FIPO_FAIL_POINTS", "checkpoint_publish:1,update:4").split(",")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -28,42 +25,6 @@ def data(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     task.build(directory, seed=1)
     return directory
-
-
-def command(data, output, *overrides, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    settings = [
-        *(f"model.path={data}/model", f"data.files=[{data}/problems.jsonl]", f"run.output={output}"),
-        *("reward.verifier=python:tests.train_verifiers.by_chance", "reward.truncated_is_wrong=false"),
-        *("run.steps=5", "run.evaluate_every=0", "rollout.embedded_slots=32", "rollout.prompts_per_step=4"),
-        *("rollout.samples_per_prompt=4", "actor.prompts_per_mini_batch=2", "rollout.max_response_tokens=24"),
-    ]
-    return [sys.executable, *launcher, "-m", "fipo_megatron.train", str(CONFIG), *settings, *overrides]
-
-
-def train(data, output, *overrides, ranks=1, fail_at="", code=0):
-    """What it said; the exit code is as expected."""
-    done = subprocess.run(
-        command(data, output, *overrides, ranks=ranks),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "FIPO_FAIL_AT": fail_at},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said[-6000:]
-    return said
-
-
-def metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(output):
-    files = sorted((output / "hf").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 LAYOUTS = {
