@@ -265,6 +265,7 @@ class Checkpoints:
             verified=True,
         )
         fill_optimizer(self._actor, found["optimizer"])
+        self._actor.schedule.num_steps = 0  # what is loaded is added
         self._actor.schedule.load_state_dict(saved.schedule)
         self._actor.skipped_steps = saved.skipped_steps
         same = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))

@@ -38,6 +38,7 @@ NOISE, EVALUATED, SAVED, PEAK = (
     "steps that save",
     "a GPU whose peak is known",
 )
+VOTED = "verifiers that say what the answer is"
 HEALTH = "health.action other than off"
 
 
@@ -219,7 +220,12 @@ _EVALUATION = [
     Metric("evaluation/accuracy", "avg@k over the problems of all data sets.", "", EVALUATED),
     Metric("evaluation/response_tokens", "Mean length of a response, over all.", "tokens", EVALUATED),
     *(
-        Metric(f"evaluation/{{data_set}}/{name}", text, "tokens" if name == "response_tokens" else "", EVALUATED)
+        Metric(
+            f"evaluation/{{data_set}}/{name}",
+            text,
+            "tokens" if name == "response_tokens" else "",
+            f"{EVALUATED}, {VOTED}" if name.startswith("cons") else EVALUATED,
+        )
         for name, text in OF_DATA_SETS.items()
     ),
 ]
