@@ -255,7 +255,7 @@ class Checkpoints:
             WeightsError: it does not hold this model.
         """
         saved = Manifest.read(path)
-        sharding = self._config.run.optimizer_sharding
+        sharding = saved.config["run"]["optimizer_sharding"]
         found = checkpoint.load(
             self._actor.chunks,
             self._architecture,

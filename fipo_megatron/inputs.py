@@ -67,7 +67,7 @@ def read_inputs(config: Config) -> Inputs:
             problems.append(str(error))
     problems += missing_packages(config.observe)
     problems += output_problems(Path(config.run.output), config.run.resume)
-    problems += _other_model(Path(config.run.output) / "checkpoints", architecture, config.run.resume)
+    problems += _unfit_checkpoint(Path(config.run.output) / "checkpoints", architecture, config)
     if config.evaluation.checkpoint is not None:
         problems.append(
             f"evaluation.checkpoint = {config.evaluation.checkpoint}: is for python -m fipo_megatron.evaluate alone; a "
@@ -163,17 +163,27 @@ def output_problems(output: Path, resume: str) -> list[str]:
     return []
 
 
-def _other_model(checkpoints: Path, architecture: Architecture, resume: str) -> list[str]:
-    """Whether the newest checkpoint holds the model."""
+def _unfit_checkpoint(checkpoints: Path, architecture: Architecture, config: Config) -> list[str]:
+    """Whether the newest checkpoint holds the model, in a way that this layout can load."""
     found = manifest.list_checkpoints(checkpoints)
-    if resume == "never" or not found:
+    if config.run.resume == "never" or not found:
         return []
+    path = found[0][1]
     try:
-        saved = Manifest.read(found[0][1])
+        saved = Manifest.read(path)
     except ValueError:
         return []  # damaged: found out, and said, when it is loaded
-    changed = manifest.differences(saved.architecture, manifest.describe_architecture(architecture))
-    return [f"{found[0][1]}: a checkpoint of another model: {', '.join(changed)}"] if changed else []
+    problems = []
+    if changed := manifest.differences(saved.architecture, manifest.describe_architecture(architecture)):
+        problems.append(f"{path}: a checkpoint of another model: {', '.join(changed)}")
+    if saved.config["run"]["optimizer_sharding"] == "dp_reshardable":
+        problems += [
+            f"actor.parallel.{size} = {now}: must be {saved.parallel[size]} to go on from {path}, whose optimizer was "
+            "saved with run.optimizer_sharding = dp_reshardable"
+            for size in ("tensor_parallel", "pipeline_parallel")
+            if (now := getattr(config.actor.parallel, size)) != saved.parallel[size]
+        ]
+    return problems
 
 
 def imitation(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, longest: int) -> Trajectory:

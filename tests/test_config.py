@@ -172,6 +172,11 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.embedded_slots = 20: must be a multiple of 16"],
         ),
         (["run.replay=a", "run.rollout_only=true"], ["run.replay = a: cannot go with run.rollout_only"]),
+        (["run.replay=a", "algorithm.kind=sft"], ["run.replay = a: must be null with algorithm.kind = sft"]),
+        (
+            ["health.action=roll_back", "run.replay=a", "observe.trajectory_mib=3"],
+            ["health.action = roll_back: must be off, warn or stop", "observe.trajectory_mib = 3: must be at least"],
+        ),
         (["run.evaluate_every=3", "evaluation.files=[]"], ["run.evaluate_every = 3: needs evaluation.files"]),
         (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),
         (["algorithm.weight_clip=[1"], ["override 'algorithm.weight_clip=[1': the value is not valid YAML"]),

@@ -5,9 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
@@ -47,8 +50,25 @@ def recorded(data, tmp_path_factory):
 def replayed(data, recorded, tmp_path_factory):
     """The same responses again, with one rank: what the others are compared with."""
     output = tmp_path_factory.mktemp("runs") / "replayed"
-    train(data, output, f"run.replay={recorded}/rollouts")
+    train(data, output, f"run.replay={recorded}/rollouts", TOKENS)
     return output
+
+
+TOKENS = "observe.trajectory_tokens=true"
+
+
+def assert_same_tokens(found, expected):
+    """What is kept of responses: the same ones, and every value of every token, wherever it was computed."""
+    files = [sorted((run / "trajectories").iterdir()) for run in (found, expected)]
+    rows = [[json.loads(line) for file in some for line in file.read_text().splitlines()] for some in files]
+    assert len(rows[0]) == 5 * 8
+    for one, other in zip(*rows, strict=True):
+        tokens = other["tokens"]
+        assert {k: v for k, v in one.items() if k != "tokens"} == {k: v for k, v in other.items() if k != "tokens"}
+        assert one["tokens"].keys() == tokens.keys() >= {"shift", "future_kl", "weight", "entropy", "old_log_prob"}
+        for name, column in tokens.items():
+            same = column if name == "text" else pytest.approx(column, rel=1e-2, abs=1e-4)
+            assert one["tokens"][name] == same, name
 
 
 def assert_same_steps(found, expected, start):
@@ -71,8 +91,9 @@ def test_replayed_responses_give_the_run_that_recorded_them(recorded, replayed):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_takes_the_same_steps(name, data, recorded, replayed, tmp_path):
-    train(data, tmp_path / "run", f"run.replay={recorded}/rollouts", *LAYOUTS[name], ranks=2)
+    train(data, tmp_path / "run", f"run.replay={recorded}/rollouts", TOKENS, *LAYOUTS[name], ranks=2)
     assert_same_steps(tmp_path / "run", replayed, data / "model")
+    assert_same_tokens(tmp_path / "run", replayed)
 
 
 def test_saved_under_tp2_and_resumed_under_pp2(data, recorded, replayed, tmp_path):
@@ -208,6 +229,59 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(data,
     said = train(data, recorded, f"model.path={tmp_path}/model", code=2)
     assert "step-000005: a checkpoint of another model: " in said
     assert "192 → 128" in said
+
+
+def test_the_optimizer_of_dp_reshardable_checkpoints_stays_where_it_is(data, tmp_path):
+    """The same steps as without a stop, and an error before anything is built under another layout."""
+    settings = ["actor.distributed_optimizer=true", "run.optimizer_sharding=dp_reshardable", "run.steps=3"]
+    train(data, tmp_path / "whole", *settings, ranks=2)
+    train(data, tmp_path / "run", *settings, "run.steps=2", ranks=2)
+    said = train(data, tmp_path / "run", *settings, *LAYOUTS["PP2"], ranks=2, code=1)  # torchrun's own code
+    assert "actor.parallel.pipeline_parallel = 2: must be 1 to go on from" in said
+    train(data, tmp_path / "run", *settings, "run.optimizer_sharding=fully_reshardable", ranks=2)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_the_preset_of_32b_is_the_same_program(data, tmp_path):
+    """Its file, with a tiny model, a tiny batch and data in the schema of DAPO-Math-17k; every other value stands."""
+    problems = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()[:64]]
+    table = {
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in problems],
+        "reward_model": [{"style": "rule", "ground_truth": row["answer"]} for row in problems],
+        "data_source": ["sums"] * len(problems),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "dapo-math-17k.parquet")
+    sizes = {
+        "model.path": f"{data}/model",
+        "data.files": f"[{tmp_path}/dapo-math-17k.parquet]",
+        "data.max_prompt_tokens": 40,
+        "rollout.engine": "embedded",
+        "rollout.prompts_per_step": 4,
+        "rollout.samples_per_prompt": 4,
+        "rollout.max_response_tokens": 24,
+        "reward.verifier": "python:tests.train_verifiers.by_chance",
+        "reward.overlong_buffer_tokens": 8,
+        "actor.prompts_per_mini_batch": 2,
+        "run.steps": 2,
+        "run.output": tmp_path / "run",
+    }
+    preset = ROOT / "examples" / "configs" / "fipo_qwen2.5_32b.yaml"
+    overrides = [f"{key}={value}" for key, value in sizes.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "fipo_megatron.train", str(preset), *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [row["optimizer/updates"] for row in metrics(tmp_path / "run")] == [2, 2]
+    assert all(row["optimizer/grad_norm"] > 0 for row in metrics(tmp_path / "run"))
+    described = json.loads((tmp_path / "run/checkpoints/step-000002/run/manifest.json").read_text())["config"]
+    assert (described["actor"]["dtype"], described["actor"]["distributed_optimizer"]) == ("bfloat16", True)
+    assert described["algorithm"]["weight_clip"] == [1.0, 1.2]
 
 
 def test_a_step_that_cannot_be_finished_is_saved_as_far_as_it_was_sampled(data, tmp_path):

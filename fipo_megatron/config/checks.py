@@ -51,6 +51,8 @@ def _impossible_run(config: Config) -> list[str]:
     run, problems = config.run, []
     if run.replay and run.rollout_only:
         problems.append(f"run.replay = {run.replay}: cannot go with run.rollout_only, nothing would be done")
+    if run.replay and config.algorithm.kind == "sft":
+        problems.append(f"run.replay = {run.replay}: must be null with algorithm.kind = sft, which reads data.files")
     if run.evaluate_every and not config.evaluation.files:
         problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
     if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):

@@ -32,6 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16, distributed": {"dtype": "bfloat16", "distributed_optimizer": True},
     "bfloat16": {"dtype": "bfloat16", "distributed_optimizer": False},
 }
+RESHARDED_BY_DATA = "float32, distributed, dp_reshardable"
+"""Loads under the same tensor- and pipeline-parallel sizes alone."""
+ALL_KINDS = KINDS | {RESHARDED_BY_DATA: KINDS["float32, distributed"]}
 
 
 def trajectory(number: int) -> Trajectory:
@@ -55,7 +58,7 @@ def learn(actor: MegatronActor, step: int) -> list[list[float]]:
 
 
 def build(base: Config, kind: str, name: str) -> tuple[MegatronActor, Architecture, parallel.RankLayout]:
-    config = replace(base, actor=replace(base.actor, parallel=LAYOUTS[name], **KINDS[kind]))
+    config = replace(base, actor=replace(base.actor, parallel=LAYOUTS[name], **ALL_KINDS[kind]))
     layout = parallel.initialize(LAYOUTS[name], seed=1)
     architecture = Architecture.from_directory(config.model.path)
     path = config.model.path
@@ -72,15 +75,16 @@ def main(config_json: str, directory: str) -> None:
     warnings.simplefilter("ignore")
     base = TypeAdapter(Config).validate_json(config_json)
     found = []
-    for kind in KINDS:
+    for kind in ALL_KINDS:
+        sharding = "dp_reshardable" if kind == RESHARDED_BY_DATA else "fully_reshardable"
         for saved in LAYOUTS:
             actor, _, layout = build(base, kind, saved)
             learn(actor, 0)
             path = Path(directory, f"{kind}-{saved}".replace(", ", "-"))
             staged = checkpoint.stage(
                 actor.chunks,
-                more=lambda a=actor: {"optimizer": optimizer_shards(a, "fully_reshardable", loading=False)},
-                content=content("fully_reshardable"),
+                more=lambda a=actor, s=sharding: {"optimizer": optimizer_shards(a, s, loading=False)},
+                content=content(sharding),
                 live=optimizer_tensors(actor),
             )
             group = dist.new_group(backend="gloo")
@@ -89,14 +93,14 @@ def main(config_json: str, directory: str) -> None:
                 expected = learn(actor, 1)
                 writing.result()
             parallel.destroy()
-            for loaded in LAYOUTS:
+            for loaded in [saved] if kind == RESHARDED_BY_DATA else LAYOUTS:
                 actor, architecture, layout = build(base, kind, loaded)
                 state = checkpoint.load(
                     actor.chunks,
                     architecture,
                     layout,
                     path,
-                    more=lambda a=actor: {"optimizer": optimizer_shards(a, "fully_reshardable", loading=True)},
+                    more=lambda a=actor, s=sharding: {"optimizer": optimizer_shards(a, s, loading=True)},
                 )
                 fill_optimizer(actor, state["optimizer"])
                 actor.schedule.step(2)
