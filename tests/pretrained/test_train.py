@@ -35,8 +35,8 @@ def test_two_steps_of_fipo(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["updates"] - row["skipped"] for row in rows] == [2, 2]
+    assert [row["optimizer/updates"] - row["optimizer/skipped_updates"] for row in rows] == [2, 2]
     assert all(row["optimizer/grad_norm"] > 0 for row in rows)
-    assert all(row["mismatch_abs_max"] < 1e-3 for row in rows), "transformers and Megatron agree on a real model"
-    assert all(0.5 < row["entropy"] < 5 for row in rows)
+    assert all(row["mismatch/abs_max"] < 1e-3 for row in rows), "transformers and Megatron agree on a real model"
+    assert all(0.5 < row["policy/entropy"] < 5 for row in rows)
     print("seconds per part:", (tmp_path / "run" / "timing.jsonl").read_text())

@@ -32,6 +32,6 @@ def test_a_run_with_a_server(sync, tmp_path):
     )
     rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(row["mismatch_abs_max"] < 1e-4 for row in rows)
+    assert all(row["mismatch/abs_max"] < 1e-4 for row in rows)
     assert all(row["optimizer/updates"] == 2 and row["optimizer/grad_norm"] > 0 for row in rows)
     assert not processes_of(str(tmp_path)), "nothing is left running"
