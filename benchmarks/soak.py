@@ -1,9 +1,12 @@
 """Does a long run stay as it is? 200 steps of the quickstart: memory of each process, what is left, time by part.
 
+Every response that is kept is kept with its tokens, in files that may have 1 MiB together.
+
 python -m benchmarks.soak [--steps N] [key=value ...]
 
 Needs the starting model of ``make quickstart`` in build/quickstart. Exit code 1: memory moved by more than 5 % after
-the first quarter of the run, or files or processes are left.
+the first quarter of the run, files or processes are left, the responses take more room than they may, observation
+takes more than 2 % of the time, or the alarm for collapse was raised.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from benchmarks.report import print_table, write_result
 
 START = Path("build/quickstart")
 TOLERANCE = 0.05
+OBSERVING = 0.02
+KEPT = ["observe.trajectory_tokens=true", "observe.trajectory_mib=1", "observe.trajectory_file_mib=0.25"]
 PLACES = (Path(tempfile.gettempdir()), Path("/dev/shm"))
 """Where libraries put files of their own."""
 
@@ -39,7 +44,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="build") as directory:
         output = Path(directory) / "run"
         command = [sys.executable, "-m", "fipo_megatron.train", "examples/quickstart/fipo.yaml"]
-        settings = [f"run.steps={arguments.steps}", f"run.output={output}", *arguments.overrides]
+        settings = [f"run.steps={arguments.steps}", f"run.output={output}", *KEPT, *arguments.overrides]
         before = files()
         process = subprocess.Popen([*command, *settings])
         seen, memory = watch(process, output / "metrics.jsonl")
@@ -97,22 +102,30 @@ def report(
     alive = [f"{one.pid} {one.name()}" for one in seen if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     print_table(f"memory over {steps} steps", rows)
     times = [json.loads(line) for line in (output / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
-    parts = sorted({part for row in times for part in row} - {"step"})
-    seconds = {part: statistics.mean(row.get(part, 0.0) for row in times) for part in parts}
+    parts = sorted({tag for row in times for tag in row if tag.startswith("time/")})
+    seconds = {tag.removeprefix("time/"): statistics.mean(row.get(tag, 0.0) for row in times) for tag in parts}
+    observing = seconds["observe"] / seconds["step"]
+    kept = sum(file.stat().st_size for file in (output / "trajectories").iterdir())
+    alarms = (output / "alarms.jsonl").exists()
     print_table("a step by part", [{"part": part, "seconds": f"{value:.4f}"} for part, value in seconds.items()])
     print(f"\nprocesses left: {alive or 'none'}; files left: {sorted(left) or 'none'}")
+    print(f"observation: {observing:.2%} of the time; responses: {kept / 2**20:.2f} MiB; alarm: {alarms}")
     write_result(
         "soak",
         {
             "steps": steps,
-            "memory_growth": {name.split()[0]: value for name, value in growth.items()},
+            "memory_growth": [{"process": name.split()[0], "growth": value} for name, value in growth.items()],
             "seconds_per_step": seconds,
             "processes_left": alive,
             "files_left": len(left),
+            "observation_share": observing,
+            "trajectory_bytes": kept,
+            "alarm": alarms,
         },
     )
     flat = bool(growth) and all(abs(value) <= TOLERANCE for value in growth.values())
-    return 0 if flat and not alive and not left else 1
+    quiet = observing <= OBSERVING and kept <= 2**20 and not alarms
+    return 0 if flat and quiet and not alive and not left else 1
 
 
 if __name__ == "__main__":
