@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fipo_megatron.config import Config, RunConfig
 from fipo_megatron.evaluation import report
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
 from fipo_megatron.evaluation.statistics import vote
@@ -86,7 +87,7 @@ def test_the_summary_can_be_read_again(found, tmp_path):
 
 
 def test_resume_cuts_evaluations(found, tmp_path):
-    log = StepLog(tmp_path, writes=True)
+    log = StepLog(Config(run=RunConfig(output=str(tmp_path))), writes=True)
     for step in (0, 10, 20):
         log.evaluation(step, found)
     (tmp_path / "evaluations" / ".step-000020.jsonl.partial").write_text("half")
