@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -86,14 +87,22 @@ class Checkpoints:
                     logger.warning("%s: was never finished; removed", left)
                     shutil.rmtree(left)
 
-    def save(self, place: Place, carried: Carried | None, ahead: Sampled | None, scores: Mapping[int, float]) -> None:
+    def save(
+        self,
+        place: Place,
+        carried: Carried | None,
+        ahead: Sampled | None,
+        scores: Mapping[int, float],
+        safe: int | None = None,
+    ) -> None:
         """Begins to write what a run needs to begin with this step; with ``run.async_save`` a thread does the rest.
 
         Args:
             place: Where the run is.
             carried: By the sampler of this rank; None where it does not lead.
             ahead: What was sampled for this step already; None where nothing was.
-            scores: By step, to tell the best checkpoint.
+            scores: By step, to tell the best checkpoint, which stays.
+            safe: The newest checkpoint of this step or an earlier one stays, too: the run may have to return to it.
 
         Raises:
             OSError: the disk is full, and the like, also of the checkpoint before this one; nothing is left under the
@@ -120,7 +129,9 @@ class Checkpoints:
         if ahead is not None:
             files |= recordings.files(place.step, self._layout.rank, ahead)
         described = self._manifest(place, len(leaders), sampled_ahead=ahead is not None)
-        self._writing = self._thread.submit(self._write, place.step, staged, files, described, scores)
+        self._writing = self._thread.submit(
+            self._write, place.step, staged, files, described, lambda: self._prune(scores, safe)
+        )
         if not self._config.run.async_save:
             self.finish()
 
@@ -144,7 +155,12 @@ class Checkpoints:
         self._thread.shutdown()
 
     def _write(
-        self, step: int, staged: checkpoint.Staged, files: Mapping[str, bytes], described: Manifest, scores: Any
+        self,
+        step: int,
+        staged: checkpoint.Staged,
+        files: Mapping[str, bytes],
+        described: Manifest,
+        prune: Callable[[], None],
     ) -> None:
         """In a thread, with a group of its own: the run's collectives go on meanwhile."""
 
@@ -166,7 +182,7 @@ class Checkpoints:
             group=self._group,
         )
         fail_points.reach("checkpoint_published")
-        self._prune(scores)
+        prune()
 
     def _manifest(self, place: Place, leaders: int, *, sampled_ahead: bool) -> Manifest:
         return Manifest(
@@ -195,15 +211,16 @@ class Checkpoints:
                 f"{self._directory}: {free / 1e9:.1f} GB are free, a checkpoint needs about {needed / 1e9:.1f} GB"
             )
 
-    def _prune(self, scores: Mapping[int, float]) -> None:
-        """Removes all but the newest ones and the best."""
+    def _prune(self, scores: Mapping[int, float], safe: int | None) -> None:
+        """Removes all but the newest ones, the best, and the one that the run may return to."""
         with all_or_none("removing old checkpoints", self._group):
             if self._layout.rank == 0:
                 found = manifest.list_checkpoints(self._directory)
                 scored = [number for number, _ in found if number in scores]
-                best = max(scored, key=lambda number: (scores[number], number), default=None)
+                kept = {max(scored, key=lambda number: (scores[number], number), default=None)}
+                kept.add(next((number for number, _ in found if safe is not None and number <= safe), None))
                 for step, path in found[self._config.run.keep_last :]:
-                    if step != best:
+                    if step not in kept:
                         hidden = path.with_name(f".{path.name}.partial")
                         path.rename(hidden)
                         shutil.rmtree(hidden)
@@ -213,15 +230,18 @@ class Checkpoints:
         """Where they are."""
         return self._directory
 
-    def newest(self) -> Path | None:
+    def newest(self, until: float = math.inf) -> Path | None:
         """The newest one whose files are whole; those that are not are named, loudly.
+
+        Args:
+            until: Its step is not larger.
 
         Raises:
             WeightsError: there are some, but none is whole.
         """
         found: list[Any] = [None]
         if self._layout.rank == 0:
-            found = [[str(path) for _, path in manifest.list_checkpoints(self._directory)]]
+            found = [[str(path) for step, path in manifest.list_checkpoints(self._directory) if step <= until]]
         dist.broadcast_object_list(found, src=0, device=self._layout.device)
         for name in found[0]:
             try:

@@ -35,18 +35,21 @@ class Reporting:
         peak = peak_flops(name)
         self._peak = None if peak is None else peak * layout.world_size
 
-    def chosen(self, sampled: Sampled | None, step: int) -> list[str]:
-        """Names of the responses that are shown of a step; the same on every rank."""
+    def _kept(self, sampled: Sampled, step: int) -> list[str]:
+        """Names of the responses of the trajectory file; the same on every rank."""
         observe = self._config.observe
-        shows = observe.texts if observe.tensorboard or observe.trackers else 0
-        keeps = observe.trajectories if step % observe.trajectories_every == 0 else 0
-        return choose(sampled.records, max(shows, keeps)) if sampled is not None and max(shows, keeps) else []
+        return choose(sampled.records, observe.trajectories if step % observe.trajectories_every == 0 else 0)
+
+    def _shown(self, sampled: Sampled) -> list[str]:
+        """Names of those that trackers show; the same on every rank."""
+        observe = self._config.observe
+        return choose(sampled.records, observe.texts if observe.tensorboard or observe.trackers else 0)
 
     def watched(self, sampled: Sampled, batch: Batch, step: int) -> frozenset[int]:
         """Indices of those whose tokens are wanted."""
-        if not self._config.observe.trajectory_tokens or step % self._config.observe.trajectories_every:
+        if not self._config.observe.trajectory_tokens:
             return frozenset()
-        return frozenset(batch.names.index(name) for name in self.chosen(sampled, step))
+        return frozenset(batch.names.index(name) for name in self._kept(sampled, step))
 
     def values(
         self, step: int, sampled: Sampled | None, updates: Sequence[UpdateMetrics], noise: NoiseFloor | None
@@ -57,11 +60,14 @@ class Reporting:
 
     def rows(
         self, step: int, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics]
-    ) -> list[dict[str, Any]]:
-        """Of the trajectory file, on the first rank; empty elsewhere. A collective of all ranks."""
-        names = self.chosen(sampled, step)
-        if sampled is None or not names:
-            return []
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Of the trajectory file, and of trackers, on the first rank; empty elsewhere. A collective of all ranks."""
+        if sampled is None:
+            return [], []
+        kept, shown = self._kept(sampled, step), self._shown(sampled)
+        names = list(dict.fromkeys((*kept, *shown)))
+        if not names:
+            return [], []
         wanted = {name.rpartition("/")[0] for name in names}
         groups = with_advantages(
             (group for group in sampled.groups if group.prompt.id in wanted), self._config.algorithm
@@ -72,19 +78,22 @@ class Reporting:
         if self._layout.world_size > 1:
             everyone = [None] * self._layout.world_size if self._layout.rank == 0 else []
             dist.gather_object((mine, parts), everyone or None, dst=0, group=self._group)
-        return self._rows(step, names, batch, everyone) if self._layout.rank == 0 else []
+        if self._layout.rank != 0:
+            return [], []
+        rows = self._rows(step, names, batch, everyone)
+        return [rows[name] for name in kept], [rows[name] for name in shown]
 
-    def _rows(self, step: int, names: Sequence[str], batch: Batch, everyone: Sequence[Any]) -> list[dict[str, Any]]:
+    def _rows(self, step: int, names: Sequence[str], batch: Batch, everyone: Sequence[Any]) -> dict[str, Any]:
         trajectories = {name: t for mine, _ in everyone for name, t in mine.items()}
         found: list[dict[int, TokenPart]] = [parts for _, parts in everyone]
-        rows = []
+        rows = {}
         for name in names:
             index, trajectory = batch.names.index(name), trajectories[name]
             update = next((n for n, members in enumerate(batch.mini_batches) if index in members), -1)
             row = row_of(trajectory, step, update, self._inputs.tokenizer.decode)
             if parts := [part[index] for part in found if index in part]:
                 row["tokens"] = token_columns(trajectory, parts, self._inputs.tokenizer.decode)
-            rows.append(row)
+            rows[name] = row
         return rows
 
     def rates(

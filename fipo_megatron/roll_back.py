@@ -26,6 +26,7 @@ class RollBack:
         to: The step of the checkpoint.
         cursor: Of the prompts: those that led here are not given again.
         learning_rate_factor: Of all returns so far.
+        reason: Of the alarm.
     """
 
     number: int
@@ -33,6 +34,7 @@ class RollBack:
     to: int
     cursor: int
     learning_rate_factor: float
+    reason: str
 
 
 def read(output: Path) -> list[RollBack]:
@@ -68,11 +70,6 @@ def set_collapsed_aside(checkpoints: Path, events: Sequence[RollBack]) -> None:
                 number += 1
             path.rename(aside)
             logger.warning("%s is %s now", path, aside.name)
-
-
-def target(checkpoints: Path, began: int) -> tuple[int, Path] | None:
-    """Step and path of the newest checkpoint from before a collapse began; None where there is none."""
-    return next(((step, path) for step, path in manifest.list_checkpoints(checkpoints) if step <= began), None)
 
 
 def pending(events: Sequence[RollBack], saved: Manifest) -> RollBack | None:

@@ -24,7 +24,7 @@ from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.agreement import all_or_none
 from fipo_megatron.actor.hf_weights import load_hf, save_hf
-from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor, UpdateMetrics
 from fipo_megatron.batch import Batch, batch_of, with_advantages
 from fipo_megatron.checkpoints import Checkpoints, Place
 from fipo_megatron.config import Config
@@ -34,6 +34,7 @@ from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluation.answering import evaluate
 from fipo_megatron.evaluation.results import Evaluation
 from fipo_megatron.inputs import Inputs, imitation
+from fipo_megatron.manifest import Manifest
 from fipo_megatron.observe import recordings
 from fipo_megatron.observe.console import sampling_shown
 from fipo_megatron.observe.health import Alarm, CollapseAlarm, CollapseError
@@ -48,6 +49,7 @@ from fipo_megatron.rollout.sampler import Sampled, SamplingExhaustedError
 from fipo_megatron.rollout.sampler_state import Carried
 from fipo_megatron.rollout_session import RolloutSession
 from fipo_megatron.scoring import Scoring
+from fipo_megatron.weights.hf_directory import WeightsError
 from fipo_megatron.weights.publish import partial_of
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class Run:
         self._alarm = CollapseAlarm(config.health)
         self._raised: Alarm | None = None
         self._noise: NoiseFloor | None = None
+        self._passes_agree = False
         self._rates: Callable[[Mapping[str, float]], dict[str, float | None]] | None = None
         self._verifier: Verifier | None = None
         self._session: RolloutSession | None = None
@@ -119,16 +122,14 @@ class Run:
                     events = roll_back.read(self._output)
                     roll_back.set_collapsed_aside(self._checkpoints.directory, events)
         path = self._checkpoints.newest() if self.config.run.resume == "auto" else None
-        if path is None:
-            self._log.open(0)
-            return []
-        carried = self._load(path, self._from_first_rank(events))
+        carried = [] if path is None else self._load(path, self._from_first_rank(events))
         self.first_step = self._step
         if self._layout.rank == 0 and events[self._roll_backs :]:  # of a checkpoint that is there no more
             roll_back.write(self._output, events[: self._roll_backs])
         self._log.open(self._step)
         self._alarm.restore(self._from_first_rank(self._log.seen()))
-        logger.info("goes on from %s", path)
+        if path is not None:
+            logger.info("goes on from %s", path)
         return carried
 
     def _load(self, path: Path, events: Sequence[RollBack]) -> list[Carried]:
@@ -212,6 +213,9 @@ class Run:
             stopped, raised = self._agree()
             every = self.config.run.save_every
             if raised is not None and self._answered(raised):
+                if stopped:
+                    logger.warning("ended after a return to step %d, as asked; run it again to go on", self._step)
+                    return
                 continue
             last = self._step == self.config.run.steps
             if stopped or raised is not None or last or (every and self._step % every == 0):
@@ -222,8 +226,9 @@ class Run:
             if raised is not None:
                 self._checkpoints.finish()
                 raise CollapseError(
-                    f"the run has collapsed: {raised.reason}. It is saved, and so is what there was before; "
-                    "health.action=warn goes on all the same, health.action=roll_back returns"
+                    f"the run has collapsed: {raised.reason}. It is saved, as is the last checkpoint of step "
+                    f"{raised.began} or before, if there was one; run again with health.action=warn, it goes on all "
+                    "the same, with health.action=roll_back it returns there if the next window is no better"
                 )
             if stopped:
                 self._checkpoints.finish()
@@ -256,15 +261,17 @@ class Run:
         if health.action != "roll_back" or self._roll_backs >= health.max_roll_backs:
             return False
         self._checkpoints.finish()
-        found = self._from_first_rank(roll_back.target(self._checkpoints.directory, alarm.began))
-        if found is None:
+        path = None
+        with suppress(WeightsError):  # none is whole; which are not is said
+            path = self._checkpoints.newest(until=alarm.began)
+        if path is None:
             logger.error("health.action = roll_back: there is no checkpoint from before step %d", alarm.began)
             return False
         if self._session is not None:
             with suppress(EngineError, SamplingExhaustedError):
                 self._session.take_ahead()
             self._session.drop_carried()
-        to, path = found
+        to = Manifest.read(path).step
         with all_or_none("returning to an earlier checkpoint"):
             if self._layout.rank == 0:
                 event = RollBack(
@@ -273,6 +280,7 @@ class Run:
                     to=to,
                     cursor=self._stream.given,
                     learning_rate_factor=self.actor.learning_rate_factor * health.roll_back_lr,
+                    reason=alarm.reason,
                 )
                 events = [*roll_back.read(self._output)[: self._roll_backs], event]
                 roll_back.write(self._output, events)
@@ -281,7 +289,6 @@ class Run:
         self._alarm.restore(one for one in self._alarm.history if one[0] < to)
         self._log.close()
         self._log.open(to)
-        self._log.alarm(alarm.step, health.action, alarm.reason)
         self._seconds.clear()
         logger.error("returned to %s; the learning rate is times %g", path, self.actor.learning_rate_factor)
         return True
@@ -302,7 +309,7 @@ class Run:
             carried = self._session.carried()
         scores = self._log.evaluations() if self.config.run.keep_best else {}
         place = Place(step, self._stream.given, self._roll_backs, self.actor.learning_rate_factor)
-        self._checkpoints.save(place, carried, ahead, scores)
+        self._checkpoints.save(place, carried, ahead, scores, self._alarm.safe)
         self._saved = step
 
     @contextmanager
@@ -412,12 +419,25 @@ class Run:
         return self._reporting.watched(sampled, batch, step)
 
     def check_noise_floor(self, step: int, mini_batch: MiniBatch, trajectories: Mapping[int, Trajectory]) -> None:
-        """The lr = 0 gate, in the first step of a process and where it is to be reported."""
+        """The lr = 0 gate, until a process has passed it once; later what is to be reported of it.
+
+        Raises:
+            NoiseError: the passes of this process do not agree.
+        """
         every = self.config.run.noise_floor_every
         reported = bool(every) and step % every == 0
-        if reported or step == self.first_step:
-            floor = self.actor.check_noise_floor(mini_batch, trajectories)
-            self._noise = floor if reported else None
+        if self._passes_agree and not reported:
+            return
+        trained = self._passes_agree or self.first_step > 0
+        try:
+            floor = self.actor.check_noise_floor(mini_batch, trajectories, trained=trained)
+        except NoiseError as error:
+            if not self._passes_agree:
+                raise
+            logger.warning("%s", error)
+            floor = error.floor
+        self._passes_agree = self._passes_agree or floor is not None
+        self._noise = floor if reported else None
 
     def log(self, step: int, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics]) -> None:
         """Writes what a step did, and looks whether it is well."""
@@ -426,10 +446,12 @@ class Run:
         report, self._raised = self._alarm.look(step, values)
         if self._raised is not None:
             logger.error("ALARM in step %d: %s", step, self._raised.reason)
-            self._log.alarm(step, self.config.health.action, self._raised.reason)
+            health = self.config.health
+            spent = health.action == "roll_back" and self._roll_backs >= health.max_roll_backs
+            self._log.alarm(self._raised, "stop" if spent else health.action)
         with self.part("observe"):
-            rows = self._reporting.rows(step, sampled, batch, updates)
-        self._log.step(step, values | report, sampled, updates, rows)
+            kept, shown = self._reporting.rows(step, sampled, batch, updates)
+        self._log.step(step, values | report, sampled, updates, kept, shown)
         self._rates = partial(self._reporting.rates, sampled, batch, updates)
 
     def export(self) -> None:

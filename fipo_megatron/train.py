@@ -82,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     for notice in notices(config):
         logger.info("note: %s", notice)
+    from fipo_megatron.actor.update_metrics import NoiseError
     from fipo_megatron.run import Run  # Megatron takes seconds to import; a typo should not
 
     try:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     except CollapseError as error:
         logger.error("%s", error)
         return 3
-    except EXPECTED as error:
+    except (*EXPECTED, NoiseError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     return 0

@@ -8,7 +8,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.quickstart import task
+from fipo_megatron import roll_back
 from fipo_megatron.observe import metrics as registry
+from fipo_megatron.roll_back import RollBack
 from tests.runs import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -96,28 +98,38 @@ def test_responses_are_kept_with_their_tokens(run):
 
 
 ROLL_BACK = [
-    *("run.save_every=1", "run.keep_last=9", "run.steps=8", "health.policy_kl_limit=0"),
+    *("run.save_every=1", "run.keep_last=1", "run.steps=9", "health.policy_kl_limit=0"),
     *("health.action=roll_back", "health.max_roll_backs=1", "health.roll_back_lr=0.5"),
 ]
 
 
 def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data, tmp_path):
-    """Every window of three steps is taken for collapsed. The first three are not looked at yet."""
+    """Every window of three steps is taken for collapsed. The first three are not looked at."""
     for name, fail_at in (("whole", ""), ("killed", "update:4")):
         output = tmp_path / name
-        train(data, output, "run.save_every=1", "run.keep_last=9", "run.steps=3", "health.action=off")
+        output.mkdir()
+        event = RollBack(number=1, step=9, to=7, cursor=9, learning_rate_factor=0.5, reason="of a run that is gone")
+        roll_back.write(output, [event])
+        train(data, output, "run.save_every=1", "run.keep_last=1", "run.steps=3", "health.action=off")
+        assert not roll_back.read(output)
         if fail_at:
             train(data, output, *ROLL_BACK, fail_at=fail_at, code=-signal.SIGKILL)
             assert rows(output / "roll_backs.jsonl"), "it was killed in the first step after its return"
         said = train(data, output, *ROLL_BACK, code=3)
         assert "the run has collapsed" in said
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(data, whole, *ROLL_BACK, "health.action=warn")
+    assert [(row["step"], row["began"], row["action"]) for row in rows(whole / "alarms.jsonl")] == [
+        (5, 3, "stop"),
+        (8, 3, "warn"),
+    ], "the return is no alarm of the steps that are left, and the collapse began where it began"
     (event,) = rows(whole / "roll_backs.jsonl")
+    assert "the policy KL is" in event["reason"]
     assert (event["step"], event["to"], event["learning_rate_factor"]) == (5, 3, 0.5)
-    assert [row["step"] for row in metrics(whole)] == [0, 1, 2, 3, 4, 5]
-    for file in ("metrics.jsonl", "roll_backs.jsonl"):
-        assert (whole / file).read_bytes() == (killed / file).read_bytes()
-    names = {path.name for path in (whole / "checkpoints").iterdir()}
-    assert names == {*(f"step-{step:06}" for step in range(1, 7)), "collapsed-step-000004-0", "collapsed-step-000005-0"}
+    assert [row["step"] for row in metrics(killed)] == [0, 1, 2, 3, 4, 5]
+    assert metrics(whole)[:6] == metrics(killed)
+    assert (whole / "roll_backs.jsonl").read_bytes() == (killed / "roll_backs.jsonl").read_bytes()
+    names = {path.name for path in (killed / "checkpoints").iterdir()}
+    assert names == {"step-000003", "step-000006", "collapsed-step-000005-0"}, "the newest, and that from before"
     rates = [row["optimizer/learning_rate"] for row in metrics(whole)]
     assert rates[3] == pytest.approx(rates[2] * 0.5 * 8 / 6), "in the warm-up, at half the rate"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -15,6 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from examples.quickstart import task
+from fipo_megatron.actor import parallel
+from fipo_megatron.checkpoints import Checkpoints
+from fipo_megatron.config import Config, ParallelConfig
 from tests.runs import ROOT, command, metrics, train, weights
 
 RANDOM_KILLS = int(os.environ.get("FIPO_RANDOM_KILLS", "0"))
@@ -188,6 +192,28 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(data, record
     assert f"goes on from {run}/checkpoints/step-000004" in said
     assert (run / "checkpoints" / "damaged-step-000005-0").is_dir()
     assert (run / "metrics.jsonl").read_bytes() == (recorded / "metrics.jsonl").read_bytes()
+
+
+def test_a_return_passes_over_what_is_damaged(recorded, tmp_path):
+    shutil.copytree(recorded / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step-000004" / "run" / "manifest.json").write_text("{}")
+    layout = parallel.initialize(ParallelConfig(), seed=1, environment={})
+    try:
+        reader = Checkpoints(tmp_path / "checkpoints", Config(), SimpleNamespace(layout=layout), None)
+        assert reader.newest(until=1) is None
+        assert reader.newest(until=4) == tmp_path / "checkpoints" / "step-000002"
+        assert reader.newest() == tmp_path / "checkpoints" / "step-000005"
+        reader.close()
+    finally:
+        parallel.destroy()
+    assert (tmp_path / "checkpoints" / "damaged-step-000004-0").is_dir()
+
+
+def test_a_step_without_a_token_in_the_loss_is_passed_over(data, tmp_path):
+    """All responses are cut off, and those that are do not count."""
+    cut_off = ["algorithm.mask_truncated=true", "rollout.max_response_tokens=1"]
+    train(data, tmp_path / "run", "run.steps=2", *cut_off)
+    assert [row["optimizer/skipped_updates"] for row in metrics(tmp_path / "run")] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from .model import HiddenStateGPTModel, build_model
 from .offload import Offloaded
 from .optimizer import build_optimizer, wrap_for_training
 from .parallel import RankLayout
-from .update_metrics import NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
+from .update_metrics import NoiseError, NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class MegatronActor:
             for number, mini_batch in enumerate(plan)
         ]
 
-    def noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories, old: StoredLogProbs) -> NoiseFloor:
+    def noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories, old: StoredLogProbs) -> NoiseFloor | None:
         """Runs the training pass of a mini-batch at unchanged weights and compares it with the log-prob pass.
 
         Both are real passes: forward and backward through the training schedule here, forward alone in ``old``. Nothing
@@ -188,36 +188,49 @@ class MegatronActor:
             trajectories: As given to :meth:`log_probs`.
             old: What :meth:`log_probs` returned for ``[mini_batch]``.
 
-        Raises:
-            ValueError: no token of the mini-batch is in the loss.
+        Returns:
+            None: no token of the mini-batch is in the loss.
         """
         with frozen_scaling(self.chunks):
             statistics = self._forward_backward(mini_batch, trajectories, old[0], None, self._drift_only).statistics
         self._zero_grad()
         if not statistics["tokens"]:
-            raise ValueError("mini_batch: no token is in the loss, so there is nothing to compare")
+            return None
         return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
 
-    def check_noise_floor(self, mini_batch: MiniBatch, trajectories: Trajectories) -> NoiseFloor:
+    def check_noise_floor(
+        self, mini_batch: MiniBatch, trajectories: Trajectories, *, trained: bool = False
+    ) -> NoiseFloor | None:
         """The lr = 0 gate: the noise floor, within ``actor.max_noise_shift`` and ``actor.max_noise_future_kl``.
 
+        Args:
+            mini_batch: The first of a plan.
+            trajectories: As given to :meth:`log_probs`.
+            trained: These weights come from a step of this run, with the FP8 scales that belong to them.
+
+        Returns:
+            None: no token of the mini-batch is in the loss.
+
         Raises:
-            ValueError: it is not; FIPO would weigh tokens by noise.
+            NoiseError: it is not; FIPO would weigh tokens by noise.
         """
         actor = self.config.actor
-        if actor.fp8 != "off" and actor.fp8_recipe == "delayed":
+        if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and not trained:
             # Every delayed scale is 1 until a first training pass has measured the tensors.
             self._forward_backward(
                 mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None, self._drift_only
             )
             self._zero_grad()
         floor = self.noise_floor(mini_batch, trajectories, self.log_probs([mini_batch], trajectories))
+        if floor is None:
+            return None
         for field, value in (("max_noise_shift", floor.shift), ("max_noise_future_kl", floor.future_kl)):
             bound = getattr(actor, field)
             if not value <= bound:
-                raise ValueError(
+                raise NoiseError(
                     f"actor.{field} = {bound:g}: the log-prob pass and the training pass differ by {value:g} at equal "
-                    "weights; look for kernels that are not deterministic, FP8 scaling, or different packing"
+                    "weights; look for kernels that are not deterministic, FP8 scaling, or different packing",
+                    floor,
                 )
         logger.info("noise floor at equal weights: |d| <= %.3g, |F| <= %.3g", floor.shift, floor.future_kl)
         return floor

@@ -75,6 +75,18 @@ class NoiseFloor:
     future_kl: float
 
 
+class NoiseError(RuntimeError):
+    """The noise floor is beyond its bounds.
+
+    Attributes:
+        floor: What was measured.
+    """
+
+    def __init__(self, message: str, floor: NoiseFloor) -> None:
+        super().__init__(message)
+        self.floor = floor
+
+
 @dataclass(frozen=True, eq=False)
 class Reduced:
     """A mini-batch over all ranks.

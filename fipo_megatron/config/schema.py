@@ -374,7 +374,7 @@ class RunConfig:
         output: Directory of all that the run writes.
         save_every: Steps between two checkpoints; 0: at the end alone.
         async_save: Write checkpoints while the run goes on, from a copy on the host.
-        keep_last: Checkpoints to keep, the newest.
+        keep_last: Checkpoints to keep, the newest; beside them the newest from before the window of the alarm.
         keep_best: Keep the one with the best evaluation, too.
         optimizer_sharding: Of the distributed optimizer in checkpoints: ``fully_reshardable`` can be loaded under any
             layout, but is gathered on the hosts first; ``dp_reshardable`` is written as it is, and tensor- and
@@ -383,7 +383,7 @@ class RunConfig:
         resume: ``auto``: from the newest checkpoint in ``output``, if there is one; ``never``: ``output`` must be new.
         evaluate_every: Steps between two evaluations; 0: none.
         noise_floor_every: Steps between two that report what two passes at equal weights differ by; 0: none does. It
-            is checked in the first step of every process.
+            is checked in the first step of every process that learns.
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
         replay: A directory of recorded responses to train on instead of sampling.
         rollout_only: Sample and score, but do not learn.

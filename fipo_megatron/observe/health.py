@@ -29,7 +29,8 @@ class Alarm:
 
     Attributes:
         step: In which it was noticed.
-        began: The first step of the window.
+        began: The first step of the window; of an alarm that follows another one without a sound window between them,
+            that of the first.
         reason: The numbers and their bounds.
     """
 
@@ -52,8 +53,20 @@ class CollapseAlarm:
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
         self._history: list[Seen] = []
+        self._reset()
+
+    def _reset(self) -> None:
         self._window: list[Seen] = []
+        self._began: int | None = None
         self._longest = self._most_right = 0.0
+
+    @property
+    def safe(self) -> int | None:
+        """A checkpoint of this step or an earlier one is from before whatever is, or comes to be, taken for a collapse.
+
+        None: nothing has been looked at.
+        """
+        return self._window[0][0] if self._began is None and self._window else self._began
 
     def look(self, step: int, values: Mapping[str, Any]) -> tuple[dict[str, float], Alarm | None]:
         """The metrics of a step.
@@ -76,29 +89,31 @@ class CollapseAlarm:
 
     def restore(self, history: Iterable[Seen]) -> None:
         """Begins anew with what was seen of earlier steps."""
-        self._history, self._window = [(*one,) for one in history], []
-        self._longest = self._most_right = 0.0
+        self._history = [(*one,) for one in history]
+        self._reset()
         for seen in self._history:
             self._judge(seen)
 
     def _judge(self, seen: Seen) -> tuple[dict[str, float], Alarm | None]:
         config = self._config
         self._window = [*self._window, seen][-config.window :]
-        low_clip, policy_kl, length, accuracy = (median(one[n] for one in self._window) for n in range(1, 5))
+        low_clip, policy_kl, length, accuracy = (median(abs(one[n]) for one in self._window) for n in range(1, 5))
         self._longest, self._most_right = max(self._longest, length), max(self._most_right, accuracy)
         report = {
             "health/low_clip": low_clip,
-            "health/policy_kl": abs(policy_kl),
+            "health/policy_kl": policy_kl,
             "health/length_ratio": length / self._longest,
             "health/accuracy_ratio": accuracy / self._most_right if self._most_right else 1.0,
         }
-        raised = len(self._window) == config.window and self._is_collapse(report)
+        whole = len(self._window) == config.window
+        raised = whole and self._is_collapse(report)
         report["health/alarm"] = float(raised)
         if not raised:
+            self._began = None if whole else self._began
             return report, None
-        alarm = Alarm(seen[0], self._window[0][0], self._reason(report))
+        self._began = self._window[0][0] if self._began is None else self._began
         self._window = []
-        return report, alarm
+        return report, Alarm(seen[0], self._began, self._reason(report))
 
     def _is_collapse(self, report: Mapping[str, float]) -> bool:
         config = self._config

@@ -23,7 +23,7 @@ from fipo_megatron.evaluation.results import cut_problems, problems_file, write_
 from fipo_megatron.manifest import describe_config
 
 from .console import StepLines
-from .health import LOOKED_AT, Seen
+from .health import LOOKED_AT, Alarm, Seen
 from .metrics import OF_UPDATES, SAMPLER_COUNTS
 from .trackers import Tracker, open_trackers
 from .trajectories import TrajectoryFiles, cut_rows
@@ -90,7 +90,8 @@ class StepLog:
         values: Mapping[str, Any],
         sampled: Sampled | None,
         updates: Sequence[UpdateMetrics],
-        rows: Sequence[Mapping[str, Any]],
+        kept: Sequence[Mapping[str, Any]],
+        shown: Sequence[Mapping[str, Any]],
     ) -> None:
         """A step.
 
@@ -99,7 +100,8 @@ class StepLog:
             values: Its metrics by tag.
             sampled: What it learned from; None where that was examples.
             updates: What it did.
-            rows: Of the trajectory file.
+            kept: Rows of the trajectory file.
+            shown: Those that trackers show as text.
         """
         if not self._writes:
             return
@@ -108,12 +110,9 @@ class StepLog:
             self._append("metrics.jsonl", {"step": step} | dict(values))
             self._tell(step, values)
             self._histograms(step, sampled, updates)
-            observe = self._config.observe
-            if step % observe.trajectories_every == 0:
-                self._trajectories.append(step, rows[: observe.trajectories])
-            if texts := rows[: observe.texts]:
-                for tracker in self._trackers:
-                    tracker.text(step, "samples/responses", texts)
+            self._trajectories.append(step, kept)
+            for tracker in self._trackers if shown else ():
+                tracker.text(step, "samples/responses", shown)
 
     def timing(self, step: int, seconds: Mapping[str, float], rates: Mapping[str, float | None]) -> None:
         """How long a step took, when it is over; and its line.
@@ -146,10 +145,11 @@ class StepLog:
             text = "step %d: evaluation: accuracy %.3f, %.1f tokens per response"
             logger.info(text, step, found.accuracy, found.response_tokens)
 
-    def alarm(self, step: int, action: str, reason: str) -> None:
-        """The alarm for collapse."""
+    def alarm(self, raised: Alarm, action: str) -> None:
+        """The alarm for collapse, and what follows."""
         if self._writes:
-            self._append("alarms.jsonl", {"step": step, "action": action, "reason": reason})
+            row = {"step": raised.step, "began": raised.began, "action": action, "reason": raised.reason}
+            self._append("alarms.jsonl", row)
 
     def cut(self, step: int) -> None:
         """Removes what was written of this step and later ones, and lines that are not whole."""
@@ -160,17 +160,18 @@ class StepLog:
             cut_problems(self._output, step)
 
     def evaluations(self) -> dict[int, float]:
-        """Accuracy by step."""
+        """Accuracy by step; on the first rank."""
         return {row["step"]: row["evaluation/accuracy"] for row in self._rows("evaluation.jsonl")}
 
     def seen(self) -> list[Seen]:
-        """What the alarm for collapse has looked at."""
-        rows = [(row["step"], *(row.get(tag) for tag in LOOKED_AT)) for row in self._rows("metrics.jsonl")]
-        return [row for row in rows if None not in row]
+        """What the alarm for collapse has looked at; on the first rank."""
+        rows = [row for row in self._rows("metrics.jsonl") if "health/alarm" in row]
+        return [(row["step"], *(row[tag] for tag in LOOKED_AT)) for row in rows]
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
         file = self._output / name
-        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ())
+        if self._writes and file.exists():
+            yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
 
     def _tell(self, step: int, values: Mapping[str, Any]) -> None:
         finite = {tag: float(value) for tag, value in values.items() if value is not None and math.isfinite(value)}

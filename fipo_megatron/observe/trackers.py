@@ -90,13 +90,15 @@ class Wandb:
 
         identity = hashlib.blake2b(str(output.resolve()).encode(), digest_size=8).hexdigest()
         self._wandb = wandb
+        # A run that has returned to an earlier step goes back, too, which W&B's own steps cannot.
         self._run = wandb.init(
             project=project, name=output.name, id=identity, resume="allow", dir=str(output), config=dict(config)
         )
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step} | dict(values))
 
     def histogram(self, step: int, tag: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         """See :class:`Tracker`; in at most 512 bins, which is what there may be."""
@@ -105,17 +107,18 @@ class Wandb:
         width = -(-(last - first) // 512)
         starts = np.arange(first, last, width)
         histogram = np.add.reduceat(counts[first:last], starts - first), np.append(edges[starts], edges[last])
-        self._run.log({f"histograms/{tag}": self._wandb.Histogram(np_histogram=histogram)}, step=step)
+        self._run.log({"step": step, f"histograms/{tag}": self._wandb.Histogram(np_histogram=histogram)})
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """See :class:`Tracker`."""
         columns = ["step", "prompt", "response", "ground_truth", "reward", "accuracy", "advantage"]
         table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
-        self._run.log({tag: table}, step=step)
+        self._run.log({"step": step, tag: table})
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
+        """See :class:`Tracker`; its own process ends, too."""
         self._run.finish()
+        self._wandb.teardown()
 
 
 class Swanlab:

@@ -52,6 +52,31 @@ def test_it_is_raised_once_per_window_and_not_before_there_is_one():
     assert [bool(one) for one in found] == [False, False, True, False, False, True, False]
 
 
+def test_a_policy_kl_of_either_sign_is_a_distance():
+    swinging = [(0.0, sign * 0.2, 100.0, 0.6) for sign in (1, -1, 1, -1)]
+    assert look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + swinging)[6].step == 6
+
+
+def test_a_collapse_that_lasts_began_when_it_began():
+    alarm = CollapseAlarm(CONFIG)
+    found = look(alarm, [HEALTHY] * 5 + [COLLAPSED] * 5)
+    assert [(one.step, one.began) for one in found if one] == [(6, 4), (9, 4)]
+    look(alarm, [HEALTHY] * 3, 10)
+    assert [one.began for one in look(alarm, [COLLAPSED] * 2, 13) if one] == [12], "another one"
+
+
+def test_no_alarm_needs_a_checkpoint_that_was_not_safe():
+    steps = [HEALTHY] * 5 + [COLLAPSED] * 4 + [HEALTHY] * 4 + [COLLAPSED] * 3
+    alarm, safe = CollapseAlarm(CONFIG), []
+    assert alarm.safe is None
+    for number, values in enumerate(steps):
+        _, raised = alarm.look(number, dict(zip(LOOKED_AT, values, strict=True)))
+        assert raised is None or safe[-1] <= raised.began
+        assert raised is None or alarm.safe == raised.began
+        safe.append(alarm.safe)
+    assert safe == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 10, 11, 12, 12]
+
+
 def test_restored_it_goes_on_as_if_it_had_seen_all():
     steps = [HEALTHY] * 4 + [COLLAPSED] * 5
     for cut in range(len(steps)):

@@ -6,6 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fipo_megatron.config import ObserveConfig
 from fipo_megatron.observe.trackers import TensorBoard, as_markdown, missing_packages, open_trackers
+from tests.processes import children
 
 ROW = {
     "step": 3,
@@ -73,11 +74,12 @@ def test_services_without_a_service(name, tmp_path, monkeypatch):
     assert not missing_packages(config)
     (tracker,) = open_trackers(config, tmp_path / "run", {"seed": 1}, 0)
     counts, edges = np.histogram(np.linspace(-3, 3, 1025), bins=1025)
-    for step in range(2):
+    for step in (5, 3):  # as after a return
         tracker.scalars(step, {"policy/loss": 0.625 + step})
         tracker.histogram(step, "policy/log_ratio_positive", edges, counts)
         tracker.text(step, "samples/responses", [ROW])
     tracker.close()
+    assert not children()
     written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert any(b"policy/loss" in content for content in written)
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from fipo_megatron.config import RewardConfig
 from fipo_megatron.reward.verifier import Answer, check_verifier, open_verifier
+from tests.processes import children
 from tests.reward import hostile
 
 HOSTILE = int(os.environ.get("FIPO_HOSTILE_ANSWERS", "250"))
@@ -32,14 +33,6 @@ def verify(name, answers, **changes):
             await verifier.close()
 
     return asyncio.run(run())
-
-
-def children():
-    """Processes of this one that check answers."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 def test_right_and_wrong():

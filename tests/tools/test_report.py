@@ -16,7 +16,7 @@ from tools.report.__main__ import main
 from tools.report.charts import CHARTS, charts_of, held_out
 from tools.report.page import escaped_json, page_data, render
 from tools.report.picture import draw
-from tools.report.runs import RunError, Series, differences, read_runs, rows
+from tools.report.runs import Alarm, RunError, Series, differences, read_alarms, read_runs, rows
 from tools.report.series import smoothed, thin, thin_together
 from tools.report.summary import headline
 from tools.report.tokens import chosen_responses
@@ -55,6 +55,12 @@ def test_verdict_names_the_better_run_and_the_reason(runs):
     fall = collapse(read(runs, "broken")[0])
     assert fall is not None
     assert 41 <= fall.step <= 46
+
+
+def test_returns_are_alarms(tmp_path):
+    write(tmp_path / "roll_backs.jsonl", [{"number": 1, "step": 9, "to": 6, "reason": "the length fell"}])
+    write(tmp_path / "alarms.jsonl", [{"step": 12, "action": "stop", "reason": "again"}])
+    assert read_alarms(tmp_path) == [Alarm(9, "roll_back", "the length fell"), Alarm(12, "stop", "again")]
 
 
 @pytest.mark.parametrize("order", [("good", "same"), ("same", "good")])

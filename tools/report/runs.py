@@ -63,7 +63,7 @@ EMPTY = Series(np.empty(0, np.int64), np.empty(0))
 
 @dataclass(frozen=True)
 class Alarm:
-    """A line of ``alarms.jsonl``."""
+    """A line of ``alarms.jsonl``, or of ``roll_backs.jsonl``."""
 
     step: int
     action: str
@@ -222,11 +222,14 @@ def _ordered(steps: Steps, values: Floats) -> Series:
 
 def read_alarms(path: Path) -> list[Alarm]:
     """The alarms of a run, if any."""
-    file = path / "alarms.jsonl"
-    if not file.is_file():
-        return []
-    found = [row for _, row in rows(file) if isinstance(row.get("step"), int)]
-    return [Alarm(row["step"], str(row.get("action", "")), str(row.get("reason", ""))) for row in found]
+    found = []
+    for name, action in (("alarms.jsonl", ""), ("roll_backs.jsonl", "roll_back")):
+        if (file := path / name).is_file():
+            found += [{"action": action, **row} for _, row in rows(file) if isinstance(row.get("step"), int)]
+    return [
+        Alarm(row["step"], str(row["action"]), str(row.get("reason", "")))
+        for row in sorted(found, key=lambda row: row["step"])
+    ]
 
 
 def read_config(path: Path) -> dict[str, Any]:
