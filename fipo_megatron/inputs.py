@@ -12,6 +12,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fipo_megatron import manifest
+from fipo_megatron.actor.parallel import Launch, check_world_size
 from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import DataError, Messages, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
@@ -65,6 +66,7 @@ def read_inputs(config: Config) -> Inputs:
             check_verifier(config.reward.verifier)
         except ValueError as error:
             problems.append(str(error))
+    problems += _unfit_launch(config)
     problems += missing_packages(config.observe)
     problems += output_problems(Path(config.run.output), config.run.resume)
     problems += _unfit_checkpoint(Path(config.run.output) / "checkpoints", architecture, config)
@@ -89,6 +91,15 @@ def read_inputs(config: Config) -> Inputs:
         raise InputError("\n".join(problems))
     assert tokenizer is not None
     return Inputs(architecture, tokenizer, stop_tokens(path, tokenizer), tuple(prompts), tuple(to_evaluate))
+
+
+def _unfit_launch(config: Config) -> list[str]:
+    """Whether the launcher has said who this is, and started as many ranks as the layout needs."""
+    try:
+        check_world_size(config.actor.parallel, Launch.from_environment(os.environ).world_size)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def read_tokenizer(config: Config, path: Path) -> tuple[PreTrainedTokenizerBase | None, list[str]]:

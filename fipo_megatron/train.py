@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 import transformers
 
-from fipo_megatron.config import load_config, notices
+from fipo_megatron.config import Config, load_config, notices
 from fipo_megatron.inputs import read_inputs
 from fipo_megatron.observe.console import set_up_logging
 from fipo_megatron.observe.health import CollapseError
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
+from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(arguments[0], arguments[1:])
         console = set_up_logging(rank, plain=config.observe.plain_console)
         inputs = read_inputs(config)
+        check_options(config, inputs.architecture)
     except ValueError as error:
         if rank == 0:
             print(error, file=sys.stderr)
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     for notice in notices(config):
         logger.info("note: %s", notice)
     from fipo_megatron.actor.update_metrics import NoiseError
-    from fipo_megatron.run import Run  # Megatron takes seconds to import; a typo should not
+    from fipo_megatron.run import Run
 
     try:
         with Run(config, inputs, console) as run:
@@ -96,6 +98,14 @@ def main(arguments: Sequence[str]) -> int:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
+
+
+def check_options(config: Config, architecture: Architecture) -> None:
+    """Raises ValueError for options of Megatron's that it does not know, or that do not go together."""
+    from fipo_megatron.actor import megatron_config  # Megatron takes seconds to import; a typo elsewhere should not
+
+    megatron_config.check(architecture, config.actor)
+    megatron_config.check_auxiliary_losses(config)
 
 
 def _hush() -> None:

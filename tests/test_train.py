@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,6 +226,10 @@ def test_a_step_without_a_token_in_the_loss_is_passed_over(data, tmp_path):
         (["data.max_prompt_tokens=3"], "data.max_prompt_tokens = 3: all"),
         (["reward.verifier=python:no.such"], "reward.verifier = python:no.such: there is no module"),
         ([f"run.output={__file__}/run"], "test_train.py/run: cannot be written"),
+        (
+            ["actor.parallel.tensor_parallel=2"],
+            "tensor_parallel = 2 × pipeline_parallel = 1 × context_parallel = 1 needs",
+        ),
         (["rollout.prompts_per_stp=3"], "did you mean rollout.prompts_per_step?"),
     ],
 )
@@ -236,6 +241,20 @@ def test_errors_come_before_anything_is_built(overrides, message, data, tmp_path
     assert "megatron" not in said.replace("fipo_megatron", "").lower()
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - start < 60
+
+
+def test_what_megatron_does_not_know_and_a_port_in_use(data, tmp_path, monkeypatch):
+    said = train(data, tmp_path / "run", "actor.transformer.recompute_granularty=full", code=2)
+    assert "did you mean recompute_granularity?" in said
+    assert "Traceback" not in said
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (launch | {"MASTER_PORT": taken.getsockname()[1]}).items():
+            monkeypatch.setenv(name, str(value))
+        said = train(data, tmp_path / "run", code=1)
+        assert f"MASTER_PORT = {taken.getsockname()[1]}: another program listens there" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_without_chat_template_and_another_run_in_the_output(data, recorded, tmp_path):

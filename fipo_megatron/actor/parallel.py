@@ -6,6 +6,7 @@ other in one job: :func:`destroy` takes every process group down, :func:`initial
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -178,6 +179,7 @@ def initialize(
     Raises:
         ValueError: the world size does not fit the layout (before any process group is made), or the launcher's
             environment is incomplete.
+        OSError: the port of rank 0 is in use.
         RuntimeError: a layout is up already.
     """
     if dist.is_initialized():
@@ -259,15 +261,23 @@ def _prefix() -> str:
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     # torchrun's agent already listens on the port that it hands out.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        launch.address,
-        launch.port,
-        launch.world_size,
-        is_master=launch.rank == 0 and not served,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    try:
+        return dist.TCPStore(
+            launch.address,
+            launch.port,
+            launch.world_size,
+            is_master=launch.rank == 0 and not served,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise OSError(
+            errno.EADDRINUSE,
+            f"MASTER_PORT = {launch.port}: another program listens there on this host; set another one on all ranks",
+        ) from None
 
 
 def _layout(parallel: ParallelConfig, launch: Launch, device: torch.device) -> RankLayout:
