@@ -145,7 +145,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, data, tmp_path):
         assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1, 1, 1]
         assert all(row["mismatch/importance_weight_mean"] for row in rows)
     names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert names == ["step-000004", "step-000005"]
+    assert names == ["step-000002", "step-000004", "step-000005"], "the newest, and that from before the window"
 
 
 def test_ranks_overlap_alike(data, tmp_path):
@@ -208,6 +208,16 @@ def test_a_return_passes_over_what_is_damaged(recorded, tmp_path):
     finally:
         parallel.destroy()
     assert (tmp_path / "checkpoints" / "damaged-step-000004-0").is_dir()
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_a_rate_that_was_changed_is_taken(distributed, data, tmp_path):
+    settings = [f"actor.distributed_optimizer={distributed}", "run.save_every=1"]
+    changed = ["actor.optimizer.lr=1e-3", "actor.optimizer.warmup_steps=2", "actor.optimizer.schedule=constant"]
+    train(data, tmp_path / "run", *settings, "run.steps=1")
+    said = train(data, tmp_path / "run", *settings, *changed, "run.steps=2")
+    assert "actor.optimizer.lr: 0.0003 → 0.001" in said
+    assert [row["optimizer/learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx([3e-4 / 6, 1e-3])
 
 
 def test_a_step_without_a_token_in_the_loss_is_passed_over(data, tmp_path):

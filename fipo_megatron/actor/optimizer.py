@@ -62,5 +62,8 @@ def build_optimizer(
         end_wd=own.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A checkpoint says how many steps there were; what follows from that, the configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, schedule

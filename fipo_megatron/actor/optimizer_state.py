@@ -51,10 +51,16 @@ def optimizer_shards(actor: MegatronActor, sharding: Sharding, *, loading: bool)
 
 @torch.no_grad()
 def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
-    """Takes over what was loaded into :func:`optimizer_shards`. A collective."""
+    """Takes over what was loaded into :func:`optimizer_shards`, but for what the configuration says. A collective."""
+    configured = [
+        [{name: value for name, value in group.items() if name not in ("params", "step")} for group in groups]
+        for groups in (inner.optimizer.param_groups for inner in _inner(actor))
+    ]
     with _torch_adam(actor):
         actor.optimizer.load_state_dict(state)
-    for inner in _inner(actor):
+    for inner, groups in zip(_inner(actor), configured, strict=True):
+        for group, own in zip(inner.optimizer.param_groups, groups, strict=True):
+            group.update(own)
         for values in inner.optimizer.state.values():
             if torch.is_tensor(values.get("step")):
                 values["step"] = values["step"].clone()  # else one counter, shared by all and advanced by each
