@@ -50,12 +50,13 @@ def main() -> int:
         seen, memory = watch(process, output / "metrics.jsonl")
         if process.returncode:
             return process.returncode
-        return report(arguments.steps, memory, seen, files() - before, output)
+        return report(arguments, memory, seen, files() - before, output)
 
 
 def files() -> set[str]:
-    """In the places where libraries put files."""
-    return {str(path) for place in PLACES if place.is_dir() for path in place.iterdir()}
+    """In the places where libraries put files; torch's cache of compiled code is one for all runs."""
+    found = (path for place in PLACES if place.is_dir() for path in place.iterdir())
+    return {str(path) for path in found if not path.name.startswith("torchinductor_")}
 
 
 def watch(
@@ -81,10 +82,14 @@ def watch(
 
 
 def report(
-    steps: int, memory: dict[str, list[tuple[int, float]]], seen: list[psutil.Process], left: set[str], output: Path
+    arguments: argparse.Namespace,
+    memory: dict[str, list[tuple[int, float]]],
+    seen: list[psutil.Process],
+    left: set[str],
+    output: Path,
 ) -> int:
     """Prints and writes what was seen; the exit code."""
-    rows, growth = [], {}
+    steps, rows, growth = arguments.steps, [], {}
     for name, samples in memory.items():
         early = [mib for step, mib in samples if steps // 4 <= step < steps // 2]
         late = [mib for step, mib in samples if 3 * steps // 4 <= step < steps]
@@ -114,6 +119,7 @@ def report(
         "soak",
         {
             "steps": steps,
+            "overrides": arguments.overrides,
             "memory_growth": [{"process": name.split()[0], "growth": value} for name, value in growth.items()],
             "seconds_per_step": seconds,
             "processes_left": alive,
