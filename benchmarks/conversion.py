@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from benchmarks.memory import anonymous
 from benchmarks.report import print_table, write_result
 from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
@@ -65,18 +66,6 @@ def descendants(root: int) -> Iterable[int]:
             yield from descendants(int(child))
 
 
-def anonymous(root: int) -> int:
-    """RssAnon of a process and all its descendants, bytes."""
-    total = 0
-    for process in descendants(root):
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
-    return total
-
-
 def run(command: list[str]) -> tuple[float, int]:
     """Seconds, and the most that all its processes had at a time, looked up every 10 ms."""
     start = time.perf_counter()
@@ -87,7 +76,7 @@ def run(command: list[str]) -> tuple[float, int]:
         nonlocal peak
         while not done.wait(0.01):
             try:
-                peak = max(peak, anonymous(process.pid))
+                peak = max(peak, sum(map(anonymous, descendants(process.pid))))
             except OSError:
                 continue  # a process ended while it was looked at
 

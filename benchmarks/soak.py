@@ -1,4 +1,4 @@
-"""Does a long run stay as it is? 200 steps of the quickstart: memory of each process, what is left, time by part.
+"""Does a long run stay as it is? 200 steps of the quickstart: anonymous memory per process, what is left, time by part.
 
 Every response that is kept is kept with its tokens, in files that may have 1 MiB together.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.memory import anonymous
 from benchmarks.report import print_table, write_result
 
 START = Path("build/quickstart")
@@ -62,7 +63,7 @@ def files() -> set[str]:
 def watch(
     process: subprocess.Popen[bytes], metrics: Path
 ) -> tuple[list[psutil.Process], dict[str, list[tuple[int, float]]]]:
-    """Until it ends: every process that it had, and of each, by name, pairs of step and MiB."""
+    """Until it ends: every process that it had, and of each, by name, pairs of step and anonymous MiB."""
     root = psutil.Process(process.pid)
     seen: dict[int, psutil.Process] = {}
     memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -72,9 +73,8 @@ def watch(
             family = [root, *root.children(recursive=True)]
             for one in family:
                 seen[one.pid] = one
-                memory[f"{'trainer' if one == root else 'child'} {one.pid}"].append(
-                    (step, one.memory_full_info().uss / 2**20)
-                )
+                if mib := anonymous(one.pid) / 2**20:
+                    memory[f"{'trainer' if one == root else 'child'} {one.pid}"].append((step, mib))
         except psutil.NoSuchProcess:
             pass
         time.sleep(0.5)
