@@ -23,6 +23,7 @@ from typing import Any
 
 import aiohttp
 
+from . import shared_memory
 from .engine import EngineError
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class SglangServer:
         self.port = port or free_port(spec.host)
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._shared: set[Path] = set()
 
     @property
     def url(self) -> str:
@@ -194,6 +196,7 @@ class SglangServer:
         except BaseException:
             await self.stop()
             raise
+        self._shared = shared_memory.files_of_session(self._process.pid)  # known, if it ends by itself
 
     async def _until_ready(self) -> None:
         headers = _headers(self.spec.arguments.get("api_key"))
@@ -221,10 +224,13 @@ class SglangServer:
         """Ends its whole process group at once; it keeps nothing that could be lost."""
         if self._process is None:
             return
+        left = self._shared | shared_memory.files_of_session(self._process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
-        self._process = None
+        for path in left:
+            path.unlink(missing_ok=True)
+        self._process, self._shared = None, set()
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart import task
+from fipo_megatron.rollout import shared_memory
 from tests.sglang.conftest import ROOT
 from tests.test_train import train
 
@@ -22,6 +23,7 @@ def processes_of(text):
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
 def test_a_run_with_a_server(sync, tmp_path):
     task.build(tmp_path / "data", seed=1)
+    before = {*shared_memory.DIRECTORY.iterdir()}
     train(
         tmp_path / "data",
         tmp_path / "run",
@@ -35,3 +37,4 @@ def test_a_run_with_a_server(sync, tmp_path):
     assert all(row["mismatch/abs_max"] < 1e-4 for row in rows)
     assert all(row["optimizer/updates"] == 2 and row["optimizer/grad_norm"] > 0 for row in rows)
     assert not processes_of(str(tmp_path)), "nothing is left running"
+    assert not {*shared_memory.DIRECTORY.iterdir()} - before
