@@ -428,9 +428,8 @@ class Run:
         reported = bool(every) and step % every == 0
         if self._passes_agree and not reported:
             return
-        trained = self._passes_agree or self.first_step > 0
         try:
-            floor = self.actor.check_noise_floor(mini_batch, trajectories, trained=trained)
+            floor = self.actor.check_noise_floor(mini_batch, trajectories, warm_up=not self._passes_agree)
         except NoiseError as error:
             if not self._passes_agree:
                 raise

@@ -199,14 +199,14 @@ class MegatronActor:
         return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
 
     def check_noise_floor(
-        self, mini_batch: MiniBatch, trajectories: Trajectories, *, trained: bool = False
+        self, mini_batch: MiniBatch, trajectories: Trajectories, *, warm_up: bool = True
     ) -> NoiseFloor | None:
         """The lr = 0 gate: the noise floor, within ``actor.max_noise_shift`` and ``actor.max_noise_future_kl``.
 
         Args:
             mini_batch: The first of a plan.
             trajectories: As given to :meth:`log_probs`.
-            trained: These weights come from a step of this run, with the FP8 scales that belong to them.
+            warm_up: Under delayed FP8 scaling, measure the tensors before: scales are not loaded.
 
         Returns:
             None: no token of the mini-batch is in the loss.
@@ -215,7 +215,7 @@ class MegatronActor:
             NoiseError: it is not; FIPO would weigh tokens by noise.
         """
         actor = self.config.actor
-        if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and not trained:
+        if actor.fp8 != "off" and actor.fp8_recipe == "delayed" and warm_up:
             # Every delayed scale is 1 until a first training pass has measured the tensors.
             self._forward_backward(
                 mini_batch, trajectories, self.log_probs([mini_batch], trajectories)[0], None, self._drift_only
