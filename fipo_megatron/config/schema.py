@@ -208,7 +208,7 @@ class ServersConfig:
     python: str = ".venv-sglang/bin/python"
     api_key_variable: str = "FIPO_SGLANG_API_KEY"
     concurrency: Positive = 256
-    progress_seconds: Seconds = 300.0
+    progress_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 300.0
     patience_seconds: Seconds = 600.0
     ready_seconds: Seconds = 600.0
     restarts: Count = 3
@@ -374,7 +374,7 @@ class RunConfig:
         output: Directory of all that the run writes.
         save_every: Steps between two checkpoints; 0: at the end alone.
         async_save: Write checkpoints while the run goes on, from a copy on the host.
-        keep_last: Checkpoints to keep, the newest; beside them the newest from before the window of the alarm.
+        keep_last: Checkpoints to keep, the newest; beside them up to two that the alarm for collapse may return to.
         keep_best: Keep the one with the best evaluation, too.
         optimizer_sharding: Of the distributed optimizer in checkpoints: ``fully_reshardable`` can be loaded under any
             layout, but is gathered on the hosts first; ``dp_reshardable`` is written as it is, and tensor- and

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -26,6 +27,8 @@ from .sglang_parse import MalformedAnswerError, error_text, parse_generation
 logger = logging.getLogger(__name__)
 
 _UNAUTHORISED = (401, 403)
+_NOTHING_SAMPLED = 503
+"""What ``/health_generate`` of SGLang 0.5.23 says after 20 seconds without a token, and while it starts or ends."""
 
 
 class _WorkerLostError(Exception):
@@ -41,6 +44,8 @@ class _Worker:
     needs_weights: bool = False
     tasks: dict[str, asyncio.Task[Generation]] = field(default_factory=dict)
     groups: int = 0
+    left: set[str] = field(default_factory=set)
+    """Attempts that it may still be at, and nobody waits for."""
 
 
 class SglangClient:
@@ -53,7 +58,8 @@ class SglangClient:
         vocab: Token ids are below; a larger one would end the server.
         api_key: Sent as a bearer token.
         concurrency: Requests in flight per worker; others wait here.
-        progress_seconds: A worker with requests in flight that samples nothing for so long is lost.
+        progress_seconds: A worker with requests in flight that samples nothing for so long is lost. SGLang itself looks
+            once a second, and sends what does not stream in pieces of 50 tokens.
         patience_seconds: With no worker left, wait so long for one to come back.
         look_seconds: Between two looks at the workers.
         deterministic: Send seeds: for servers with deterministic inference.
@@ -82,6 +88,7 @@ class SglangClient:
         self._deterministic = deterministic
         self._expected: int | None = None
         self._paused = False
+        self._resumed = -math.inf
         self.losses = 0
         """How often a worker was lost."""
         self._in_flight: dict[str, str] = {}
@@ -206,7 +213,7 @@ class SglangClient:
     async def _ask(self, worker: _Worker, request: GenerationRequest) -> Generation:
         """One attempt, which ends at once where the worker is lost."""
         self._attempts += 1
-        self._in_flight[request.id] = f"{request.id}~{self._attempts}"
+        attempt = self._in_flight[request.id] = f"{request.id}~{self._attempts}"
         task = worker.tasks[request.id] = asyncio.create_task(self._post(worker, request))
         try:
             await asyncio.wait({task})
@@ -215,6 +222,7 @@ class SglangClient:
             if not task.done():
                 task.cancel()
         if task.cancelled():
+            worker.left.add(attempt)
             raise _WorkerLostError(worker.lost_because)
         return task.result()
 
@@ -291,17 +299,29 @@ class SglangClient:
             if not worker.alive:
                 await self._try_again(worker)
             elif (worker.tasks or (self._router and self._in_flight)) and not self._paused:
-                # Under load this answers as soon as anything is sampled.
-                async with asyncio.timeout(self._progress):
-                    status, _ = await self._exchange(worker.url + "/health_generate", None)
-                if status != 200 and not self._paused:
-                    self.worker_lost(worker.url, f"/health_generate: HTTP status {status}")
+                await self._until_it_samples(worker)
         except TimeoutError:
-            if not self._paused:
+            if not self._paused and time.monotonic() - self._resumed > self._progress:
                 self.worker_lost(worker.url, f"no progress for {self._progress:g} s")
         except (aiohttp.ClientError, OSError, EngineError) as error:
             if worker.alive:
                 self.worker_lost(worker.url, f"{type(error).__name__}: {error}")
+
+    async def _until_it_samples(self, worker: _Worker) -> None:
+        """Returns as soon as anything is sampled; an idle server samples one token for this.
+
+        Raises:
+            EngineError: it answers with an error.
+            TimeoutError: nothing was sampled for too long.
+        """
+        async with asyncio.timeout(self._progress):
+            while not self._paused:
+                status, body = await self._exchange(worker.url + "/health_generate", None)
+                if status == 200:
+                    return
+                if status != _NOTHING_SAMPLED:
+                    raise EngineError(f"/health_generate: HTTP status {status}: {error_text(body)}")
+                await asyncio.sleep(self._look)
 
     async def _try_again(self, worker: _Worker) -> None:
         """A worker that answers and has the current weights is used again."""
@@ -311,6 +331,10 @@ class SglangClient:
             await self.on_returned(worker.url)
             version = await self._version_of(worker)
         if self._expected in (None, version):
+            while worker.left:  # one that only was slow
+                await self._ask_one(worker.url, "/abort_request", {"rid": worker.left.pop()})
+            if self._in_flight:  # else its memory may be released
+                await self._until_it_samples(worker)  # a scheduler that hangs leaves /model_info as it was
             logger.warning("%s is back with weights %d", worker.url, version)
             self.worker_returned(worker.url)
         else:
@@ -400,7 +424,7 @@ class SglangClient:
     async def resume(self) -> None:
         """See :class:`.engine.RolloutEngine`."""
         await self.control("/continue_generation")
-        self._paused = False
+        self._paused, self._resumed = False, time.monotonic()
 
     def deciding(self) -> AbstractAsyncContextManager[None]:
         """See :class:`.engine.RolloutEngine`: servers do not wait."""
@@ -410,7 +434,7 @@ class SglangClient:
         """See :class:`.engine.RolloutEngine`; needs ``enable_memory_saver`` to have an effect."""
         if self._in_flight:
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
-        await self.control("/flush_cache")
+        await self.control("/flush_cache?timeout=60")  # for what was aborted a moment ago
         await self.control("/release_memory_occupation", {"tags": list(what)})
 
     async def restore_memory(self, *what: Memory) -> None:

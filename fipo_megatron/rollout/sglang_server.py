@@ -229,7 +229,8 @@ class SglangServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
         for path in left:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         self._process, self._shared = None, set()
 
 

@@ -14,7 +14,7 @@ LEFT = ("sglang_loads_", "sem.mp-")
 
 
 def files_of_session(session: int) -> set[Path]:
-    """Those that processes of a session have mapped now."""
+    """Those that processes of a session have mapped now; as far as they can be read."""
     mapped: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -25,7 +25,10 @@ def files_of_session(session: int) -> set[Path]:
             continue
         # A semaphore is mapped under the name that it was made with, and linked to its own: the inode is the same.
         mapped |= {int(line.split(maxsplit=5)[4]) for line in maps.splitlines() if f" {DIRECTORY}/" in line}
-    names = (path for path in DIRECTORY.iterdir() if path.name.startswith(LEFT)) if mapped else ()
+    try:
+        names = [path for path in DIRECTORY.iterdir() if path.name.startswith(LEFT)] if mapped else []
+    except OSError:
+        return set()
     return {path for path in names if _inode(path) in mapped}
 
 

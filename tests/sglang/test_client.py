@@ -1,7 +1,10 @@
 """Against one real server: log-probs, stops, aborts, pauses, and what is refused."""
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -122,19 +125,80 @@ def test_all_can_be_aborted_also_those_that_wait(server):
 
 def test_nothing_is_sampled_while_paused(server):
     async def use(client):
-        task = asyncio.create_task(client.generate(request(7, 600)))
+        task = asyncio.create_task(client.generate(request(7, 1200)))
         await asyncio.sleep(0.5)
         await client.pause()
         late = asyncio.create_task(client.generate(request(8, 5)))
-        await asyncio.sleep(1.5)  # longer than the watcher's patience below: a pause is no lack of progress
+        await asyncio.sleep(6.0)  # longer than the watcher's patience below: a pause is no lack of progress
         before = task.done(), late.done()
         await client.resume()
-        return before, await task, await late
+        return before, await task, await late, client.losses
 
-    before, found, late = with_client(server, use, progress_seconds=1.0)
+    before, found, late, losses = with_client(server, use, progress_seconds=4.0)
     assert before == (False, False)
+    assert not losses
     assert len(late.tokens) == 5
-    np.testing.assert_allclose(found.log_probs, expected(models.model(), request(7, 600), found), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found.log_probs, expected(models.model(), request(7, 1200), found), atol=1e-4, rtol=0)
+
+
+def scheduler_of(server):
+    """The process that samples; the one that answers is another."""
+    [found] = [
+        int(status.parent.name)
+        for status in Path("/proc").glob("[0-9]*/status")
+        if f"PPid:\t{server.process_id}\n" in (text := status.read_text()) and "Name:\tsglang::schedul" in text
+    ]
+    return found
+
+
+def test_a_server_that_answers_but_samples_nothing_is_lost_and_comes_back(server):
+    hangs = scheduler_of(server)
+
+    async def use(client):
+        task = asyncio.create_task(client.generate(request(7, 1200)))
+        await asyncio.sleep(0.5)
+        os.kill(hangs, signal.SIGSTOP)
+        while not client.losses:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(5.0)
+        [health] = await client.health()
+        losses = client.losses
+        os.kill(hangs, signal.SIGCONT)
+        found = await task
+        await client.control("/flush_cache")  # refused while it is still at the first attempt
+        return health, losses, found
+
+    try:
+        health, losses, found = with_client(server, use, progress_seconds=4.0)
+    finally:
+        os.kill(hangs, signal.SIGCONT)
+    assert (health.alive, health.weight_version, losses) == (False, 0, 1), "it is not taken for sound meanwhile"
+    np.testing.assert_allclose(found.log_probs, expected(models.model(), request(7, 1200), found), atol=1e-4, rtol=0)
+
+
+def forget_all(server):
+    """What nobody waits for any more."""
+
+    async def use(client):
+        await client.control("/abort_request", {"abort_all": True})
+        await client.control("/flush_cache?timeout=60")
+
+    with_client(server, use)
+
+
+def test_a_server_that_stays_so_is_told(server):
+    hangs = scheduler_of(server)
+
+    async def use(client):
+        os.kill(hangs, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"(?s)come back within 6 s:.*no progress for 3 s"):
+            await client.generate(request(7, 1200))
+
+    try:
+        with_client(server, use, progress_seconds=3.0, patience_seconds=6.0)
+    finally:
+        os.kill(hangs, signal.SIGCONT)
+    forget_all(server)
 
 
 def test_control_health_and_versions(server):
