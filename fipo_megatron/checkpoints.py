@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -102,7 +102,8 @@ class Checkpoints:
             carried: By the sampler of this rank; None where it does not lead.
             ahead: What was sampled for this step already; None where nothing was.
             scores: By step, to tell the best checkpoint, which stays.
-            safe: The newest checkpoint of this step or an earlier one stays, too: the run may have to return to it.
+            safe: The newest checkpoint of this step or an earlier one stays, too: the run may have to return to it. So
+                does the next one: a later alarm will need it, when more than ``run.keep_last`` are newer.
 
         Raises:
             OSError: the disk is full, and the like, also of the checkpoint before this one; nothing is left under the
@@ -212,14 +213,12 @@ class Checkpoints:
             )
 
     def _prune(self, scores: Mapping[int, float], safe: int | None) -> None:
-        """Removes all but the newest ones, the best, and the one that the run may return to."""
+        """Removes all but those :func:`to_keep`."""
         with all_or_none("removing old checkpoints", self._group):
             if self._layout.rank == 0:
                 found = manifest.list_checkpoints(self._directory)
-                scored = [number for number, _ in found if number in scores]
-                kept = {max(scored, key=lambda number: (scores[number], number), default=None)}
-                kept.add(next((number for number, _ in found if safe is not None and number <= safe), None))
-                for step, path in found[self._config.run.keep_last :]:
+                kept = to_keep([step for step, _ in found], self._config.run.keep_last, scores, safe)
+                for step, path in found:
                     if step not in kept:
                         hidden = path.with_name(f".{path.name}.partial")
                         path.rename(hidden)
@@ -301,6 +300,24 @@ class Checkpoints:
         if saved.sampled_ahead:
             ahead = recordings.read(path / "run", saved.step, keep=self._layout.rank == 0)
         return saved, carried, ahead
+
+
+def to_keep(steps: Sequence[int], newest: int, scores: Mapping[int, float], safe: int | None) -> set[int]:
+    """Of the checkpoints of these steps: so many of the newest, the best, and those that the run may have to return to.
+
+    Args:
+        steps: Of all that there are.
+        newest: How many.
+        scores: By step; empty where the best is not wanted.
+        safe: A checkpoint of this step or an earlier one is from before any collapse. The newest such one is kept, and
+            the one after it: ``safe`` grows, and by the time it gets there, ``newest`` ones may be newer.
+    """
+    kept = {*sorted(steps)[-newest:]}
+    kept |= {*sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))[-1:]}
+    if safe is not None:
+        kept |= {*sorted(step for step in steps if step <= safe)[-1:]}
+        kept |= {*sorted(step for step in steps if step > safe)[:1]}
+    return kept
 
 
 def _random_state() -> dict[str, Any]:

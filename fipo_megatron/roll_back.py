@@ -26,7 +26,7 @@ class RollBack:
         to: The step of the checkpoint.
         cursor: Of the prompts: those that led here are not given again.
         learning_rate_factor: Of all returns so far.
-        reason: Of the alarm.
+        reason: Of the alarm; empty in older files.
     """
 
     number: int
@@ -34,7 +34,7 @@ class RollBack:
     to: int
     cursor: int
     learning_rate_factor: float
-    reason: str
+    reason: str = ""
 
 
 def read(output: Path) -> list[RollBack]:

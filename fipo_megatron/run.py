@@ -104,6 +104,7 @@ class Run:
         self._ahead: Sampled | None = None
         self.first_step = self._saved = self._step = 0
         self._roll_backs = self._stop = 0
+        self._returned_to: int | None = None
         carried = self._resume()
         self._routes: Routes | None = None
         if config.run.replay:
@@ -138,11 +139,12 @@ class Run:
         self._step = self._saved = saved.step
         self._stream.given, self._roll_backs = saved.cursor, saved.roll_backs
         self.actor.learning_rate_factor = saved.learning_rate_factor
+        returned = events[: self._roll_backs]
         if (event := roll_back.pending(events, saved)) is not None:
             self._stream.given, self._roll_backs = event.cursor, event.number
             self.actor.learning_rate_factor = event.learning_rate_factor
-            self._ahead = None
-            return []
+            self._ahead, carried, returned = None, [], [event]
+        self._returned_to = returned[-1].to if returned else None
         return carried
 
     def _from_first_rank(self, value: T) -> T:
@@ -212,7 +214,7 @@ class Run:
             self._step += 1
             stopped, raised = self._agree()
             every = self.config.run.save_every
-            if raised is not None and self._answered(raised):
+            if raised is not None and not (advice := self._answer(raised)):
                 if stopped:
                     logger.warning("ended after a return to step %d, as asked; run it again to go on", self._step)
                     return
@@ -225,10 +227,10 @@ class Run:
             self._log_timing(step)
             if raised is not None:
                 self._checkpoints.finish()
+                more = " Either needs a larger run.steps: this was the last step." if last else ""
                 raise CollapseError(
-                    f"the run has collapsed: {raised.reason}. It is saved, as is the last checkpoint of step "
-                    f"{raised.began} or before, if there was one; run again with health.action=warn, it goes on all "
-                    "the same, with health.action=roll_back it returns there if the next window is no better"
+                    f"the run has collapsed: {raised.reason}. It is saved: run again with health.action=warn, it goes "
+                    f"on all the same. {advice}.{more}"
                 )
             if stopped:
                 self._checkpoints.finish()
@@ -255,18 +257,36 @@ class Run:
             self._checkpoints.finish()
         return bool(stopped), self._from_first_rank(raised) if alarmed else None
 
-    def _answered(self, alarm: Alarm) -> bool:
-        """Returns to a checkpoint from before, where that is asked for and can be done; all ranks are here."""
-        health = self.config.health
-        if health.action != "roll_back" or self._roll_backs >= health.max_roll_backs:
-            return False
+    def _answer(self, alarm: Alarm) -> str:
+        """Returns to a checkpoint from before, where that is asked for and can be done; all ranks are here.
+
+        Returns:
+            Where it has not: what can be done about it.
+        """
+        advice = self._return_from(alarm)
+        if advice:
+            self._log.alarm(alarm, "stop")
+        return advice
+
+    def _return_from(self, alarm: Alarm) -> str:
+        """See :meth:`_answer`."""
+        health, until = self.config.health, self._sound_until(alarm.began)
+        if health.action != "roll_back":
+            return (
+                f"With health.action=roll_back it returns to the checkpoint of step {until} or before, where there is "
+                "one, if the next window is no better"
+            )
+        if self._roll_backs >= health.max_roll_backs:
+            return (
+                f"It has returned {self._roll_backs} times: with health.max_roll_backs={self._roll_backs + 1} it "
+                "returns once more, if the next window is no better"
+            )
         self._checkpoints.finish()
         path = None
         with suppress(WeightsError):  # none is whole; which are not is said
-            path = self._checkpoints.newest(until=alarm.began)
+            path = self._checkpoints.newest(until=until)
         if path is None:
-            logger.error("health.action = roll_back: there is no checkpoint from before step %d", alarm.began)
-            return False
+            return f"It cannot return: there is no whole checkpoint of step {until} or before"
         if self._session is not None:
             with suppress(EngineError, SamplingExhaustedError):
                 self._session.take_ahead()
@@ -291,7 +311,11 @@ class Run:
         self._log.open(to)
         self._seconds.clear()
         logger.error("returned to %s; the learning rate is times %g", path, self.actor.learning_rate_factor)
-        return True
+        return ""
+
+    def _sound_until(self, safe: int) -> int:
+        """What the run has returned to is taken for sound, also where the window reaches further back."""
+        return safe if self._returned_to is None else max(safe, self._returned_to)
 
     def _log_timing(self, step: int) -> None:
         if self._session is not None:
@@ -309,7 +333,8 @@ class Run:
             carried = self._session.carried()
         scores = self._log.evaluations() if self.config.run.keep_best else {}
         place = Place(step, self._stream.given, self._roll_backs, self.actor.learning_rate_factor)
-        self._checkpoints.save(place, carried, ahead, scores, self._alarm.safe)
+        safe = None if self._alarm.safe is None else self._sound_until(self._alarm.safe)
+        self._checkpoints.save(place, carried, ahead, scores, safe)
         self._saved = step
 
     @contextmanager
@@ -445,9 +470,8 @@ class Run:
         report, self._raised = self._alarm.look(step, values)
         if self._raised is not None:
             logger.error("ALARM in step %d: %s", step, self._raised.reason)
-            health = self.config.health
-            spent = health.action == "roll_back" and self._roll_backs >= health.max_roll_backs
-            self._log.alarm(self._raised, "stop" if spent else health.action)
+            if self.config.health.action == "warn":
+                self._log.alarm(self._raised, "warn")
         with self.part("observe"):
             kept, shown = self._reporting.rows(step, sampled, batch, updates)
         self._log.step(step, values | report, sampled, updates, kept, shown)

@@ -117,6 +117,7 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
             assert rows(output / "roll_backs.jsonl"), "it was killed in the first step after its return"
         said = train(data, output, *ROLL_BACK, code=3)
         assert "the run has collapsed" in said
+        assert "with health.max_roll_backs=2 it returns once more" in said
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(data, whole, *ROLL_BACK, "health.action=warn")
     assert [(row["step"], row["began"], row["action"]) for row in rows(whole / "alarms.jsonl")] == [
@@ -129,7 +130,33 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
     assert [row["step"] for row in metrics(killed)] == [0, 1, 2, 3, 4, 5]
     assert metrics(whole)[:6] == metrics(killed)
     assert (whole / "roll_backs.jsonl").read_bytes() == (killed / "roll_backs.jsonl").read_bytes()
-    names = {path.name for path in (killed / "checkpoints").iterdir()}
-    assert names == {"step-000003", "step-000006", "collapsed-step-000005-0"}, "the newest, and that from before"
+    names = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert names == [
+        *("collapsed-step-000004-0", "collapsed-step-000005-0"),
+        *("step-000003", "step-000004", "step-000006"),
+    ], "that from before, the one after it, the newest"
     rates = [row["optimizer/learning_rate"] for row in metrics(whole)]
     assert rates[3] == pytest.approx(rates[2] * 0.5 * 8 / 6), "in the warm-up, at half the rate"
+
+
+def test_a_run_returns_again_though_the_window_reaches_back_before_the_first_return(data, tmp_path):
+    """Six sound steps, then a learning rate that no policy bears."""
+    output = tmp_path / "run"
+    sound = ["run.save_every=1", "run.keep_last=1", "actor.optimizer.warmup_steps=0", "actor.optimizer.min_lr=0"]
+    train(data, output, *sound, "run.steps=6", "actor.optimizer.lr=1e-9")
+    broken = ["run.steps=12", "actor.optimizer.lr=3e-2", "health.policy_kl_limit=0.01", "health.action=roll_back"]
+    said = train(data, output, *sound, *broken, "health.max_roll_backs=2", "health.roll_back_lr=0.9", code=3)
+    assert [(row["step"], row["to"]) for row in rows(output / "roll_backs.jsonl")] == [(7, 5), (6, 5)]
+    [alarm] = rows(output / "alarms.jsonl")
+    assert (alarm["step"], alarm["began"], alarm["action"]) == (6, 4, "stop")
+    assert "with health.max_roll_backs=3 it returns once more" in said
+    names = {path.name for path in (output / "checkpoints").glob("step-*")}
+    assert "step-000005" in names, "where it will return to, if it may"
+
+
+def test_a_run_that_cannot_return_says_so(data, tmp_path):
+    settings = ["run.steps=3", "health.policy_kl_limit=0", "health.action=roll_back"]
+    said = train(data, tmp_path / "run", *settings, code=3)
+    assert "It cannot return: there is no whole checkpoint of step 0 or before" in said
+    assert "this was the last step" in said
+    assert [row["action"] for row in rows(tmp_path / "run" / "alarms.jsonl")] == ["stop"]

@@ -66,6 +66,8 @@ class CollapseAlarm:
 
         None: nothing has been looked at.
         """
+        if self._config.action == "off":
+            return None
         return self._window[0][0] if self._began is None and self._window else self._began
 
     def look(self, step: int, values: Mapping[str, Any]) -> tuple[dict[str, float], Alarm | None]:

@@ -164,9 +164,14 @@ class StepLog:
         return {row["step"]: row["evaluation/accuracy"] for row in self._rows("evaluation.jsonl")}
 
     def seen(self) -> list[Seen]:
-        """What the alarm for collapse has looked at; on the first rank."""
-        rows = [row for row in self._rows("metrics.jsonl") if "health/alarm" in row]
-        return [(row["step"], *(row[tag] for tag in LOOKED_AT)) for row in rows]
+        """What the alarm for collapse has looked at since it was off; on the first rank."""
+        found: list[Seen] = []
+        for row in self._rows("metrics.jsonl"):
+            if "health/alarm" in row:
+                found.append((row["step"], *(row[tag] for tag in LOOKED_AT)))
+            elif all(row.get(tag) is not None for tag in LOOKED_AT):
+                found.clear()
+        return found
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
         file = self._output / name
@@ -267,5 +272,7 @@ def noise_metrics(floor: NoiseFloor | None, values: Mapping[str, Any], *, fipo: 
         found.append(("future_kl", floor.future_kl, values.get("future_kl/abs_max")))
     report: dict[str, float | None] = {}
     for name, noise, signal in found:
-        report |= {f"noise/{name}": noise, f"noise/{name}_ratio": noise / signal if signal else None}
+        known = math.isfinite(noise)
+        report[f"noise/{name}"] = noise if known else None
+        report[f"noise/{name}_ratio"] = noise / signal if known and signal else None
     return report

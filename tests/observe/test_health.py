@@ -94,3 +94,5 @@ def test_steps_that_learn_nothing_are_passed_over():
     assert not alarm.history
     off = CollapseAlarm(HealthConfig(action="off"))
     assert off.look(0, dict(zip(LOOKED_AT, COLLAPSED, strict=True))) == ({}, None)
+    off.restore([(0, *HEALTHY)])
+    assert off.safe is None
