@@ -28,15 +28,15 @@ from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.weights.architecture import Architecture
 
-from .fp8 import drop_weight_copies, frozen_scaling
-from .log_probs import TokenLogProbs, megatron_token_log_probs
-from .megatron_config import check_auxiliary_losses, token_multiple
-from .micro_batches import LocalMicroBatch, local_micro_batches
-from .model import HiddenStateGPTModel, build_model
-from .offload import Offloaded
-from .optimizer import build_optimizer, wrap_for_training
-from .parallel import RankLayout
-from .update_metrics import NoiseError, NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
+from fipo_megatron.actor.fp8 import drop_weight_copies, frozen_scaling
+from fipo_megatron.actor.log_probs import TokenLogProbs, megatron_token_log_probs
+from fipo_megatron.actor.megatron_config import check_auxiliary_losses, token_multiple
+from fipo_megatron.actor.micro_batches import LocalMicroBatch, local_micro_batches
+from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
+from fipo_megatron.actor.offload import Offloaded
+from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
+from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
 
 logger = logging.getLogger(__name__)
 

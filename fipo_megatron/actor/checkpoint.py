@@ -40,10 +40,10 @@ from fipo_megatron.weights import checksums, hf_files, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
-from .agreement import all_or_none
-from .hf_weights import Progress, begun, local_parameters, place_of
-from .model import HiddenStateGPTModel
-from .parallel import RankLayout
+from fipo_megatron.actor.agreement import all_or_none
+from fipo_megatron.actor.hf_weights import Progress, begun, local_parameters, place_of
+from fipo_megatron.actor.model import HiddenStateGPTModel
+from fipo_megatron.actor.parallel import RankLayout
 
 CONTENT = {"singleton_local_shards": False, "non_homogeneous_layers": True}
 """How Megatron-Core names tensors: one name per layer, the experts of a layer in one tensor. It stands in the

@@ -15,12 +15,12 @@ from fipo_megatron.weights import publish, tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory
 
-from . import parallel
-from .agreement import all_or_none
-from .checkpoint import load_weights, save_weights
-from .hf_weights import Progress, chunk_owners, export_hf, load_hf, save_hf
-from .model import HiddenStateGPTModel, build_model
-from .parallel import RankLayout
+from fipo_megatron.actor import parallel
+from fipo_megatron.actor.agreement import all_or_none
+from fipo_megatron.actor.checkpoint import load_weights, save_weights
+from fipo_megatron.actor.hf_weights import Progress, chunk_owners, export_hf, load_hf, save_hf
+from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
+from fipo_megatron.actor.parallel import RankLayout
 
 Phase = Callable[[str, int], AbstractContextManager[Progress]]
 """Is told what begins, and how many bytes it will take on the first rank; gives what is told of bytes that are done."""

@@ -23,9 +23,9 @@ from fipo_megatron.weights.hf_files import TensorFile
 from fipo_megatron.weights.placement import Chunk, Naming, Place
 from fipo_megatron.weights.tables import LocalWeight, Weight
 
-from .agreement import all_or_none
-from .model import HiddenStateGPTModel
-from .parallel import RankLayout
+from fipo_megatron.actor.agreement import all_or_none
+from fipo_megatron.actor.model import HiddenStateGPTModel
+from fipo_megatron.actor.parallel import RankLayout
 
 Bucket = list[tuple[str, Tensor | None]]
 Progress = Callable[[int], None]

@@ -13,7 +13,7 @@ from fipo_megatron.algorithm.future_kl import SequenceShards
 from fipo_megatron.data.packing import MicroBatch, pack
 from fipo_megatron.data.trajectory import Trajectory
 
-from .parallel import RankLayout
+from fipo_megatron.actor.parallel import RankLayout
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from fipo_megatron.data.packing import MiniBatch
 
-from .actor import MegatronActor, StoredLogProbs, Trajectories
-from .micro_batches import local_micro_batches
+from fipo_megatron.actor.actor import MegatronActor, StoredLogProbs, Trajectories
+from fipo_megatron.actor.micro_batches import local_micro_batches
 
 
 def largest_mismatch(

@@ -20,10 +20,10 @@ from torch import Tensor
 from fipo_megatron.config import ActorConfig
 from fipo_megatron.weights.architecture import Architecture
 
-from .attention import PackedCoreAttention
-from .megatron_config import transformer_config
-from .parallel import RankLayout
-from .rotary import PackedRotaryEmbedding, inverse_frequencies
+from fipo_megatron.actor.attention import PackedCoreAttention
+from fipo_megatron.actor.megatron_config import transformer_config
+from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.actor.rotary import PackedRotaryEmbedding, inverse_frequencies
 
 
 class SequenceParallelRMSNorm(torch.nn.Module):

@@ -10,8 +10,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fipo_megatron.config import ActorConfig
 
-from .megatron_config import ddp_config, optimizer_config
-from .model import HiddenStateGPTModel
+from fipo_megatron.actor.megatron_config import ddp_config, optimizer_config
+from fipo_megatron.actor.model import HiddenStateGPTModel
 
 
 def wrap_for_training(chunks: Sequence[HiddenStateGPTModel], actor: ActorConfig) -> list[DistributedDataParallel]:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from .actor import MegatronActor
+from fipo_megatron.actor.actor import MegatronActor
 
 Sharding = Literal["fully_reshardable", "dp_reshardable"]
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from fipo_megatron.algorithm.policy_loss import LossOutput
 from fipo_megatron.data.packing import MicroBatch
 
-from .log_probs import TokenLogProbs
-from .micro_batches import LocalMicroBatch
-from .parallel import RankLayout
+from fipo_megatron.actor.log_probs import TokenLogProbs
+from fipo_megatron.actor.micro_batches import LocalMicroBatch
+from fipo_megatron.actor.parallel import RankLayout
 
 Values = dict[str, NDArray[np.float32]]
 

@@ -6,24 +6,9 @@ wins over them. Everything is checked before anything expensive starts: all keys
 they go together.
 """
 
-from .checks import notices
-from .files import ConfigError, keys, load_config
-from .schema import (
-    ActorConfig,
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    HealthConfig,
-    ModelConfig,
-    ObserveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    ServersConfig,
-)
+from fipo_megatron.config.checks import notices
+from fipo_megatron.config.files import ConfigError, keys, load_config
+from fipo_megatron.config.schema import ActorConfig, AlgorithmConfig, Config, DataConfig, EvaluationConfig, HealthConfig, ModelConfig, ObserveConfig, OptimizerConfig, ParallelConfig, RewardConfig, RolloutConfig, RunConfig, ServersConfig
 
 __all__ = [
     "ActorConfig",

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import yaml
 from pydantic import TypeAdapter
 
-from .checks import notices
-from .files import ConfigError, load_config
-from .schema import Config
+from fipo_megatron.config.checks import notices
+from fipo_megatron.config.files import ConfigError, load_config
+from fipo_megatron.config.schema import Config
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
 
 if TYPE_CHECKING:
-    from .schema import ActorConfig, Config, RolloutConfig
+    from fipo_megatron.config.schema import ActorConfig, Config, RolloutConfig
 
 
 def impossible(config: Config) -> list[str]:

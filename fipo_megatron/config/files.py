@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
 
-from .schema import IMPORTANCE_CAP, Config
+from fipo_megatron.config.schema import IMPORTANCE_CAP, Config
 
 
 class ConfigError(ValueError):

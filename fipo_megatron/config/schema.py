@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from fipo_megatron.algorithm.advantages import Baseline
 from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
 
-from .checks import impossible
+from fipo_megatron.config.checks import impossible
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .context_parallel import CpLayout
-from .trajectory import Trajectory
+from fipo_megatron.data.context_parallel import CpLayout
+from fipo_megatron.data.trajectory import Trajectory
 
 MicroBatch = tuple[int, ...]
 """Indices of the trajectories that share one packed forward pass; empty for a filler."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .trajectory import Prompt
+from fipo_megatron.data.trajectory import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, Sampl
 from fipo_megatron.rollout.exchange import Exchange
 from fipo_megatron.scoring import Scoring
 
-from .ballot import ballot
-from .results import Evaluation, ProblemResult, data_set_name
-from .statistics import vote
+from fipo_megatron.evaluation.ballot import ballot
+from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name
+from fipo_megatron.evaluation.statistics import vote
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory, WeightsError
 
-from .report import SUMMARY
-from .results import data_set_name, name_problems
+from fipo_megatron.evaluation.report import SUMMARY
+from fipo_megatron.evaluation.results import data_set_name, name_problems
 
 
 @dataclass(frozen=True)

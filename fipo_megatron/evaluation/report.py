@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .results import DataSetResult, Evaluation, write_problems
-from .statistics import LEVEL, Estimate
+from fipo_megatron.evaluation.results import DataSetResult, Evaluation, write_problems
+from fipo_megatron.evaluation.statistics import LEVEL, Estimate
 
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 

@@ -22,11 +22,11 @@ from fipo_megatron.config import Config
 from fipo_megatron.evaluation.results import cut_problems, problems_file, write_problems
 from fipo_megatron.manifest import describe_config
 
-from .console import StepLines
-from .health import LOOKED_AT, Alarm, Seen
-from .metrics import OF_UPDATES, SAMPLER_COUNTS
-from .trackers import Tracker, open_trackers
-from .trajectories import TrajectoryFiles, cut_rows
+from fipo_megatron.observe.console import StepLines
+from fipo_megatron.observe.health import LOOKED_AT, Alarm, Seen
+from fipo_megatron.observe.metrics import OF_UPDATES, SAMPLER_COUNTS
+from fipo_megatron.observe.trackers import Tracker, open_trackers
+from fipo_megatron.observe.trajectories import TrajectoryFiles, cut_rows
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics

@@ -19,7 +19,7 @@ import aiohttp
 
 from fipo_megatron.config import RewardConfig
 
-from .child import framed
+from fipo_megatron.reward.child import framed
 
 _START_SECONDS = 120.0
 _VALID = "math, exact, python:MODULE.FUNCTION, or a URL that begins with http: or https:"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Group, Trajectory
 
-from .sampler_state import from_bytes, to_bytes
+from fipo_megatron.rollout.sampler_state import from_bytes, to_bytes
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from .engine import EngineError, Generation, GenerationRequest, Memory, RequestError, WorkerHealth, spans_of
-from .hf_parameters import parameters_by_hf_name
-from .slot_cache import SlotCache
+from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, Memory, RequestError, WorkerHealth, spans_of
+from fipo_megatron.rollout.hf_parameters import parameters_by_hf_name
+from fipo_megatron.rollout.slot_cache import SlotCache
 
 _PROMPTS_KEPT = 4
 _TURNS = 32

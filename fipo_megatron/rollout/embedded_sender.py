@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .embedded import EmbeddedEngine
-from .weight_sender import ActorSide
+from fipo_megatron.rollout.embedded import EmbeddedEngine
+from fipo_megatron.rollout.weight_sender import ActorSide
 
 
 class EmbeddedSender:

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import torch.distributed as dist
 
-from .engine import EngineError
+from fipo_megatron.rollout.engine import EngineError
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0

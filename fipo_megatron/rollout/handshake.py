@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .engine import EngineError
-from .sglang_client import SglangClient
+from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sglang_client import SglangClient
 
 TESTED_VERSION = "0.5.23"
 _PROBES = ("What is 7 + 5? Answer: 12.", "∫ x² dx = x³/3 + C", "\n\n  Let $\\frac{1}{2}$ be given.\t")

@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.config import Config
 
-from .embedded import EmbeddedEngine
-from .embedded_sender import EmbeddedSender
-from .engine import EngineError, RolloutEngine
-from .exchange import Exchange
-from .handshake import ServerFacts, handshake
-from .sglang_client import SglangClient
-from .sglang_server import ServerPool, ServerSpec, SglangServer
-from .weight_sender import ActorSide, DiskSender, DistributedSender, Servers, TensorSender, WeightSender
+from fipo_megatron.rollout.embedded import EmbeddedEngine
+from fipo_megatron.rollout.embedded_sender import EmbeddedSender
+from fipo_megatron.rollout.engine import EngineError, RolloutEngine
+from fipo_megatron.rollout.exchange import Exchange
+from fipo_megatron.rollout.handshake import ServerFacts, handshake
+from fipo_megatron.rollout.sglang_client import SglangClient
+from fipo_megatron.rollout.sglang_server import ServerPool, ServerSpec, SglangServer
+from fipo_megatron.rollout.weight_sender import ActorSide, DiskSender, DistributedSender, Servers, TensorSender, WeightSender
 
 
 @dataclass(frozen=True)

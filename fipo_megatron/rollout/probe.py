@@ -6,7 +6,7 @@ import numpy as np
 
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 
-from .engine import EngineError, GenerationRequest, RolloutEngine, SamplingParameters
+from fipo_megatron.rollout.engine import EngineError, GenerationRequest, RolloutEngine, SamplingParameters
 
 
 async def sample_probe(

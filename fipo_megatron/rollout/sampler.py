@@ -25,11 +25,11 @@ import torch.distributed as dist
 from fipo_megatron import fail_points
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
-from .dealing import GroupRecord, deal, merged
-from .engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
-from .exchange import Exchange
-from .progress import Progress
-from .sampler_state import Carried, Draft, Unfinished
+from fipo_megatron.rollout.dealing import GroupRecord, deal, merged
+from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.exchange import Exchange
+from fipo_megatron.rollout.progress import Progress
+from fipo_megatron.rollout.sampler_state import Carried, Draft, Unfinished
 
 _LOOK_SECONDS = 0.1
 

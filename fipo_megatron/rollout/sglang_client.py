@@ -21,8 +21,8 @@ import aiohttp
 import numpy as np
 import orjson
 
-from .engine import EngineError, Generation, GenerationRequest, Memory, RequestError, WorkerHealth
-from .sglang_parse import MalformedAnswerError, error_text, parse_generation
+from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, Memory, RequestError, WorkerHealth
+from fipo_megatron.rollout.sglang_parse import MalformedAnswerError, error_text, parse_generation
 
 logger = logging.getLogger(__name__)
 

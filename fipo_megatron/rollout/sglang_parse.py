@@ -17,7 +17,7 @@ import orjson
 
 from fipo_megatron.data.trajectory import FinishReason, TokenSpan
 
-from .engine import Generation
+from fipo_megatron.rollout.engine import Generation
 
 
 class MalformedAnswerError(ValueError):

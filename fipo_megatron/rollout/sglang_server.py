@@ -23,8 +23,8 @@ from typing import Any
 
 import aiohttp
 
-from . import shared_memory
-from .engine import EngineError
+from fipo_megatron.rollout import shared_memory
+from fipo_megatron.rollout.engine import EngineError
 
 logger = logging.getLogger(__name__)
 

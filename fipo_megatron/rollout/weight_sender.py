@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .engine import EngineError
-from .sglang_parse import error_text
+from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sglang_parse import error_text
 
 Bucket = Sequence[tuple[str, Tensor | None]]
 """Hugging Face names and whole tensors; None on ranks that do not send."""

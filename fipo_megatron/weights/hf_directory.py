@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import tables
-from .architecture import Architecture
-from .placement import Piece
-from .tables import Shape
+from fipo_megatron.weights import tables
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.placement import Piece
+from fipo_megatron.weights.tables import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

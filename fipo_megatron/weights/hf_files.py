@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hf_directory import DTYPES, INDEX, SINGLE
-from .tables import Shape
+from fipo_megatron.weights.hf_directory import DTYPES, INDEX, SINGLE
+from fipo_megatron.weights.tables import Shape
 
 COMPANIONS = (
     "generation_config.json",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import tables
-from .architecture import Architecture
-from .placement import Place, even_chunks
+from fipo_megatron.weights import tables
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.placement import Place, even_chunks
 
 
 @dataclass(frozen=True)

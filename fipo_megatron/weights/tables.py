@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from .architecture import Architecture
-from .placement import PLAIN, Chunk, Naming, Piece, Place
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, Piece, Place
 
 Shape = tuple[int, ...]
 Where = Literal["first", "last", "layer", "dense", "mixture"]

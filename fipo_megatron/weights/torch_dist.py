@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from . import tables
-from .architecture import Architecture
-from .hf_directory import WeightsError, tokenizer_problems
-from .placement import Naming
-from .tables import Shape, Weight
+from fipo_megatron.weights import tables
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.hf_directory import WeightsError, tokenizer_problems
+from fipo_megatron.weights.placement import Naming
+from fipo_megatron.weights.tables import Shape, Weight
 
 HUGGING_FACE = "huggingface"
 """Directory in the checkpoint with all that a model has beside its weights."""
