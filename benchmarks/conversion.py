@@ -114,7 +114,7 @@ def largest_tensor(directory: Path) -> int:
 def measure(name: str, model: Path, scratch: Path, ranks: int) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    start_up, _ = run([sys.executable, "-c", "import fipo_megatron.actor.conversion"])
+    start_up, _ = run([sys.executable, "-c", "import fipo_megatron.actor.hf_conversion"])
     copying = copy_and_sync(model, scratch / "copy")
     there, back = scratch / "megatron", scratch / "hf"
     python = [sys.executable, *launcher, "-m"]

@@ -22,11 +22,11 @@ import numpy as np
 from aiohttp import web
 
 from benchmarks.report import print_table, write_result
-from fipo_megatron.rollout.embedded import EmbeddedEngine, weights_of
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
-from fipo_megatron.rollout.sglang_client import SglangClient
-from fipo_megatron.rollout.sglang_server import ServerSpec, SglangServer, free_port
-from fipo_megatron.rollout.weight_sender import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
+from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer, free_port
+from fipo_megatron.rollout.weight_sync.senders import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
 from tests.sglang import models
 
 TOKENS = 200

@@ -27,17 +27,17 @@ import torch.distributed as dist
 import transformers
 
 from fipo_megatron.config import Config, ModelConfig, load_config
-from fipo_megatron.evaluation import report
+from fipo_megatron.evaluation import summary
 from fipo_megatron.evaluation.answering import Response, evaluate
-from fipo_megatron.evaluation.inputs import EvaluationInputs, read_inputs
+from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_inputs
 from fipo_megatron.evaluation.results import Evaluation
+from fipo_megatron.reward.scoring import Scoring
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine import EngineError, RequestError
-from fipo_megatron.rollout.exchange import Exchange
-from fipo_megatron.rollout.open_engine import Host, open_engine
-from fipo_megatron.scoring import Scoring
+from fipo_megatron.rollout.engine_factory import Host, open_engine
+from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.storage.publishing import partial_of
 from fipo_megatron.weights.hf_directory import WeightsError
-from fipo_megatron.weights.publish import partial_of
 
 logger = logging.getLogger("fipo_megatron")
 EXPECTED = (EngineError, RequestError, WeightsError, OSError)
@@ -80,7 +80,7 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
     """The model as a Hugging Face directory; that of a checkpoint exists within the block alone.
 
     Raises:
-        WeightsError, OSError: see :func:`.actor.conversion.megatron_to_hf`.
+        WeightsError, OSError: see :func:`.actor.hf_conversion.megatron_to_hf`.
     """
     if config.evaluation.checkpoint is None:
         yield inputs.companions
@@ -92,7 +92,7 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Megatron-Core's imports
-            from fipo_megatron.actor.conversion import Options, megatron_to_hf
+            from fipo_megatron.actor.hf_conversion import Options, megatron_to_hf
 
             megatron_to_hf(Path(config.evaluation.checkpoint), target, Options(), inputs.companions)
         if torch.cuda.is_available():
@@ -180,14 +180,14 @@ def main(arguments: Sequence[str]) -> int:
         inputs.output.mkdir(parents=True, exist_ok=True)
         with model_directory(config, inputs) as directory:
             found = asyncio.run(until_asked_to_end(sample_and_count(config, inputs, directory)))
-        report.write(inputs.output, found, settings(config))
+        summary.write(inputs.output, found, settings(config))
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         logger.error("ended, as asked; there is no result")
         return 1
-    print(f"\n{report.table(found)}\n\n{inputs.output}/{report.SUMMARY}, {report.PROBLEMS}")
+    print(f"\n{summary.table(found)}\n\n{inputs.output}/{summary.SUMMARY}, {summary.PROBLEMS}")
     return 0
 
 

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 import transformers
 
 from fipo_megatron.config import Config, load_config, notices
-from fipo_megatron.inputs import read_inputs
+from fipo_megatron.observe.collapse_alarm import CollapseError
 from fipo_megatron.observe.console import set_up_logging
-from fipo_megatron.observe.health import CollapseError
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
+from fipo_megatron.trainer.training_inputs import read_inputs
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 if TYPE_CHECKING:
-    from fipo_megatron.run import Run
+    from fipo_megatron.trainer.trainer import Run
 
 logger = logging.getLogger("fipo_megatron")
 EXPECTED = (EngineError, SamplingExhaustedError, WeightsError, OSError)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     for notice in notices(config):
         logger.info("note: %s", notice)
     from fipo_megatron.actor.update_metrics import NoiseError
-    from fipo_megatron.run import Run
+    from fipo_megatron.trainer.trainer import Run
 
     try:
         with Run(config, inputs, console) as run:

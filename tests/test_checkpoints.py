@@ -2,9 +2,9 @@
 
 import pytest
 
-from fipo_megatron.checkpoints import to_keep
+from fipo_megatron.checkpoint.manager import to_keep
 from fipo_megatron.config import HealthConfig
-from fipo_megatron.observe.health import LOOKED_AT, CollapseAlarm
+from fipo_megatron.observe.collapse_alarm import LOOKED_AT, CollapseAlarm
 
 HEALTHY, COLLAPSED = ({**dict.fromkeys(LOOKED_AT, 0.5), "policy/policy_kl": kl} for kl in (0.0, 9.0))
 

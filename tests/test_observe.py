@@ -8,9 +8,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.quickstart import task
-from fipo_megatron import roll_back
 from fipo_megatron.observe import metrics as registry
-from fipo_megatron.roll_back import RollBack
+from fipo_megatron.trainer import rollback
+from fipo_megatron.trainer.rollback import RollBack
 from tests.runs import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -109,9 +109,9 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
         output = tmp_path / name
         output.mkdir()
         event = RollBack(number=1, step=9, to=7, cursor=9, learning_rate_factor=0.5, reason="of a run that is gone")
-        roll_back.write(output, [event])
+        rollback.write(output, [event])
         train(data, output, "run.save_every=1", "run.keep_last=1", "run.steps=3", "health.action=off")
-        assert not roll_back.read(output)
+        assert not rollback.read(output)
         if fail_at:
             train(data, output, *ROLL_BACK, fail_at=fail_at, code=-signal.SIGKILL)
             assert rows(output / "roll_backs.jsonl"), "it was killed in the first step after its return"

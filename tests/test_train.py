@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from examples.quickstart import task
 from fipo_megatron.actor import parallel
-from fipo_megatron.checkpoints import Checkpoints
+from fipo_megatron.checkpoint.manager import Checkpoints
 from fipo_megatron.config import Config, ParallelConfig
 from tests.runs import ROOT, command, metrics, train, weights
 

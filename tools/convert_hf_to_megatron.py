@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory
-
 from tools import conversion
 
 _NOTES = """The checkpoint can be loaded under any tensor, pipeline, expert and data parallelism, with Transformer
@@ -50,7 +49,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _convert(given: argparse.Namespace) -> None:
-    from fipo_megatron.actor.conversion import Options, hf_to_megatron
+    from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 
     architecture = Architecture.from_directory(given.model)
     options = Options(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
-
 from tools import conversion
 
 _NOTES = """The result has config.json, tokenizer, generation configuration, safetensors and their index. The
@@ -48,7 +47,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _convert(given: argparse.Namespace) -> None:
-    from fipo_megatron.actor.conversion import Options, megatron_to_hf
+    from fipo_megatron.actor.hf_conversion import Options, megatron_to_hf
 
     architecture = Architecture.from_directory(torch_dist.companions_of(given.checkpoint, given.hf))
     options = Options(

@@ -73,7 +73,7 @@ def main() -> None:
     {run}/checkpoints/                                    to go on from: run it again with run.steps=120
     {run}/hf/                                             the policy, for transformers or SGLang
   What to try next:
-    python -m tools.report {run}
+    python -m fipo_megatron.report {run}
     python -m examples.quickstart --output build/dapo algorithm.kind=dapo
     python -m examples.quickstart --output build/cp2 --ranks 2 actor.parallel.context_parallel=2
     python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml   the same program for 32B"""

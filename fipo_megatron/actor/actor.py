@@ -21,13 +21,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from fipo_megatron.algorithm.future_kl import gather_over
-from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, PolicyLossConfig, policy_loss
-from fipo_megatron.config import Config
-from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
-from fipo_megatron.data.trajectory import Trajectory
-from fipo_megatron.weights.architecture import Architecture
-
 from fipo_megatron.actor.fp8 import drop_weight_copies, frozen_scaling
 from fipo_megatron.actor.log_probs import TokenLogProbs, megatron_token_log_probs
 from fipo_megatron.actor.megatron_config import check_auxiliary_losses, token_multiple
@@ -36,7 +29,21 @@ from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
 from fipo_megatron.actor.offload import Offloaded
 from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
 from fipo_megatron.actor.parallel import RankLayout
-from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor, Reduced, TokenPart, UpdateMetrics, reduce_outputs, token_parts
+from fipo_megatron.actor.update_metrics import (
+    NoiseError,
+    NoiseFloor,
+    Reduced,
+    TokenPart,
+    UpdateMetrics,
+    reduce_outputs,
+    token_parts,
+)
+from fipo_megatron.algorithm.future_kl import gather_over
+from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, PolicyLossConfig, policy_loss
+from fipo_megatron.config import Config
+from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
+from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 

@@ -31,10 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, choose_kernel, merge, wide_dtype
 from fipo_megatron.algorithm.future_kl import Exchange, gather_over
 from fipo_megatron.data.context_parallel import CpLayout
-
-from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, choose_kernel, merge, wide_dtype
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _NEUTRAL = {

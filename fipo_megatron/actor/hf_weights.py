@@ -16,16 +16,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from fipo_megatron.weights import hf_files, publish, tables
+from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.model import HiddenStateGPTModel
+from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.storage import publishing
+from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import DTYPES, HfDirectory
 from fipo_megatron.weights.hf_files import TensorFile
 from fipo_megatron.weights.placement import Chunk, Naming, Place
 from fipo_megatron.weights.tables import LocalWeight, Weight
-
-from fipo_megatron.actor.agreement import all_or_none
-from fipo_megatron.actor.model import HiddenStateGPTModel
-from fipo_megatron.actor.parallel import RankLayout
 
 Bucket = list[tuple[str, Tensor | None]]
 Progress = Callable[[int], None]
@@ -336,11 +336,11 @@ def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGro
         layout: Of this rank; the first makes and renames the directory, all must see it.
         group: See :func:`.agreement.all_or_none`.
     """
-    partial = publish.partial_of(target)
+    partial = publishing.partial_of(target)
     with all_or_none("beginning to save", group):
         if layout.rank == 0:
             hf_files.check_source(source)
-            publish.begin(target)
+            publishing.begin(target)
     try:
         with all_or_none("beginning to save", group):
             if not partial.is_dir():
@@ -350,10 +350,10 @@ def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGro
         yield partial
         with all_or_none("publishing", group):
             if layout.rank == 0:
-                publish.publish(target)
+                publishing.publish(target)
     finally:
         if layout.rank == 0:
-            publish.discard(target)
+            publishing.discard(target)
 
 
 def chunk_owners(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> dict[Chunk, int]:

@@ -9,11 +9,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.algorithm.future_kl import SequenceShards
 from fipo_megatron.data.packing import MicroBatch, pack
 from fipo_megatron.data.trajectory import Trajectory
-
-from fipo_megatron.actor.parallel import RankLayout
 
 
 @dataclass(frozen=True)

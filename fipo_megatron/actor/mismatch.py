@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fipo_megatron.data.packing import MiniBatch
-
 from fipo_megatron.actor.actor import MegatronActor, StoredLogProbs, Trajectories
 from fipo_megatron.actor.micro_batches import local_micro_batches
+from fipo_megatron.data.packing import MiniBatch
 
 
 def largest_mismatch(

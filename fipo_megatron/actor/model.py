@@ -17,13 +17,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from fipo_megatron.config import ActorConfig
-from fipo_megatron.weights.architecture import Architecture
-
 from fipo_megatron.actor.attention import PackedCoreAttention
 from fipo_megatron.actor.megatron_config import transformer_config
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.rotary import PackedRotaryEmbedding, inverse_frequencies
+from fipo_megatron.config import ActorConfig
+from fipo_megatron.weights.architecture import Architecture
 
 
 class SequenceParallelRMSNorm(torch.nn.Module):

@@ -8,10 +8,9 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from fipo_megatron.config import ActorConfig
-
 from fipo_megatron.actor.megatron_config import ddp_config, optimizer_config
 from fipo_megatron.actor.model import HiddenStateGPTModel
+from fipo_megatron.config import ActorConfig
 
 
 def wrap_for_training(chunks: Sequence[HiddenStateGPTModel], actor: ActorConfig) -> list[DistributedDataParallel]:

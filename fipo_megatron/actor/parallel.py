@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fipo_megatron.actor import cpu_backend
 from fipo_megatron.config import ParallelConfig
 from fipo_megatron.data.context_parallel import CpLayout
-
-from fipo_megatron.actor import cpu_backend
 
 _PORT_BASE, _PORT_RANGE = 20000, 10000
 

@@ -11,12 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from fipo_megatron.algorithm.policy_loss import LossOutput
-from fipo_megatron.data.packing import MicroBatch
-
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.micro_batches import LocalMicroBatch
 from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.algorithm.policy_loss import LossOutput
+from fipo_megatron.data.packing import MicroBatch
 
 Values = dict[str, NDArray[np.float32]]
 
@@ -46,9 +45,9 @@ class UpdateMetrics:
         learning_rate: Of this step; NaN where it was skipped.
         skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
             was.
-        statistics: See :mod:`.algorithm.statistics`, over all ranks. The entropy is that of π_old unless the loss has
+        statistics: See :mod:`.algorithm.loss_statistics`, over all ranks. The entropy is that of π_old unless the loss has
             an entropy term.
-        shifts: ``[2, NUM_BINS]`` int64: histograms of d by sign of the advantage (:mod:`.algorithm.statistics`).
+        shifts: ``[2, NUM_BINS]`` int64: histograms of d by sign of the advantage (:mod:`.algorithm.loss_statistics`).
         tokens: By index, what this rank knows of the trajectories that were watched.
     """
 

@@ -19,8 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fipo_megatron.algorithm.future_kl import Exchange, SequenceShards, add_carries, chunk_carries, exchange_over_ranks, scan_chunks
-from fipo_megatron.algorithm.statistics import LossStatistics, shift_histogram
+from fipo_megatron.algorithm.future_kl import (
+    Exchange,
+    SequenceShards,
+    add_carries,
+    chunk_carries,
+    exchange_over_ranks,
+    scan_chunks,
+)
+from fipo_megatron.algorithm.loss_statistics import LossStatistics, shift_histogram
 
 LARGEST_EXPONENT = 80.0
 """exp is evaluated at no more than this, so that it and its gradient stay finite in float32; far above any clip."""

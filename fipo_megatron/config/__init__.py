@@ -8,7 +8,22 @@ they go together.
 
 from fipo_megatron.config.checks import notices
 from fipo_megatron.config.files import ConfigError, keys, load_config
-from fipo_megatron.config.schema import ActorConfig, AlgorithmConfig, Config, DataConfig, EvaluationConfig, HealthConfig, ModelConfig, ObserveConfig, OptimizerConfig, ParallelConfig, RewardConfig, RolloutConfig, RunConfig, ServersConfig
+from fipo_megatron.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    HealthConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ServersConfig,
+)
 
 __all__ = [
     "ActorConfig",

@@ -14,7 +14,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
-
 from fipo_megatron.config.schema import IMPORTANCE_CAP, Config
 
 

@@ -10,7 +10,6 @@ from pydantic.dataclasses import dataclass
 
 from fipo_megatron.algorithm.advantages import Baseline
 from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
-
 from fipo_megatron.config.checks import impossible
 
 _STRICT = ConfigDict(extra="forbid", strict=True)

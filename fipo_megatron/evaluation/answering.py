@@ -10,13 +10,12 @@ import numpy as np
 
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
-from fipo_megatron.rollout.exchange import Exchange
-from fipo_megatron.scoring import Scoring
-
-from fipo_megatron.evaluation.ballot import ballot
+from fipo_megatron.evaluation.answer_normalisation import ballot
+from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name
-from fipo_megatron.evaluation.statistics import vote
+from fipo_megatron.reward.scoring import Scoring
+from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.store_coordinator import Exchange
 
 
 @dataclass(frozen=True)

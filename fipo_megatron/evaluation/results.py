@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fipo_megatron.evaluation.statistics import Estimate, Vote, estimate, ks, pass_at_k
+from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, ks, pass_at_k
 
 
 def data_set_name(data_source: str) -> str:

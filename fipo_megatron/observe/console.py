@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fipo_megatron.rollout.progress import Sampling
+from fipo_megatron.rollout.sampling_progress import Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fipo_megatron.algorithm.statistics import QUANTILES, SIGNS
+from fipo_megatron.algorithm.loss_statistics import QUANTILES, SIGNS
 
 GROUPS = {
     "rollout": "Of the responses that are learned from in a step.",
@@ -183,7 +183,7 @@ _RATIOS = {
 }
 
 OF_UPDATES = _POLICY | _RATIOS | _FUTURE_KL | _MISMATCH | _OPTIMIZER
-"""By the names that :mod:`.algorithm.statistics` and :mod:`.observe.records` know them by."""
+"""By the names that :mod:`.algorithm.loss_statistics` and :mod:`.observe.run_log` know them by."""
 
 _HEALTH = [
     Metric("health/low_clip", "policy/clip_fraction_low, median of `health.window` steps.", "", HEALTH),

@@ -24,7 +24,7 @@ class Tracker(Protocol):
         """Counts ``[n]`` between edges ``[n + 1]``; at least one is not 0."""
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some responses: rows of :mod:`.observe.trajectories`."""
+        """Some responses: rows of :mod:`.observe.trajectory_files`."""
 
     def close(self) -> None:
         """Everything is written after this."""

@@ -18,7 +18,6 @@ from urllib.parse import urlparse
 import aiohttp
 
 from fipo_megatron.config import RewardConfig
-
 from fipo_megatron.reward.child import framed
 
 _START_SECONDS = 120.0

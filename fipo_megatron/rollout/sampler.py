@@ -22,14 +22,13 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 
-from fipo_megatron import fail_points
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
-
-from fipo_megatron.rollout.dealing import GroupRecord, deal, merged
+from fipo_megatron.rollout.assignment import GroupRecord, deal, merged
+from fipo_megatron.rollout.carry_over import Carried, Draft, Unfinished
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
-from fipo_megatron.rollout.exchange import Exchange
-from fipo_megatron.rollout.progress import Progress
-from fipo_megatron.rollout.sampler_state import Carried, Draft, Unfinished
+from fipo_megatron.rollout.sampling_progress import Progress
+from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.testing import fail_points
 
 _LOOK_SECONDS = 0.1
 

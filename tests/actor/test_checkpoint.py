@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 
-from fipo_megatron.actor import checkpoint, model, parallel
-from fipo_megatron.actor.checkpoint import load_weights, save_weights
+from fipo_megatron.actor import model, parallel, sharded_checkpoint
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.model import SequenceParallelRMSNorm, build_model
+from fipo_megatron.actor.sharded_checkpoint import load_weights, save_weights
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
@@ -76,7 +76,7 @@ def test_there_and_back_is_exact_under_the_expected_names(name, saved, layout):
     tensors = {key: tuple(value.size) for key, value in stored.items() if "_extra_state" not in key}
     assert tensors == {key: (64, *shape[1:]) if key in torch_dist.PADDED else shape for key, shape in wanted.items()}
     content = dist_checkpointing.load_content_metadata(str(path / "megatron"))
-    assert content == checkpoint.CONTENT
+    assert content == sharded_checkpoint.CONTENT
     assert torch_dist.check(path / "megatron", architecture) is torch.float32
 
 
@@ -148,7 +148,7 @@ def test_layers_named_as_transformer_engine_names_them_load_it(name, saved, layo
     names = dict(chunks[0].named_parameters())
     assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names
     assert not any("input_layernorm" in name for name in names)
-    assert any("_extra_state" in key for key in chunks[0].sharded_state_dict(metadata=dict(checkpoint.CONTENT)))
+    assert any("_extra_state" in key for key in chunks[0].sharded_state_dict(metadata=dict(sharded_checkpoint.CONTENT)))
     forget(chunks)
     load_weights(chunks, architecture, layout, path / "megatron")
     ids = torch.randint(0, 61, (100,), generator=torch.Generator().manual_seed(3))
@@ -162,7 +162,7 @@ def test_norms_before_mixtures_have_a_name_of_their_own(saved):
     _, chunks = saved.build(saved("qwen3 moe, some dense"))
     keys = {
         shard.key
-        for shards in checkpoint.sharded_weights(chunks).values()
+        for shards in sharded_checkpoint.sharded_weights(chunks).values()
         for shard in shards.values()
         if hasattr(shard, "key")
     }

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipo_megatron.algorithm.policy_loss import loss_config
-from fipo_megatron.algorithm.statistics import (
+from fipo_megatron.algorithm.loss_statistics import (
     MAXIMA,
     MINIMA,
     NUM_BINS,
@@ -22,6 +21,7 @@ from fipo_megatron.algorithm.statistics import (
     histogram_quantiles,
     shift_histogram,
 )
+from fipo_megatron.algorithm.policy_loss import loss_config
 from tests.algorithm import reference
 from tests.algorithm.partitions import PACKAGE, random_batch, split_gradient
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.checkpoint import load_weights, save_weights
 from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
+from fipo_megatron.actor.sharded_checkpoint import load_weights, save_weights
 from tests.actor import hf_reference
 from tests.distributed import layout_cases, layout_matrix_worker
 from tests.distributed.layout_matrix_worker import EP2, MIXTURE, PP2, SP, TP2, VPP2, over_ranks

@@ -16,11 +16,11 @@ from fipo_megatron.actor import parallel
 from fipo_megatron.config import ParallelConfig
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.rollout.delivery import Routes, deliver
-from fipo_megatron.rollout.embedded import EmbeddedEngine
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, SamplingParameters
-from fipo_megatron.rollout.exchange import Exchange
 from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
+from fipo_megatron.rollout.scatter import Routes, deliver
+from fipo_megatron.rollout.store_coordinator import Exchange
 
 SETTINGS = SamplerSettings(
     prompts_per_step=6, samples_per_prompt=4, sampling=SamplingParameters(1.0, 12), run_seed=5, max_batches=3

@@ -16,10 +16,10 @@ from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.mismatch import largest_mismatch
 from fipo_megatron.config import Config, ParallelConfig
 from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.rollout.delivery import deliver
-from fipo_megatron.rollout.open_engine import Host, load_tokenizer
+from fipo_megatron.rollout.engine_factory import Host, load_tokenizer
 from fipo_megatron.rollout.sampler import Score
-from fipo_megatron.rollout_session import RolloutSession
+from fipo_megatron.rollout.scatter import deliver
+from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.weights.architecture import Architecture
 
 LAYOUTS = {

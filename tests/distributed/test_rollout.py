@@ -6,9 +6,9 @@ import json
 import pytest
 from torch.distributed import HashStore
 
-from fipo_megatron.rollout.embedded import EmbeddedEngine
-from fipo_megatron.rollout.exchange import Exchange
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.sampler import Sampler
+from fipo_megatron.rollout.store_coordinator import Exchange
 from tests.actor.models import random_model
 from tests.distributed.launch import torchrun
 from tests.distributed.rollout_worker import SETTINGS, Prompts, describe, score

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from fipo_megatron.actor import checkpoint, parallel
+from fipo_megatron.actor import parallel, sharded_checkpoint
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
@@ -81,7 +81,7 @@ def main(config_json: str, directory: str) -> None:
             actor, _, layout = build(base, kind, saved)
             learn(actor, 0)
             path = Path(directory, f"{kind}-{saved}".replace(", ", "-"))
-            staged = checkpoint.stage(
+            staged = sharded_checkpoint.stage(
                 actor.chunks,
                 more=lambda a=actor, s=sharding: {"optimizer": optimizer_shards(a, s, loading=False)},
                 content=content(sharding),
@@ -89,13 +89,13 @@ def main(config_json: str, directory: str) -> None:
             )
             group = dist.new_group(backend="gloo")
             with ThreadPoolExecutor(1) as thread:  # written while the run goes on: what was staged must not change
-                writing = thread.submit(checkpoint.write, staged, layout, base.model.path, path, group=group)
+                writing = thread.submit(sharded_checkpoint.write, staged, layout, base.model.path, path, group=group)
                 expected = learn(actor, 1)
                 writing.result()
             parallel.destroy()
             for loaded in [saved] if kind == RESHARDED_BY_DATA else LAYOUTS:
                 actor, architecture, layout = build(base, kind, loaded)
-                state = checkpoint.load(
+                state = sharded_checkpoint.load(
                     actor.chunks,
                     architecture,
                     layout,

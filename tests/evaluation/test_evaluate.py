@@ -13,10 +13,10 @@ import pytest
 
 from examples.quickstart import task
 from fipo_megatron import evaluate
-from fipo_megatron.actor.conversion import Options, hf_to_megatron
+from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.config import load_config
-from fipo_megatron.inputs import InputError, read_inputs
 from fipo_megatron.observe.metrics import OF_DATA_SETS
+from fipo_megatron.trainer.training_inputs import InputError, read_inputs
 from tests import test_train
 
 ROOT = Path(__file__).parents[2]

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from fipo_megatron.config import Config, RunConfig
-from fipo_megatron.evaluation import report
+from fipo_megatron.evaluation import summary
+from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
-from fipo_megatron.evaluation.statistics import vote
 from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
-from fipo_megatron.observe.records import StepLog
+from fipo_megatron.observe.run_log import StepLog
 
 
 def problem(data_set, id_, answers, truth="5", lengths=(10, 20, 30, 40), cut=0):
@@ -29,7 +29,7 @@ def found():
 
 
 def test_a_row(found):
-    assert report.asdict(found.problems[1]) == {
+    assert summary.asdict(found.problems[1]) == {
         "data_set": "one",
         "id": "2",
         "ground_truth": "5",
@@ -67,7 +67,7 @@ def test_where_a_verifier_names_no_answers_there_is_no_cons():
 
 
 def test_the_table_is_aligned(found):
-    lines = report.table(found).splitlines()
+    lines = summary.table(found).splitlines()
     assert lines[0].split() == ["data", "set", "problems", "avg@4", "cons@4", "pass@4", "tokens", "truncated"]
     assert len({len(line) for line in lines[:3]}) == 1
     assert "50.0% (" in lines[1]
@@ -76,14 +76,14 @@ def test_the_table_is_aligned(found):
 
 
 def test_the_summary_can_be_read_again(found, tmp_path):
-    report.write(tmp_path, found, {"model": "m"})
-    summary = json.loads((tmp_path / report.SUMMARY).read_text())
-    assert summary["model"] == "m"
+    summary.write(tmp_path, found, {"model": "m"})
+    read = json.loads((tmp_path / summary.SUMMARY).read_text())
+    assert read["model"] == "m"
     assert summary["scalars"] == found.scalars()
     assert summary["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
-    rows = [json.loads(line) for line in (tmp_path / report.PROBLEMS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / summary.PROBLEMS).read_text().splitlines()]
     assert [ProblemResult(**row) for row in rows] == list(found.problems)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [report.PROBLEMS, report.SUMMARY]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [summary.PROBLEMS, summary.SUMMARY]
 
 
 def test_resume_cuts_evaluations(found, tmp_path):

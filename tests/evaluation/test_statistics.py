@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from fipo_megatron.evaluation import statistics
-from fipo_megatron.evaluation.ballot import ballot
-from fipo_megatron.evaluation.statistics import estimate, ks, pass_at_k, vote
+from fipo_megatron.evaluation import estimates
+from fipo_megatron.evaluation.answer_normalisation import ballot
+from fipo_megatron.evaluation.estimates import estimate, ks, pass_at_k, vote
 
 RIGHT = (0, 1, 2, 4)
 """Right answers of four to each problem of the fixture."""
@@ -98,7 +98,7 @@ def expanded(values):
 
 
 def plain(values):
-    means = statistics._resampled(np.array([values]), 1000, 0)[0]
+    means = estimates._resampled(np.array([values]), 1000, 0)[0]
     return np.quantile(means, [0.025, 0.975])
 
 
@@ -131,5 +131,5 @@ def test_intervals_are_reproducible_and_of_one_problem_there_is_none():
 def test_many_problems_are_resampled_in_blocks(monkeypatch):
     values = [list(np.random.default_rng(0).random(100))]
     whole = estimate(values, resamples=50)
-    monkeypatch.setattr(statistics, "_BLOCK", 300)
+    monkeypatch.setattr(estimates, "_BLOCK", 300)
     assert estimate(values, resamples=50) == whole

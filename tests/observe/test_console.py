@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 
 from fipo_megatron.observe import console
-from fipo_megatron.rollout.progress import Progress, Sampling, together
+from fipo_megatron.rollout.sampling_progress import Progress, Sampling, together
 
 VALUES = {tag: 0.5 for _, tag, _, _ in console.COLUMNS}
 

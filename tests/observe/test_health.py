@@ -3,7 +3,7 @@
 import pytest
 
 from fipo_megatron.config import HealthConfig
-from fipo_megatron.observe.health import LOOKED_AT, CollapseAlarm
+from fipo_megatron.observe.collapse_alarm import LOOKED_AT, CollapseAlarm
 
 CONFIG = HealthConfig(window=3, low_clip=0.02, policy_kl=0.01, length_ratio=0.75, policy_kl_limit=0.1)
 HEALTHY, COLLAPSED = (0.002, 0.001, 100.0, 0.6), (0.05, 0.03, 40.0, 0.6)

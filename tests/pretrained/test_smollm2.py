@@ -12,8 +12,8 @@ import transformers
 from safetensors import safe_open
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.checkpoint import load_weights
 from fipo_megatron.actor.model import build_model
+from fipo_megatron.actor.sharded_checkpoint import load_weights
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor.models import logits

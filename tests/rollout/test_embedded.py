@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fipo_megatron.data.trajectory import TokenSpan
-from fipo_megatron.rollout.embedded import EmbeddedEngine, draw, weights_of
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, draw, weights_of
 from fipo_megatron.rollout.engine import (
     EngineError,
     GenerationRequest,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fipo_megatron.data.trajectory import Prompt
-from fipo_megatron.rollout import sampler_state
-from fipo_megatron.rollout.embedded import EmbeddedEngine, weights_of
+from fipo_megatron.rollout import carry_over
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import SamplingParameters
 from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
 from tests.actor.models import random_model
@@ -56,7 +56,7 @@ def run(engine, settings, prompts, steps=1, state=None, versions=None):
     async def go():
         sampler = Sampler(engine, settings, prompts.score)
         if state is not None:
-            sampler.take_over(*sampler_state.from_bytes(state))
+            sampler.take_over(*carry_over.from_bytes(state))
         found = []
         for step in range(steps):
             sampled = await sampler.step(prompts, versions[step] if versions else 0)
@@ -193,7 +193,7 @@ def test_a_restored_sampler_goes_on_as_if_nothing_had_happened(path):
         prompts = Prompts([2] * 60)
         engine = EmbeddedEngine(path, slots=16)
         sampler, [(first, _)] = run(engine, LONG, prompts)
-        state = sampler_state.to_bytes(*sampler.carried())
+        state = carry_over.to_bytes(*sampler.carried())
         assert len(state) > 3000
         if not restored:
             engine = EmbeddedEngine(path, slots=16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.rollout.sglang_server import ServerSpec, SglangServer
+from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer
 from tests.sglang import models
 
 ROOT = Path(__file__).parents[2]

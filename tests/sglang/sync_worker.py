@@ -13,12 +13,12 @@ import numpy as np
 import transformers
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.agreement import all_or_none
+from fipo_megatron.actor.collectives import all_or_none
 from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
-from fipo_megatron.rollout.sglang_client import SglangClient
-from fipo_megatron.rollout.weight_sender import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
+from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.weight_sync.senders import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
 from fipo_megatron.weights.architecture import Architecture
 
 PATHS = ("disk", "tensor", "distributed plain", "distributed bucketed")

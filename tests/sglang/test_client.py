@@ -19,8 +19,8 @@ from fipo_megatron.rollout.engine import (
     SamplingParameters,
     sampling_seed,
 )
-from fipo_megatron.rollout.sglang_client import SglangClient
-from fipo_megatron.rollout.sglang_server import check_arguments
+from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.server import check_arguments
 from tests.sglang import models
 
 pytestmark = pytest.mark.sglang
@@ -270,7 +270,7 @@ def test_arguments_are_checked_by_name(spec):
 
 
 def test_a_server_that_cannot_start_says_why(spec, tmp_path):
-    from fipo_megatron.rollout.sglang_server import SglangServer
+    from fipo_megatron.rollout.sglang.server import SglangServer
 
     (tmp_path / "config.json").write_text("{}")
     broken = SglangServer(replace(spec, model_path=tmp_path, log=tmp_path / "log"))

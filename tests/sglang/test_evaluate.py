@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from fipo_megatron import evaluate
-from fipo_megatron.actor.conversion import Options, hf_to_megatron
+from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from tests.sglang.conftest import ROOT
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]

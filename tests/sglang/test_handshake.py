@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.handshake import TESTED_VERSION, handshake
+from fipo_megatron.rollout.sglang.handshake import TESTED_VERSION, handshake
 from tests.sglang import models
 from tests.sglang.test_client import with_client
 

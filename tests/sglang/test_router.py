@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.sglang_client import SglangClient
-from fipo_megatron.rollout.sglang_server import SglangServer, free_port
+from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.server import SglangServer, free_port
 from tests.sglang import models
 from tests.sglang.test_client import expected, request
 

@@ -13,8 +13,8 @@ from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.config import ParallelConfig, ServersConfig
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.open_engine import load_tokenizer
-from fipo_megatron.rollout_session import RolloutSession
+from fipo_megatron.rollout.engine_factory import load_tokenizer
+from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.weights.architecture import Architecture
 from tests.distributed.session_worker import Prompts, host_of, learn, prompt, score
 from tests.distributed.test_session import config_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart import task
-from fipo_megatron.rollout import shared_memory
+from fipo_megatron.rollout.sglang import shared_memory
 from tests.sglang.conftest import ROOT
 from tests.test_train import train
 

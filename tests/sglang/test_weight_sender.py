@@ -13,8 +13,8 @@ from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.probe import check_probe
-from fipo_megatron.rollout.weight_sender import (
+from fipo_megatron.rollout.weight_sync.probe import check_probe
+from fipo_megatron.rollout.weight_sync.senders import (
     ActorSide,
     DiskSender,
     DistributedSender,

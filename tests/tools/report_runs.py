@@ -6,7 +6,7 @@ import random
 
 import yaml
 
-from fipo_megatron.algorithm.statistics import QUANTILES, SIGNS
+from fipo_megatron.algorithm.loss_statistics import QUANTILES, SIGNS
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken into'\"><!-- <script>alert(1)</script> \u2028 &lt;b&gt;"
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from fipo_megatron.observe.metrics import METRICS
+from fipo_megatron.report.__main__ import main
+from fipo_megatron.report.charts import CHARTS, charts_of, held_out
+from fipo_megatron.report.page import escaped_json, page_data, render
+from fipo_megatron.report.picture import draw
+from fipo_megatron.report.runs import Alarm, RunError, Series, differences, read_alarms, read_runs, rows
+from fipo_megatron.report.series import smoothed, thin, thin_together
+from fipo_megatron.report.summary import headline
+from fipo_megatron.report.tokens import chosen_responses
+from fipo_megatron.report.verdict import collapse, compare, training_fall
 from tests.tools.report_runs import HOSTILE, make_run, write
-from tools.report.__main__ import main
-from tools.report.charts import CHARTS, charts_of, held_out
-from tools.report.page import escaped_json, page_data, render
-from tools.report.picture import draw
-from tools.report.runs import Alarm, RunError, Series, differences, read_alarms, read_runs, rows
-from tools.report.series import smoothed, thin, thin_together
-from tools.report.summary import headline
-from tools.report.tokens import chosen_responses
-from tools.report.verdict import collapse, compare, training_fall
 
 ROOT = Path(__file__).parents[2]
 
@@ -272,7 +272,7 @@ def test_as_a_command(runs, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tools.report",
+        "fipo_megatron.report",
         str(runs / "good"),
         str(runs / "broken"),
         "--output",

@@ -2,44 +2,44 @@
 
 import pytest
 
-from fipo_megatron.weights import publish
+from fipo_megatron.storage import publishing
 
 
 def test_directory_is_renamed_when_complete(tmp_path):
     target = tmp_path / "target"
-    publish.begin(target)
-    partial = publish.partial_of(target)
+    publishing.begin(target)
+    partial = publishing.partial_of(target)
     (partial / "of another run").touch()
     with pytest.raises(FileExistsError, match=r"\.target\.partial: another run writes target, or was killed"):
-        publish.begin(target)
+        publishing.begin(target)
     assert [path.name for path in partial.iterdir()] == ["of another run"]
     (partial / "of another run").unlink()
     (partial / "inner").mkdir()
     (partial / "inner" / "file").write_text("1")
     assert not target.exists()
-    publish.publish(target)
+    publishing.publish(target)
     assert not partial.exists()
     assert (target / "inner" / "file").read_text() == "1"
 
 
 def test_what_has_the_name_keeps_it(tmp_path):
     target = tmp_path / "target"
-    publish.begin(target)
+    publishing.begin(target)
     target.mkdir()
     (target / "precious").touch()
     with pytest.raises(FileExistsError, match="it is not overwritten"):
-        publish.publish(target)
-    publish.discard(target)
+        publishing.publish(target)
+    publishing.discard(target)
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "precious"]
 
 
 def test_beginning_says_what_is_wrong(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="it is not overwritten"):
-        publish.begin(tmp_path / "there")
+        publishing.begin(tmp_path / "there")
     with pytest.raises(FileNotFoundError, match="no: is no directory; new cannot be written there"):
-        publish.begin(tmp_path / "no" / "new")
+        publishing.begin(tmp_path / "no" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     (tmp_path / "nowhere").symlink_to(tmp_path / "no")
     with pytest.raises(FileExistsError, match="nowhere: exists"):
-        publish.refuse_existing(tmp_path / "nowhere")
+        publishing.refuse_existing(tmp_path / "nowhere")

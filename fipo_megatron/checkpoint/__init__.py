@@ -1,0 +1,1 @@
+"""Checkpoints of a run: what they hold, which ones stay, and how they are written."""

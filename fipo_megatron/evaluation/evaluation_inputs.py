@@ -1,0 +1,142 @@
+"""All that an evaluation alone reads, read and checked before anything is loaded, converted or started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fipo_megatron.config import Config
+from fipo_megatron.data.prompts import DataError
+from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.evaluation.results import data_set_name, name_problems
+from fipo_megatron.evaluation.summary import SUMMARY
+from fipo_megatron.reward.verifier import check_verifier
+from fipo_megatron.rollout.engine_factory import context_problem
+from fipo_megatron.trainer.training_inputs import InputError, output_problems, read_prompts, read_tokenizer, stop_tokens
+from fipo_megatron.weights import torch_dist
+from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.weights.hf_directory import HfDirectory, WeightsError
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation reads.
+
+    Attributes:
+        companions: The directory with config.json and tokenizer of the model.
+        architecture: Of the model.
+        tokenizer: Of the model.
+        stop_token_ids: Responses end with one of these.
+        problems: To evaluate with.
+        output: Where the results go.
+    """
+
+    companions: Path
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    problems: tuple[Prompt, ...]
+    output: Path
+
+
+def output_directory(config: Config) -> Path:
+    """Where the results of an evaluation alone go: ``evaluation-NAME`` in ``run.output``."""
+    path = Path(config.evaluation.checkpoint or config.model.path)
+    name = config.evaluation.name or data_set_name(path.resolve().name)
+    return Path(config.run.output) / f"evaluation-{name}"
+
+
+def read_inputs(config: Config) -> EvaluationInputs:
+    """Reads and checks; imports no Megatron, starts nothing.
+
+    Raises:
+        InputError: with everything that is wrong.
+        ValueError: the model is not supported.
+    """
+    companions = _companions(config)
+    architecture = Architecture.from_directory(companions)
+    problems = _setting_problems(config)
+    if problem := context_problem(config, architecture.max_positions):
+        problems.append(problem)
+    output = output_directory(config)
+    problems += output_problems(output, "auto")
+    if (output / SUMMARY).exists():
+        problems.append(f"{output}: holds an evaluation already; choose another name with evaluation.name")
+    try:
+        if config.evaluation.checkpoint is not None:
+            torch_dist.check(Path(config.evaluation.checkpoint), architecture, companions)
+        elif not config.rollout.servers.urls:
+            HfDirectory(companions).check(architecture)
+    except WeightsError as error:
+        problems.append(str(error))
+    tokenizer, unusable = read_tokenizer(config, companions)
+    problems += unusable
+    prompts: list[Prompt] = []
+    if tokenizer is not None and not unusable:
+        try:
+            prompts = read_prompts(config, config.evaluation.files, tokenizer, "evaluation.files", "answer")
+        except DataError as error:
+            problems.append(str(error))
+        problems += name_problems(prompt.data_source for prompt in prompts)
+    if problems:
+        raise InputError("\n".join(problems))
+    assert tokenizer is not None
+    return EvaluationInputs(
+        companions, architecture, tokenizer, stop_tokens(companions, tokenizer), tuple(prompts), output
+    )
+
+
+def _setting_problems(config: Config) -> list[str]:
+    """What cannot go together."""
+    problems = []
+    ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    if ranks != "1":
+        problems.append(
+            f"{ranks} processes: an evaluation is one process; start it without torchrun, or with srun -n 1"
+        )
+    servers = config.rollout.servers
+    if config.evaluation.checkpoint is not None and config.rollout.engine == "sglang" and servers.urls:
+        problems.append(
+            f"evaluation.checkpoint = {config.evaluation.checkpoint}: must be null with rollout.servers.urls, whose "
+            "weights are evaluated as they are"
+        )
+    if config.rollout.engine == "embedded" and servers.urls:
+        problems.append(f"rollout.servers.urls = {list(servers.urls)}: needs rollout.engine = sglang")
+    try:
+        check_verifier(config.reward.verifier)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _companions(config: Config) -> Path:
+    """The directory with config.json.
+
+    Raises:
+        InputError: there is none; or the checkpoint is none.
+    """
+    path, checkpoint = Path(config.model.path), config.evaluation.checkpoint
+    if checkpoint is None:
+        if not config.model.path or not (path / "config.json").is_file():
+            raise InputError(
+                f"model.path = {config.model.path!r}: has no config.json; a Hugging Face model is expected"
+            )
+        return path
+    directory = Path(checkpoint)
+    if not (directory / torch_dist.METADATA).is_file():
+        below = [*directory.glob("step-*"), *directory.glob("checkpoints/step-*")]
+        hint = f"; there is {', '.join(str(one) for one in sorted(below))}" if below else ""
+        raise InputError(
+            f"evaluation.checkpoint = {checkpoint}: not a torch_dist checkpoint, it has no {torch_dist.METADATA}{hint}"
+        )
+    if (directory / torch_dist.HUGGING_FACE / "config.json").is_file():
+        return directory / torch_dist.HUGGING_FACE
+    if config.model.path and (path / "config.json").is_file():
+        return path
+    raise InputError(
+        f"evaluation.checkpoint = {checkpoint}: has no {torch_dist.HUGGING_FACE}/config.json; name the Hugging Face "
+        f"directory of the model in model.path, which is {config.model.path!r}"
+    )

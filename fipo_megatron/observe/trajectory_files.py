@@ -1,0 +1,146 @@
+"""Responses of a run as text, right and wrong ones: ``trajectories/from-000000.jsonl``, rotated and bounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.rollout.assignment import GroupRecord
+
+if TYPE_CHECKING:
+    from fipo_megatron.actor.update_metrics import TokenPart
+
+_DIGITS = 6
+"""Significant digits of numbers per token."""
+
+
+def choose(records: Sequence[GroupRecord], count: int) -> list[str]:
+    """Names of so many responses: a right and a wrong one of groups that are evenly spread over the prompts."""
+    ordered = sorted(records, key=lambda record: record.prompt)
+    groups = min(len(ordered), -(-count // 2))
+    names = []
+    for number in range(groups):
+        record = ordered[number * len(ordered) // groups]
+        for verdict in (1, 0):
+            found = [n for n, accuracy in zip(record.names, record.accuracies, strict=True) if accuracy == verdict]
+            names += found[:1]
+    return names[:count]
+
+
+def row_of(
+    trajectory: Trajectory, step: int, mini_batch: int, decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """What the file says of a response.
+
+    Args:
+        trajectory: Scored, with its advantage.
+        step: That learns from it.
+        mini_batch: Number of the update that does; −1: none.
+        decode: Text of tokens.
+    """
+    prompt, spans = trajectory.prompt, trajectory.spans
+    ends = [span.start for span in spans[1:]] + [len(trajectory.tokens)]
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "sample": trajectory.sample,
+        "data_source": prompt.data_source,
+        "prompt": decode(prompt.tokens.tolist()),
+        "response": decode(trajectory.tokens.tolist()),
+        "ground_truth": prompt.ground_truth,
+        "reward": trajectory.reward,
+        "accuracy": trajectory.accuracy,
+        "advantage": None if trajectory.advantage is None else float(f"{trajectory.advantage:.{_DIGITS}g}"),
+        "finish_reason": trajectory.finish_reason,
+        "response_tokens": len(trajectory.tokens),
+        "versions": [[span.weight_version, end - span.start] for span, end in zip(spans, ends, strict=True)],
+        "mini_batch": mini_batch,
+    }
+
+
+def token_columns(
+    trajectory: Trajectory, parts: Iterable[TokenPart], decode: Callable[[Sequence[int]], str]
+) -> dict[str, list[Any]]:
+    """Per token of a response: its text, and what the ranks that hold it have found; null where it is not learned from.
+
+    Args:
+        trajectory: The response.
+        parts: Of all ranks.
+        decode: Text of tokens.
+    """
+    count = len(trajectory.tokens)
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for part in parts:
+        for name, values in part.values.items():
+            found.setdefault(name, np.full(count, np.nan))[part.positions] = values
+    columns: dict[str, list[Any]] = {"text": [decode([token]) for token in trajectory.tokens.tolist()]}
+    columns["behaviour_log_prob"] = _numbers(trajectory.behaviour_log_probs)
+    return columns | {name: _numbers(values) for name, values in found.items()}
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
+    return [float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in values.tolist()]
+
+
+class TrajectoryFiles:
+    """Writes them.
+
+    Args:
+        directory: Of the files; made with the first row.
+        file_bytes: A new file is begun when one has so much.
+        total_bytes: Of all; then the oldest one is removed. The one that is written to stays.
+    """
+
+    def __init__(self, directory: Path, file_bytes: int, total_bytes: int) -> None:
+        self._directory, self._file_bytes, self._total_bytes = directory, file_bytes, total_bytes
+
+    def files(self) -> list[Path]:
+        """In the order of their steps."""
+        return sorted(self._directory.glob("from-*.jsonl"))
+
+    def append(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The rows of a step; they stay together in one file."""
+        if not rows:
+            return
+        self._directory.mkdir(exist_ok=True)
+        found = self.files()
+        if not found or found[-1].stat().st_size >= self._file_bytes:
+            found.append(self._directory / f"from-{step:06}.jsonl")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with found[-1].open("a", encoding="utf-8") as file:
+            file.write(text)
+        sizes = [path.stat().st_size for path in found]
+        while len(found) > 1 and sum(sizes) > self._total_bytes:
+            found.pop(0).unlink()
+            sizes.pop(0)
+
+    def cut(self, step: int) -> None:
+        """Removes what was written of this step and later ones."""
+        for file in reversed(self.files()):
+            if int(file.stem.partition("-")[2]) >= step:
+                file.unlink()
+            else:
+                cut_rows(file, step)
+                return
+
+
+def cut_rows(file: Path, step: int) -> None:
+    """Removes rows of this step and later ones from a file of JSON objects, and a line that is not whole."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _before(line, step)]
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)
+
+
+def _before(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) < step
+    except (ValueError, KeyError):
+        return False

@@ -1,0 +1,79 @@
+"""What a response is worth: the verifier's verdict, +1 or −1, and the length penalty."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fipo_megatron.algorithm.advantages import overlong_penalty
+from fipo_megatron.config import Config
+from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.reward.verifier import Answer, Verdict, Verifier
+from fipo_megatron.rollout.sampler import Score
+from fipo_megatron.testing import fail_points
+
+
+class Scoring:
+    """A :data:`.rollout.sampler.Scorer`.
+
+    Args:
+        config: Of the run; ``reward`` and ``rollout.max_response_tokens`` are read.
+        verifier: Checks answers.
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, config: Config, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._verifier, self._tokenizer = config, verifier, tokenizer
+        self._open, self._since, self._seconds = 0, 0.0, 0.0
+
+    async def __call__(self, trajectory: Trajectory) -> Score:
+        """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
+        fail_points.reach("reward")
+        correct = (await self.verdict(trajectory)).correct
+        reward = self._config.reward
+        penalty = overlong_penalty(
+            torch.tensor([len(trajectory.tokens)]),
+            self._config.rollout.max_response_tokens,
+            reward.overlong_buffer_tokens,
+            reward.overlong_penalty,
+        )
+        return Score((1.0 if correct else -1.0) + float(penalty), int(correct))
+
+    async def verdict(self, trajectory: Trajectory) -> Verdict:
+        """The verifier's; wrong, and without an answer, where ``reward.truncated_is_wrong`` says so."""
+        if self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length":
+            return Verdict(False)
+        prompt = trajectory.prompt
+        answer = Answer(
+            response=self.text(trajectory),
+            ground_truth=prompt.ground_truth,
+            prompt=str(self._tokenizer.decode(prompt.tokens.tolist())),
+            data_source=prompt.data_source,
+        )
+        with self._busy():
+            return await self._verifier.verify(answer)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        if not self._open:
+            self._since = time.perf_counter()
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._seconds += time.perf_counter() - self._since
+
+    def take_seconds(self) -> float:
+        """Seconds since the last call in which at least one answer was being checked."""
+        found, self._seconds = self._seconds, 0.0
+        return found
+
+    def text(self, trajectory: Trajectory) -> str:
+        """Of the response, without special tokens."""
+        return str(self._tokenizer.decode(trajectory.tokens.tolist(), skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""The rollout engine in the trainer's own process."""

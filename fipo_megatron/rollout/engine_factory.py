@@ -1,0 +1,236 @@
+"""Opens the engine of a run as configured: servers, clients, and what sends weights to them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from fipo_megatron.config import Config
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
+from fipo_megatron.rollout.engine import EngineError, RolloutEngine
+from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
+from fipo_megatron.rollout.sglang.server import ServerPool, ServerSpec, SglangServer
+from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.weight_sync.embedded_sender import EmbeddedSender
+from fipo_megatron.rollout.weight_sync.senders import (
+    ActorSide,
+    DiskSender,
+    DistributedSender,
+    Servers,
+    TensorSender,
+    WeightSender,
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where this rank is.
+
+    Attributes:
+        rank: Of all ranks.
+        local_rank: Of those on this host; 0 starts the servers.
+        starters: The first rank of each host.
+        cuda: Whether servers have GPUs.
+        directory: All ranks, and servers that are started here, see it: weights on their way, and server logs.
+    """
+
+    rank: int
+    local_rank: int
+    starters: tuple[int, ...]
+    cuda: bool
+    directory: Path
+
+
+@dataclass(frozen=True)
+class OpenEngine:
+    """An engine on this rank.
+
+    Attributes:
+        engine: Of this rank; None where it does not lead.
+        pool: Of the servers that this rank has started; None elsewhere.
+        facts: What every server says of itself; known to rank 0, and only of servers.
+    """
+
+    engine: RolloutEngine | None
+    pool: ServerPool | None = None
+    facts: tuple[ServerFacts, ...] = ()
+
+    async def close(self) -> None:
+        """Ends connections, then the servers that were started."""
+        if self.engine is not None:
+            await self.engine.close()
+        if self.pool is not None:
+            await self.pool.close()
+
+
+def longest_request(config: Config) -> int:
+    """Tokens of the longest prompt with its response."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+async def open_engine(
+    config: Config, host: Host, exchange: Exchange, everyone: Exchange, tokenizer: PreTrainedTokenizerBase, vocab: int
+) -> OpenEngine:
+    """Opens this rank's engine; starts servers first where that is asked for. On all ranks.
+
+    Args:
+        config: Of the run.
+        host: Where this rank is.
+        exchange: Of the leaders.
+        everyone: Of the ranks that start servers (``host.starters``).
+        tokenizer: Of the model.
+        vocab: Token ids are below.
+
+    Raises:
+        EngineError: servers do not start, cannot be reached, or serve another model.
+        ValueError: arguments that the installed SGLang does not have.
+    """
+    leads = exchange.rank in exchange.leaders
+    if config.rollout.engine == "embedded":
+        engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
+        await exchange.gather({})
+        return OpenEngine(engine)
+    pool, error = None, None
+    try:
+        if not config.rollout.servers.urls and host.local_rank == 0:
+            pool = ServerPool(local_servers(config, host), restarts=config.rollout.servers.restarts)
+            async with everyone.alive():
+                await pool.start()
+    except Exception as failed:
+        error = failed
+    started = await everyone.gather(pool.urls if pool else (), error)
+    urls = config.rollout.servers.urls or tuple(url for part in started for url in part)
+    client, facts = None, ()  # type: tuple[SglangClient | None, tuple[ServerFacts, ...]]
+    try:
+        if leads:
+            client = _client(config, urls, exchange, vocab)
+            if pool is not None:
+                pool.on_lost = client.worker_lost
+            if exchange.rank == 0:
+                facts = await handshake(client, Path(config.model.path), tokenizer, longest=longest_request(config))
+        await exchange.gather({})
+    except BaseException as failed:
+        exchange.fail(failed)
+        await OpenEngine(client, pool).close()
+        raise
+    return OpenEngine(client, pool, facts)
+
+
+def _client(config: Config, urls: Sequence[str], exchange: Exchange, vocab: int) -> SglangClient:
+    """Leaders begin with different servers."""
+    servers = config.rollout.servers
+    first = exchange.leaders.index(exchange.rank) % len(urls)
+    return SglangClient(
+        [*urls[first:], *urls[:first]],
+        router=servers.router,
+        context=longest_request(config),
+        vocab=vocab,
+        api_key=api_key(config),
+        concurrency=servers.concurrency,
+        progress_seconds=servers.progress_seconds,
+        patience_seconds=servers.patience_seconds,
+        deterministic=bool(config.rollout.sglang.get("enable_deterministic_inference")),
+    )
+
+
+def api_key(config: Config) -> str | None:
+    """Of the servers, from the environment."""
+    return os.environ.get(config.rollout.servers.api_key_variable)
+
+
+def local_servers(config: Config, host: Host) -> list[SglangServer]:
+    """Those of this host, not started: one after the other on its GPUs."""
+    servers, given = config.rollout.servers, dict(config.rollout.sglang)
+    given.setdefault("context_length", longest_request(config) + 8)
+    given.setdefault("dtype", config.actor.dtype)
+    if servers.colocated:
+        given.setdefault("enable_memory_saver", True)
+    if (key := api_key(config)) is not None:
+        given["api_key"] = key
+    ranks = int(given.get("tp_size", 1))
+    alone = len(host.starters) == 1
+    found = []
+    for number in range(servers.per_host):
+        arguments: dict[str, Any] = given | ({"base_gpu_id": number * ranks} if host.cuda else {})
+        found.append(
+            SglangServer(
+                ServerSpec(
+                    python=Path(servers.python),
+                    model_path=Path(config.model.path),
+                    log=host.directory / f"sglang-{host.rank}-{number}.log",
+                    arguments=arguments,
+                    host="127.0.0.1" if alone else socket.gethostname(),
+                    cpu=not host.cuda,
+                    ready_seconds=servers.ready_seconds,
+                )
+            )
+        )
+    return found
+
+
+def open_sender(
+    config: Config, opened: OpenEngine, urls: Sequence[str], side: ActorSide, leaders: Sequence[int], host: Host
+) -> WeightSender:
+    """What sends the actor's weights to these servers, or to the embedded engines. On all ranks.
+
+    Args:
+        config: Of the run.
+        opened: Of this rank.
+        urls: Of servers; the same on every rank.
+        side: Of the actor on this rank.
+        leaders: Ranks with an engine.
+        host: Where this rank is.
+
+    Raises:
+        EngineError: the servers cannot be connected.
+    """
+    engine = opened.engine
+    if config.rollout.engine == "embedded":
+        assert engine is None or isinstance(engine, EmbeddedEngine)
+        return EmbeddedSender(side, engine, leaders, host.directory)
+    servers = Servers(urls, api_key(config))
+    ranks = int(config.rollout.sglang.get("tp_size", 1))
+    if config.rollout.servers.sync == "disk":
+        return DiskSender(side, servers, host.directory)
+    if config.rollout.servers.sync == "tensor":
+        return TensorSender(side, servers, ranks)
+    return DistributedSender(
+        side,
+        servers,
+        [ranks] * len(urls),
+        address="127.0.0.1" if len(host.starters) == 1 and not config.rollout.servers.urls else socket.gethostname(),
+        backend="nccl" if host.cuda else "gloo",
+        timeout=timedelta(seconds=config.rollout.servers.patience_seconds),
+    )
+
+
+def context_problem(config: Config, tokens: int) -> str | None:
+    """Why the model's context of so many tokens is too short, if it is."""
+    longest = longest_request(config)
+    if longest <= tokens:
+        return None
+    return (
+        f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}: must be at most the model's context, "
+        f"max_position_embeddings = {tokens} in its config.json"
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Of a model's directory.
+
+    Raises:
+        EngineError: there is none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)  # type: ignore[no-untyped-call, no-any-return]
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: no tokenizer: {error}") from error

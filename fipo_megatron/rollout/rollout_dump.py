@@ -1,0 +1,54 @@
+"""The sampled responses of every step, kept so that a run can be trained on them again (``run.replay``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fipo_megatron.data.trajectory import Group
+from fipo_megatron.rollout import carry_over
+from fipo_megatron.rollout.assignment import GroupRecord
+from fipo_megatron.rollout.sampler import Sampled
+
+
+def write(directory: Path, step: int, rank: int, sampled: Sampled) -> None:
+    """What this rank has sampled, scored; replaces what an earlier attempt at this step left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files(step, rank, sampled).items():
+        partial = directory / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(directory / name)
+
+
+def files(step: int, rank: int, sampled: Sampled) -> dict[str, bytes]:
+    """The recording of this rank, by the names of its files."""
+    found = {f"step-{step:06}-{rank}.npz": carry_over.to_bytes(sampled.groups)}
+    if rank == 0:
+        found[f"step-{step:06}.json"] = json.dumps(dict(sampled.statistics)).encode()
+    return found
+
+
+def read(directory: Path, step: int, *, keep: bool) -> Sampled:
+    """What all ranks had sampled.
+
+    Args:
+        directory: Of recordings.
+        step: Number of the step.
+        keep: Whether this rank passes the groups on; the others know of them.
+
+    Raises:
+        FileNotFoundError: there is no recording of this step.
+        ValueError: a file is damaged.
+    """
+    found = sorted(directory.glob(f"step-{step:06}-*.npz"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    if not found:
+        raise FileNotFoundError(f"run.replay = {directory}: holds no recording of step {step}")
+    statistics = json.loads((directory / f"step-{step:06}.json").read_bytes())
+    groups: list[Group] = []
+    for file in found:
+        try:
+            groups += carry_over.from_bytes(file.read_bytes())[0]
+        except Exception as error:  # a damaged archive raises anything
+            raise ValueError(f"{file}: is damaged: {error!r}") from error
+    records = tuple(GroupRecord.of(group, 0) for group in groups)
+    return Sampled(records, tuple(groups) if keep else (), statistics)

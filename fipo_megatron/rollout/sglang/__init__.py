@@ -1,0 +1,1 @@
+"""SGLang servers: their processes, the client, and the handshake with them."""

@@ -1,0 +1,1 @@
+"""Hooks that tests use to interrupt a run."""
