@@ -80,7 +80,7 @@ gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON
 
 verify: setup sglang-env ## Everything slow: property tests with many more examples, then the benchmarks
 	$(RUN) -m benchmarks.verify
-	test -d build/quickstart/imitate/hf || $(RUN) -m examples.quickstart
+	test -d build/quickstart/sft/hf || $(RUN) -m examples.quickstart
 	$(RUN) -m benchmarks.soak
 	$(MAKE) bench
 

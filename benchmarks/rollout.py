@@ -26,7 +26,13 @@ from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weigh
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer, free_port
-from fipo_megatron.rollout.weight_sync.senders import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
+from fipo_megatron.rollout.weight_sync.senders import (
+    ActorWeights,
+    DiskSender,
+    DistributedSender,
+    ServerControl,
+    TensorSender,
+)
 from tests.sglang import models
 
 TOKENS = 200
@@ -73,8 +79,8 @@ def sync_seconds(url: str, path: Path) -> dict[str, float]:
     def save(target: Path) -> None:
         models.save(target)
 
-    side = ActorSide(0, 1, 0, (0,), lambda _: iter([tensors]), save, lambda _: contextlib.nullcontext())
-    servers, found = Servers([url]), {}
+    side = ActorWeights(0, 1, 0, (0,), lambda _: iter([tensors]), save, lambda _: contextlib.nullcontext())
+    servers, found = ServerControl([url]), {}
     with tempfile.TemporaryDirectory() as directory:
         for name, sender in (
             ("disk", DiskSender(side, servers, Path(directory))),

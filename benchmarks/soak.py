@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    if not (START / "imitate" / "hf").is_dir():
-        sys.exit(f"{START}/imitate/hf: there is no starting model; make quickstart first")
+    if not (START / "sft" / "hf").is_dir():
+        sys.exit(f"{START}/sft/hf: there is no starting model; make quickstart first")
     with tempfile.TemporaryDirectory(dir="build") as directory:
         output = Path(directory) / "run"
         command = [sys.executable, "-m", "fipo_megatron.train", "examples/quickstart/fipo.yaml"]

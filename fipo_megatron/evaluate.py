@@ -29,14 +29,14 @@ import transformers
 from fipo_megatron.config import Config, ModelConfig, load_config
 from fipo_megatron.evaluation import summary
 from fipo_megatron.evaluation.answering import Response, evaluate
-from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_inputs
+from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from fipo_megatron.evaluation.results import Evaluation
-from fipo_megatron.reward.scoring import Scoring
+from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine import EngineError, RequestError
-from fipo_megatron.rollout.engine_factory import Host, open_engine
-from fipo_megatron.rollout.store_coordinator import Exchange
-from fipo_megatron.storage.publishing import partial_of
+from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
+from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
@@ -118,19 +118,19 @@ async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: 
     """
     servers = replace(config.rollout.servers, colocated=False)  # nobody else wants the memory
     config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
-    exchange, starters = (Exchange(dist.HashStore(), 0) for _ in range(2))
-    host = Host(rank=0, local_rank=0, starters=(0,), cuda=torch.cuda.is_available(), directory=inputs.output)
+    coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
+    host = HostInfo(rank=0, local_rank=0, starters=(0,), cuda=torch.cuda.is_available(), directory=inputs.output)
     verifier = open_verifier(config.reward)
     try:
-        opened = await open_engine(config, host, exchange, starters, inputs.tokenizer, inputs.architecture.vocab)
+        opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
         try:
             for one in opened.facts:
                 logger.info("%s: SGLang %s, weights of version %d", one.url, one.version, one.weight_version)
             return await evaluate(
                 inputs.problems,
                 opened.engine,
-                exchange,
-                Scoring(config, verifier, inputs.tokenizer),
+                coordinator,
+                ResponseScorer(config, verifier, inputs.tokenizer),
                 config,
                 inputs.stop_token_ids,
                 ProgressLog(len(inputs.problems) * config.evaluation.samples_per_prompt),
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = load_config(arguments[0], arguments[1:])
-        inputs = read_inputs(config)
+        inputs = read_evaluation_inputs(config)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

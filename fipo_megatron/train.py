@@ -23,7 +23,7 @@ from fipo_megatron.observe.collapse_alarm import CollapseError
 from fipo_megatron.observe.console import set_up_logging
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
-from fipo_megatron.trainer.training_inputs import read_inputs
+from fipo_megatron.trainer.training_inputs import read_training_inputs
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
@@ -42,7 +42,7 @@ def train(run: Run) -> None:
         sampled = run.sample(step)
         batch = run.batch(sampled, step)
         plan = actor.plan(batch.lengths, batch.mini_batches)
-        trajectories = run.deliver(sampled, batch, plan)
+        trajectories = run.scatter_trajectories(sampled, batch, plan)
         if config.run.rollout_only or not plan:
             run.log(step, sampled, batch, [])
             continue
@@ -55,7 +55,7 @@ def train(run: Run) -> None:
         run.log(step, sampled, batch, updates)
 
 
-def imitate(run: Run) -> None:
+def sft(run: Run) -> None:
     """The steps that are left of ``algorithm.kind = sft``: examples instead of samples."""
     for step in run.steps():
         examples = run.examples()
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments[0], arguments[1:])
         console = set_up_logging(rank, plain=config.observe.plain_console)
-        inputs = read_inputs(config)
+        inputs = read_training_inputs(config)
         check_options(config, inputs.architecture)
     except ValueError as error:
         if rank == 0:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         with Run(config, inputs, console) as run:
-            imitate(run) if config.algorithm.kind == "sft" else train(run)
+            sft(run) if config.algorithm.kind == "sft" else train(run)
             run.export()
     except CollapseError as error:
         logger.error("%s", error)

@@ -291,9 +291,9 @@ def test_presets_name_only_keys_that_exist():
 def test_off_is_a_word(text, tmp_path):
     """In YAML 1.1 it would be false, and no choice of any field."""
     file = tmp_path / "config.yaml"
-    file.write_text("actor: {fp8: off}\nrun: {keep_best: false}")
+    file.write_text("actor: {fp8: off}\ncheckpoint: {keep_best: false}")
     config = load_config(file, ["health.action=off", "data.shuffle=true"])
-    assert (config.actor.fp8, config.health.action, config.run.keep_best, config.data.shuffle) == (
+    assert (config.actor.fp8, config.health.action, config.checkpoint.keep_best, config.data.shuffle) == (
         *("off", "off"),
         *(False, True),
     )

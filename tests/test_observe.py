@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from examples.quickstart import task
 from fipo_megatron.observe import metrics as registry
 from fipo_megatron.trainer import rollback
-from fipo_megatron.trainer.rollback import RollBack
+from fipo_megatron.trainer.rollback import Rollback
 from tests.runs import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
     evaluation = ["run.evaluate_every=2", f"evaluation.files=[{data}/held_out.jsonl]"]
-    settings = ["run.steps=3", "run.save_every=1", "run.noise_floor_every=1", "observe.trajectory_tokens=true"]
+    settings = ["run.steps=3", "checkpoint.save_every=1", "run.noise_floor_every=1", "observe.trajectory_tokens=true"]
     train(data, output, *evaluation, *settings)
     return output
 
@@ -98,7 +98,7 @@ def test_responses_are_kept_with_their_tokens(run):
 
 
 ROLL_BACK = [
-    *("run.save_every=1", "run.keep_last=1", "run.steps=9", "health.policy_kl_limit=0"),
+    *("checkpoint.save_every=1", "checkpoint.keep_last=1", "run.steps=9", "health.policy_kl_limit=0"),
     *("health.action=roll_back", "health.max_roll_backs=1", "health.roll_back_lr=0.5"),
 ]
 
@@ -108,9 +108,9 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
     for name, fail_at in (("whole", ""), ("killed", "update:4")):
         output = tmp_path / name
         output.mkdir()
-        event = RollBack(number=1, step=9, to=7, cursor=9, learning_rate_factor=0.5, reason="of a run that is gone")
+        event = Rollback(number=1, step=9, to=7, cursor=9, learning_rate_factor=0.5, reason="of a run that is gone")
         rollback.write(output, [event])
-        train(data, output, "run.save_every=1", "run.keep_last=1", "run.steps=3", "health.action=off")
+        train(data, output, "checkpoint.save_every=1", "checkpoint.keep_last=1", "run.steps=3", "health.action=off")
         assert not rollback.read(output)
         if fail_at:
             train(data, output, *ROLL_BACK, fail_at=fail_at, code=-signal.SIGKILL)
@@ -142,7 +142,12 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
 def test_a_run_returns_again_though_the_window_reaches_back_before_the_first_return(data, tmp_path):
     """Six sound steps, then a learning rate that no policy bears."""
     output = tmp_path / "run"
-    sound = ["run.save_every=1", "run.keep_last=1", "actor.optimizer.warmup_steps=0", "actor.optimizer.min_lr=0"]
+    sound = [
+        "checkpoint.save_every=1",
+        "checkpoint.keep_last=1",
+        "actor.optimizer.warmup_steps=0",
+        "actor.optimizer.min_lr=0",
+    ]
     train(data, output, *sound, "run.steps=6", "actor.optimizer.lr=1e-9")
     broken = ["run.steps=12", "actor.optimizer.lr=3e-2", "health.policy_kl_limit=0.01", "health.action=roll_back"]
     said = train(data, output, *sound, *broken, "health.max_roll_backs=2", "health.roll_back_lr=0.9", code=3)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from examples.quickstart import task
 from fipo_megatron.actor import parallel
-from fipo_megatron.checkpoint.manager import Checkpoints
+from fipo_megatron.checkpoint.manager import CheckpointManager
 from fipo_megatron.config import Config, ParallelConfig
 from tests.runs import ROOT, command, metrics, train, weights
 
@@ -47,7 +47,7 @@ LAYOUTS = {
 def recorded(data, tmp_path_factory):
     """Five steps of one rank, with their responses."""
     output = tmp_path_factory.mktemp("runs") / "recorded"
-    train(data, output, "run.record_rollouts=true", "run.save_every=2")
+    train(data, output, "run.record_rollouts=true", "checkpoint.save_every=2")
     return output
 
 
@@ -110,7 +110,9 @@ def test_saved_under_tp2_and_resumed_under_pp2(data, recorded, replayed, tmp_pat
     assert_same_steps(tmp_path / "run", replayed, data / "model")
 
 
-CARRYING = [*("rollout.over_sampling=1.5", "rollout.max_staleness=1", "rollout.embedded_slots=16", "run.save_every=2")]
+CARRYING = [
+    *("rollout.over_sampling=1.5", "rollout.max_staleness=1", "rollout.embedded_slots=16", "checkpoint.save_every=2")
+]
 
 
 OVERLAPPING = ["rollout.overlap=true", *CARRYING]
@@ -150,7 +152,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, data, tmp_path):
 
 def test_ranks_overlap_alike(data, tmp_path):
     """Sampling goes on, between the ranks, while they are in collectives of the update."""
-    overlapping = ["rollout.overlap=true", "rollout.max_staleness=1", "run.save_every=2"]
+    overlapping = ["rollout.overlap=true", "rollout.max_staleness=1", "checkpoint.save_every=2"]
     train(data, tmp_path / "run", *overlapping, ranks=2)
     train(data, tmp_path / "run", *overlapping, "run.steps=7", ranks=2)
     rows = metrics(tmp_path / "run")
@@ -188,7 +190,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(data, record
     shutil.copytree(recorded, run)
     damaged = run / "checkpoints" / "step-000005" / "run" / "manifest.json"
     damaged.write_text(damaged.read_text().replace('"step": 5', '"step": 4'))
-    said = train(data, run, "run.record_rollouts=true", "run.save_every=2")
+    said = train(data, run, "run.record_rollouts=true", "checkpoint.save_every=2")
     assert "step-000005 IS DAMAGED, the one before it is used" in said
     assert f"goes on from {run}/checkpoints/step-000004" in said
     assert (run / "checkpoints" / "damaged-step-000005-0").is_dir()
@@ -200,7 +202,7 @@ def test_a_return_passes_over_what_is_damaged(recorded, tmp_path):
     (tmp_path / "checkpoints" / "step-000004" / "run" / "manifest.json").write_text("{}")
     layout = parallel.initialize(ParallelConfig(), seed=1, environment={})
     try:
-        reader = Checkpoints(tmp_path / "checkpoints", Config(), SimpleNamespace(layout=layout), None)
+        reader = CheckpointManager(tmp_path / "checkpoints", Config(), SimpleNamespace(layout=layout), None)
         assert reader.newest(until=1) is None
         assert reader.newest(until=4) == tmp_path / "checkpoints" / "step-000002"
         assert reader.newest() == tmp_path / "checkpoints" / "step-000005"
@@ -212,7 +214,7 @@ def test_a_return_passes_over_what_is_damaged(recorded, tmp_path):
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_a_rate_that_was_changed_is_taken(distributed, data, tmp_path):
-    settings = [f"actor.distributed_optimizer={distributed}", "run.save_every=1"]
+    settings = [f"actor.distributed_optimizer={distributed}", "checkpoint.save_every=1"]
     changed = ["actor.optimizer.lr=1e-3", "actor.optimizer.warmup_steps=2", "actor.optimizer.schedule=constant"]
     train(data, tmp_path / "run", *settings, "run.steps=1")
     said = train(data, tmp_path / "run", *settings, *changed, "run.steps=2")
@@ -270,7 +272,7 @@ def test_what_megatron_does_not_know_and_a_port_in_use(data, tmp_path, monkeypat
 def test_a_tokenizer_without_chat_template_and_another_run_in_the_output(data, recorded, tmp_path):
     shutil.copytree(data / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    said = train(data, recorded, f"model.path={tmp_path}/model", "run.resume=never", code=2)
+    said = train(data, recorded, f"model.path={tmp_path}/model", "checkpoint.resume=never", code=2)
     assert "its tokenizer has no chat template" in said
     assert f"run.output = {recorded}: already holds a run" in said
 
@@ -288,12 +290,12 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(data,
 
 def test_the_optimizer_of_dp_reshardable_checkpoints_stays_where_it_is(data, tmp_path):
     """The same steps as without a stop, and an error before anything is built under another layout."""
-    settings = ["actor.distributed_optimizer=true", "run.optimizer_sharding=dp_reshardable", "run.steps=3"]
+    settings = ["actor.distributed_optimizer=true", "checkpoint.optimizer_sharding=dp_reshardable", "run.steps=3"]
     train(data, tmp_path / "whole", *settings, ranks=2)
     train(data, tmp_path / "run", *settings, "run.steps=2", ranks=2)
     said = train(data, tmp_path / "run", *settings, *LAYOUTS["PP2"], ranks=2, code=1)  # torchrun's own code
     assert "actor.parallel.pipeline_parallel = 2: must be 1 to go on from" in said
-    train(data, tmp_path / "run", *settings, "run.optimizer_sharding=fully_reshardable", ranks=2)
+    train(data, tmp_path / "run", *settings, "checkpoint.optimizer_sharding=fully_reshardable", ranks=2)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 

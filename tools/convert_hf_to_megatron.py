@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from fipo_megatron import convert as conversion
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory
-from tools import conversion
 
 _NOTES = """The checkpoint can be loaded under any tensor, pipeline, expert and data parallelism, with Transformer
 Engine's layers or without. One rank does, if the weights fit into its memory:

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from fipo_megatron import convert as conversion
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
-from tools import conversion
 
 _NOTES = """The result has config.json, tokenizer, generation configuration, safetensors and their index. The
 checkpoint may come from convert_hf_to_megatron or from training, under any layout.

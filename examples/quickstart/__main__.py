@@ -2,8 +2,9 @@
 
 python -m examples.quickstart [--seed N] [--output DIRECTORY] [key=value ...]
 
-Builds a starting model (imitation of mostly terse, mostly wrong answers), then trains it; ``key=value`` goes to the
-second part: ``algorithm.kind=dapo``, ``rollout.engine=sglang``, ``actor.parallel.context_parallel=2`` with --ranks 2.
+First builds a starting model by supervised fine-tuning on mostly terse, mostly wrong answers, then trains it with FIPO.
+``key=value`` overrides the configuration of the second part: ``algorithm.kind=dapo``, ``rollout.engine=sglang``,
+``actor.parallel.context_parallel=2`` with --ranks 2.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def train(config: str, overrides: list[str], ranks: int = 1) -> float:
 
 
 def main() -> None:
-    """Data and starting model, imitation, FIPO; then says what came of it."""
+    """Data and starting model, supervised fine-tuning, FIPO; then says what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/quickstart"))
@@ -39,14 +40,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    start, run = output / "imitate", output / "fipo"
+    start, run = output / "sft", output / "fipo"
     if (run / "metrics.jsonl").exists():
         print(f"{output}: holds a quickstart already; it goes on, or --output says where to make another")
     seconds = 0.0
     if not (start / "hf").exists():
         task.build(output / "data", arguments.seed)
         seconds = train(
-            "imitate.yaml",
+            "sft.yaml",
             [
                 *(f"seed={arguments.seed}", f"run.output={start}", f"model.path={output}/data/model"),
                 f"data.files=[{output}/data/examples.jsonl]",

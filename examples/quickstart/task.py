@@ -1,4 +1,4 @@
-"""The quickstart's task: the last digit of a sum. A starting model, examples to imitate, problems to train on.
+"""The quickstart's task: the last digit of a sum. Builds a starting model, SFT examples and training problems.
 
 Answers are terse (``Answer: 5``, mostly a guess), or one line per addition and then the answer. The starting model
 has seen the second kind rarely; what FIPO has to find out is that it pays.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @contextmanager
-def all_or_none(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective.
 
     Args:

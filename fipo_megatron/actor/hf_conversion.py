@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.collectives import all_or_none
-from fipo_megatron.actor.hf_weights import Progress, chunk_owners, export_hf, load_hf, save_hf
+from fipo_megatron.actor.collectives import raise_on_all_ranks
+from fipo_megatron.actor.hf_weights import BytesCallback, chunk_owners, export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.sharded_checkpoint import load_weights, save_weights
@@ -22,7 +22,7 @@ from fipo_megatron.weights import tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory
 
-Phase = Callable[[str, int], AbstractContextManager[Progress]]
+Phase = Callable[[str, int], AbstractContextManager[BytesCallback]]
 """Is told what begins, and how many bytes it will take on the first rank; gives what is told of bytes that are done."""
 
 
@@ -30,7 +30,7 @@ class VerificationError(ValueError):
     """What was written is not what was read; the message names every tensor that differs."""
 
 
-def _silent(what: str, total: int) -> AbstractContextManager[Progress]:
+def _silent(what: str, total: int) -> AbstractContextManager[BytesCallback]:
     return nullcontext(lambda done: None)
 
 
@@ -127,7 +127,7 @@ def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None
 
         def verify(written: Path) -> None:
             with _as_difference(written):
-                with all_or_none("reading the result again"):
+                with raise_on_all_ranks("reading the result again"):
                     HfDirectory(written).check(architecture)
                 _compare(model, options, written, lambda mine, files: (mine.to(dtype), files))
 
@@ -152,7 +152,7 @@ def _unverified(written: Path) -> None:
 def _as_difference(written: Path) -> Iterator[None]:
     """Whatever goes wrong while the result is read again, on any rank, is a reason not to publish it."""
     try:
-        with all_or_none("reading the result again"):
+        with raise_on_all_ranks("reading the result again"):
             yield
     except Exception as error:
         raise VerificationError(f"what was written is not what was read; nothing is left of it:\n{error}") from error
@@ -181,7 +181,7 @@ def _built(architecture: Architecture, options: Options, dtype: str) -> Iterator
         parallel.destroy()
 
 
-def _phase(options: Options, model: _Model, what: str, total: int) -> AbstractContextManager[Progress]:
+def _phase(options: Options, model: _Model, what: str, total: int) -> AbstractContextManager[BytesCallback]:
     return options.phase(what, total) if model.layout.rank == 0 else _silent(what, total)
 
 

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.model import HiddenStateGPTModel
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.storage import publishing
+from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import DTYPES, HfDirectory
@@ -28,7 +29,7 @@ from fipo_megatron.weights.placement import Chunk, Naming, Place
 from fipo_megatron.weights.tables import LocalWeight, Weight
 
 Bucket = list[tuple[str, Tensor | None]]
-Progress = Callable[[int], None]
+BytesCallback = Callable[[int], None]
 """Is told of bytes that are done, on each rank of its own."""
 
 
@@ -84,7 +85,7 @@ def load_hf(
     layout: RankLayout,
     path: str | Path,
     *,
-    progress: Progress = lambda done: None,
+    progress: BytesCallback = lambda done: None,
 ) -> None:
     """Fills this rank's parameters from a model's directory, reading only the slices that it holds.
 
@@ -282,7 +283,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5 << 30,
     bucket_bytes: int = 256 << 20,
-    progress: Progress = lambda done: None,
+    progress: BytesCallback = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Writes a complete Hugging Face directory: a collective of all ranks, which must see one file system.
@@ -313,13 +314,13 @@ def save_hf(
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, DTYPES.values()))}")
     with begun(source, target, layout) as partial:
         files = _plan(chunks, architecture, layout, dtype, max_file_bytes)
-        with all_or_none("save_hf"):
+        with raise_on_all_ranks("save_hf"):
             mine = [file for file in files if file.owner == layout.rank]
             stream = export_hf(
                 chunks, architecture, layout, bucket_bytes=bucket_bytes, on_ranks={file.owner for file in files}
             )
             _write(stream, partial, mine, dtype, progress)
-        with all_or_none("save_hf"):
+        with raise_on_all_ranks("save_hf"):
             if layout.rank == 0:
                 hf_files.add_companions(source, partial, dtype)
                 hf_files.add_index(partial, files)
@@ -334,21 +335,21 @@ def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGro
         source: Must hold a config.json.
         target: Must not exist; its parent must.
         layout: Of this rank; the first makes and renames the directory, all must see it.
-        group: See :func:`.agreement.all_or_none`.
+        group: See :func:`.collectives.raise_on_all_ranks`.
     """
-    partial = publishing.partial_of(target)
-    with all_or_none("beginning to save", group):
+    partial = partial_of(target)
+    with raise_on_all_ranks("beginning to save", group):
         if layout.rank == 0:
             hf_files.check_source(source)
             publishing.begin(target)
     try:
-        with all_or_none("beginning to save", group):
+        with raise_on_all_ranks("beginning to save", group):
             if not partial.is_dir():
                 raise FileNotFoundError(
                     f"{partial}: not seen by rank {layout.rank}; all ranks must share a file system"
                 )
         yield partial
-        with all_or_none("publishing", group):
+        with raise_on_all_ranks("publishing", group):
             if layout.rank == 0:
                 publishing.publish(target)
     finally:
@@ -388,7 +389,7 @@ def _plan(
 
 
 def _write(
-    stream: Iterator[Bucket], directory: Path, files: list[TensorFile], dtype: torch.dtype, progress: Progress
+    stream: Iterator[Bucket], directory: Path, files: list[TensorFile], dtype: torch.dtype, progress: BytesCallback
 ) -> None:
     """Writes what comes, and takes all of it even where writing has failed: the other ranks are in the collectives."""
     try:

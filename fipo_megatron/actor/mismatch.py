@@ -13,7 +13,7 @@ from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.data.packing import MiniBatch
 
 
-def largest_mismatch(
+def max_log_prob_difference(
     actor: MegatronActor, plan: Sequence[MiniBatch], trajectories: Trajectories, old: StoredLogProbs
 ) -> float:
     """Largest |log π_old − log π_behaviour| of any token of the plan, the same on every rank: a collective.

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import cpu_backend
-from fipo_megatron.config import ParallelConfig
+from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
 
 _PORT_BASE, _PORT_RANGE = 20000, 10000
@@ -134,25 +134,7 @@ class RankLayout:
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Raises ValueError, naming every field at fault, unless the ranks can be split as asked."""
-    problems = []
-    sizes = {name: getattr(parallel, name) for name in ("tensor_parallel", "pipeline_parallel", "context_parallel")}
-    model_ranks = int(np.prod(list(sizes.values())))
-    if world_size % model_ranks:
-        named = " × ".join(f"{name} = {size}" for name, size in sizes.items())
-        problems.append(f"actor.parallel: {named} needs a multiple of {model_ranks} ranks, there are {world_size}")
-    else:
-        shared = world_size // parallel.pipeline_parallel
-        if shared % (parallel.expert_parallel * parallel.expert_tensor_size):
-            problems.append(
-                f"actor.parallel.expert_parallel = {parallel.expert_parallel}: times expert_tensor_parallel = "
-                f"{parallel.expert_tensor_size} must divide the {shared} ranks of a pipeline stage"
-            )
-    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
-        problems.append("actor.parallel.sequence_parallel = True: needs tensor_parallel of at least 2")
-    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
-        problems.append(
-            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without pipeline_parallel"
-        )
+    problems = layout_conflicts(parallel, world_size)
     if problems:
         raise ValueError("\n".join(problems))
 

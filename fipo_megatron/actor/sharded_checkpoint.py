@@ -36,8 +36,8 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fipo_megatron.actor.collectives import all_or_none
-from fipo_megatron.actor.hf_weights import Progress, begun, local_parameters, place_of
+from fipo_megatron.actor.collectives import raise_on_all_ranks
+from fipo_megatron.actor.hf_weights import BytesCallback, begun, local_parameters, place_of
 from fipo_megatron.actor.model import HiddenStateGPTModel
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.storage import checksums
@@ -89,7 +89,7 @@ def stage(
         live: Tensors beside the parameters that training changes; what is on a device or shares memory with them or
             the parameters is copied to the host. None: nothing is copied.
     """
-    with all_or_none("save_weights"):
+    with raise_on_all_ranks("save_weights"):
         state: ShardedStateDict = sharded_weights(chunks) | more() | {_CONTENT_METADATA_KEY: content}
         apply_factories(state)
         shards, common = save_preprocess(state, validate_access_integrity=False)
@@ -127,7 +127,7 @@ def write(
     target: str | Path,
     *,
     write_more: Callable[[Path], None] = lambda partial: None,
-    progress: Progress = lambda done: None,
+    progress: BytesCallback = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -152,18 +152,18 @@ def write(
     """
     source, target = Path(source), Path(target)
     with begun(source, target, layout, group) as partial:
-        with all_or_none("save_weights", group):
+        with raise_on_all_ranks("save_weights", group):
             if layout.rank == 0:
                 (partial / torch_dist.COMMON).write_bytes(staged.common)
-        with all_or_none("save_weights", group):
+        with raise_on_all_ranks("save_weights", group):
             _write(staged.tensors, partial, progress, group)
-        with all_or_none("save_weights", group):
+        with raise_on_all_ranks("save_weights", group):
             if layout.rank == 0:
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
                 torch_dist.check_files(partial)
                 (partial / torch_dist.HUGGING_FACE).mkdir()
                 hf_files.add_companions(source, partial / torch_dist.HUGGING_FACE)
-        with all_or_none("save_weights", group):
+        with raise_on_all_ranks("save_weights", group):
             write_more(partial)
         _write_checksums(partial, layout, group)
         verify(partial)
@@ -175,7 +175,7 @@ def save_weights(
     source: str | Path,
     target: str | Path,
     *,
-    progress: Progress = lambda done: None,
+    progress: BytesCallback = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Writes a checkpoint of the weights alone; see :func:`write`."""
@@ -220,18 +220,18 @@ def load(
             fault is listed, and no parameter has been touched.
     """
     path = Path(path)
-    with all_or_none("load_weights"):
+    with raise_on_all_ranks("load_weights"):
         torch_dist.check(path, architecture)
     if not verified:
         verify_checksums(path, layout)
-    with all_or_none("load_weights"):
+    with raise_on_all_ranks("load_weights"):
         shards = {
             index: {name: shard for name, shard in shards.items() if not isinstance(shard, ShardedObject)}
             for index, shards in sharded_weights(chunks).items()
         }
         others = more()
     found: ShardedStateDict = {}
-    with all_or_none("load_weights"):
+    with raise_on_all_ranks("load_weights"):
         try:
             found = dist_checkpointing.load(shards | others, str(path))
         except CheckpointException as error:
@@ -255,13 +255,13 @@ def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGro
     """Every rank reads the files that it wrote, the first all others, too. A collective."""
     everywhere: list[dict[str, str]] = [{}] * layout.world_size
     mine: dict[str, str] = {}
-    with all_or_none("save_weights", group):
+    with raise_on_all_ranks("save_weights", group):
         files = [path for path in directory.rglob("*") if path.is_file()]
         own = [path for path in files if path.match(f"__{layout.rank}_*.distcp")]
         own += [path for path in files if path.suffix != ".distcp"] if layout.rank == 0 else []
         mine = checksums.compute(directory, [str(path.relative_to(directory)) for path in own])
     dist.all_gather_object(everywhere, mine, group=group)
-    with all_or_none("save_weights", group):
+    with raise_on_all_ranks("save_weights", group):
         if layout.rank == 0:
             checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
@@ -279,7 +279,7 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
     """
     everywhere: list[list[str]] = [[]] * layout.world_size
     mine: list[str] = []
-    with all_or_none("load_weights"):
+    with raise_on_all_ranks("load_weights"):
         mine = checksums.problems(directory, layout.rank, layout.world_size)
         if not mine and layout.rank == 0:
             known = checksums.read(directory)
@@ -289,7 +289,7 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
         raise WeightsError("\n".join(found))
 
 
-def _write(tensors: dict[str, Any], directory: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
+def _write(tensors: dict[str, Any], directory: Path, progress: BytesCallback, group: dist.ProcessGroup | None) -> None:
     """With torch's own writer, tensor by tensor: Megatron-Core's forks, and every child counts its memory again."""
     try:
         torch_checkpoint.save(
@@ -315,7 +315,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
 
 class _Planner(MCoreSavePlanner):  # type: ignore[misc]
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: BytesCallback) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._progress = progress
 

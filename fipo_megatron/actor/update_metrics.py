@@ -45,8 +45,8 @@ class UpdateMetrics:
         learning_rate: Of this step; NaN where it was skipped.
         skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
             was.
-        statistics: See :mod:`.algorithm.loss_statistics`, over all ranks. The entropy is that of π_old unless the loss has
-            an entropy term.
+        statistics: See :mod:`.algorithm.loss_statistics`; merged over all ranks. The entropy is that of π_old unless
+            the loss has an entropy term.
         shifts: ``[2, NUM_BINS]`` int64: histograms of d by sign of the advantage (:mod:`.algorithm.loss_statistics`).
         tokens: By index, what this rank knows of the trajectories that were watched.
     """

@@ -41,8 +41,8 @@ class PolicyLossConfig:
     """What the loss is. Defaults are the paper's 32B recipe (Table 2) with the release's behaviour.
 
     Attributes:
-        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight; ``sft``: imitation, the
-            mean of −log π_θ, without advantages.
+        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight; ``sft`` is supervised
+            fine-tuning: the mean of −log π_θ, without advantages.
         half_life: τ of the Future-KL discount in tokens (Eq. 6); inf for none (Eq. 5).
         future_kl_filter: Leave tokens with a ratio above ``dual_clip`` out of the sum (Eq. 5); they keep their
             position.

@@ -1,8 +1,8 @@
 """Checkpoints of a run: everything that the rest of it depends on, published as a whole.
 
-``checkpoints/step-000020`` is what a run needs to begin with step 20: weights and optimizer
-(:mod:`.actor.sharded_checkpoint`, :mod:`.actor.optimizer_state`), and below ``run/`` the manifest, what each leader's sampler
-carries, and the random generators of every rank. All files stand in ``checksums.json``.
+``checkpoints/step-000020`` is what a run needs to begin with step 20: weights and
+optimizer (:mod:`.actor.sharded_checkpoint`, :mod:`.actor.optimizer_state`), and below ``run/`` the manifest, what each
+leader's sampler carries, and the random generators of every rank. All files stand in ``checksums.json``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fipo_megatron.actor import sharded_checkpoint
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
-from fipo_megatron.config import Config
+from fipo_megatron.config import Config, as_dict
 from fipo_megatron.rollout import carry_over, rollout_dump
 from fipo_megatron.rollout.carry_over import Carried
-from fipo_megatron.rollout.sampler import Sampled
+from fipo_megatron.rollout.sampler import SampledGroups
+from fipo_megatron.storage.atomic import partial_of, set_aside
 from fipo_megatron.testing import fail_points
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
@@ -48,7 +49,7 @@ _TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainState:
     """Where a run is.
 
     Attributes:
@@ -64,7 +65,7 @@ class Place:
     learning_rate_factor: float = 1.0
 
 
-class Checkpoints:
+class CheckpointManager:
     """Those of a run, on this rank. All methods are collectives of all ranks, which must see one file system.
 
     Args:
@@ -80,7 +81,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        with all_or_none("opening the directory of checkpoints"):
+        with raise_on_all_ranks("opening the directory of checkpoints"):
             if self._layout.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
                 for left in directory.glob(".*.partial"):  # of a run that was killed while it saved
@@ -89,13 +90,13 @@ class Checkpoints:
 
     def save(
         self,
-        place: Place,
+        place: TrainState,
         carried: Carried | None,
-        ahead: Sampled | None,
+        ahead: SampledGroups | None,
         scores: Mapping[int, float],
         safe: int | None = None,
     ) -> None:
-        """Begins to write what a run needs to begin with this step; with ``run.async_save`` a thread does the rest.
+        """Starts to write a checkpoint; with ``checkpoint.async_save``, a thread finishes it.
 
         Args:
             place: Where the run is.
@@ -103,37 +104,37 @@ class Checkpoints:
             ahead: What was sampled for this step already; None where nothing was.
             scores: By step, to tell the best checkpoint, which stays.
             safe: The newest checkpoint of this step or an earlier one stays, too: the run may have to return to it. So
-                does the next one: a later alarm will need it, when more than ``run.keep_last`` are newer.
+                does the next one: a later alarm will need it, when more than ``checkpoint.keep_last`` are newer.
 
         Raises:
             OSError: the disk is full, and the like, also of the checkpoint before this one; nothing is left under the
                 final name.
         """
         self.finish()
-        sharding = self._config.run.optimizer_sharding
+        sharding = self._config.checkpoint.optimizer_sharding
         everyone: list[bool] = [False] * self._layout.world_size
         dist.all_gather_object(everyone, carried is not None)
         leaders = [rank for rank, leads in enumerate(everyone) if leads]
-        with all_or_none("saving a checkpoint"):
+        with raise_on_all_ranks("saving a checkpoint"):
             self._check_space()
         staged = sharded_checkpoint.stage(
             self._actor.chunks,
             more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=False)},
             content=content(sharding),
-            live=optimizer_tensors(self._actor) if self._config.run.async_save else None,
+            live=optimizer_tensors(self._actor) if self._config.checkpoint.async_save else None,
         )
         generators = io.BytesIO()
         torch.save(_random_state(), generators)
         files = {f"random-{self._layout.rank}.pt": generators.getvalue()}
         if carried is not None:
-            files[f"sampler-{leaders.index(self._layout.rank)}.npz"] = carry_over.to_bytes(*carried)
+            files[f"sampler-{leaders.index(self._layout.rank)}.npz"] = carry_over.serialize_groups(*carried)
         if ahead is not None:
             files |= rollout_dump.files(place.step, self._layout.rank, ahead)
         described = self._manifest(place, len(leaders), sampled_ahead=ahead is not None)
         self._writing = self._thread.submit(
             self._write, place.step, staged, files, described, lambda: self._prune(scores, safe)
         )
-        if not self._config.run.async_save:
+        if not self._config.checkpoint.async_save:
             self.finish()
 
     @property
@@ -185,7 +186,7 @@ class Checkpoints:
         fail_points.reach("checkpoint_published")
         prune()
 
-    def _manifest(self, place: Place, leaders: int, *, sampled_ahead: bool) -> Manifest:
+    def _manifest(self, place: TrainState, leaders: int, *, sampled_ahead: bool) -> Manifest:
         return Manifest(
             step=place.step,
             cursor=place.cursor,
@@ -198,7 +199,7 @@ class Checkpoints:
             schedule=manifest.plain(self._actor.schedule.state_dict()),
             skipped_steps=self._actor.skipped_steps,
             architecture=manifest.describe_architecture(self._architecture),
-            config=manifest.describe_config(self._config),
+            config=as_dict(self._config),
             packages=manifest.package_versions(),
         )
 
@@ -213,14 +214,14 @@ class Checkpoints:
             )
 
     def _prune(self, scores: Mapping[int, float], safe: int | None) -> None:
-        """Removes all but those :func:`to_keep`."""
-        with all_or_none("removing old checkpoints", self._group):
+        """Removes all but those :func:`steps_to_keep`."""
+        with raise_on_all_ranks("removing old checkpoints", self._group):
             if self._layout.rank == 0:
                 found = manifest.list_checkpoints(self._directory)
-                kept = to_keep([step for step, _ in found], self._config.run.keep_last, scores, safe)
+                kept = steps_to_keep([step for step, _ in found], self._config.checkpoint.keep_last, scores, safe)
                 for step, path in found:
                     if step not in kept:
-                        hidden = path.with_name(f".{path.name}.partial")
+                        hidden = partial_of(path)
                         path.rename(hidden)
                         shutil.rmtree(hidden)
 
@@ -256,15 +257,11 @@ class Checkpoints:
 
     def _set_aside(self, path: Path) -> None:
         """Renames it, so that its step can be saved again; nothing is removed."""
-        with all_or_none("setting a damaged checkpoint aside"):
+        with raise_on_all_ranks("setting a damaged checkpoint aside"):
             if self._layout.rank == 0:
-                number = 0
-                while (aside := path.with_name(f"damaged-{path.name}-{number}")).exists():
-                    number += 1
-                path.rename(aside)
-                logger.error("it is %s now", aside)
+                logger.error("it is %s now", set_aside(path, "damaged"))
 
-    def load(self, path: Path) -> tuple[Manifest, list[Carried], Sampled | None]:
+    def load(self, path: Path) -> tuple[Manifest, list[Carried], SampledGroups | None]:
         """Fills the actor.
 
         Returns:
@@ -274,7 +271,7 @@ class Checkpoints:
             WeightsError: it does not hold this model.
         """
         saved = Manifest.read(path)
-        sharding = saved.config["run"]["optimizer_sharding"]
+        sharding = saved.config["checkpoint"]["optimizer_sharding"]
         found = sharded_checkpoint.load(
             self._actor.chunks,
             self._architecture,
@@ -292,17 +289,17 @@ class Checkpoints:
             _restore_random_state(torch.load(path / "run" / f"random-{self._layout.rank}.pt", weights_only=True))
         else:
             logger.warning("%s was saved under another layout: random generators begin anew", path)
-        if changed := manifest.differences(saved.config, manifest.describe_config(self._config)):
+        if changed := manifest.differences(saved.config, as_dict(self._config)):
             logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
         files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
-        carried = [carry_over.from_bytes(file.read_bytes()) for file in files]
+        carried = [carry_over.deserialize_groups(file.read_bytes()) for file in files]
         ahead = None
         if saved.sampled_ahead:
             ahead = rollout_dump.read(path / "run", saved.step, keep=self._layout.rank == 0)
         return saved, carried, ahead
 
 
-def to_keep(steps: Sequence[int], newest: int, scores: Mapping[int, float], safe: int | None) -> set[int]:
+def steps_to_keep(steps: Sequence[int], newest: int, scores: Mapping[int, float], safe: int | None) -> set[int]:
     """Of the checkpoints of these steps: so many of the newest, the best, and those that the run may have to return to.
 
     Args:

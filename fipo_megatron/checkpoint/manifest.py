@@ -9,9 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from fipo_megatron.config import Config
 from fipo_megatron.weights.architecture import Architecture
 
 FORMAT = 1
@@ -73,7 +70,18 @@ class Manifest:
             raise ValueError(f"{checkpoint / FILE}: cannot be read: {error}") from None
         if values.get("format") != FORMAT:
             raise ValueError(f"{checkpoint / FILE}: has format {values.get('format')}, expected {FORMAT}")
-        return cls(**values)
+        return cls(**values | {"config": _with_current_keys(values["config"])})
+
+
+_MOVED_FROM_RUN = ("save_every", "async_save", "keep_last", "keep_best", "optimizer_sharding", "export_every", "resume")
+"""Keys that manifests of before version 0.1.0 have in section ``run``; they are in section ``checkpoint`` now."""
+
+
+def _with_current_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of an older manifest under today's keys."""
+    run = dict(config.get("run", {}))
+    moved = {key: run.pop(key) for key in _MOVED_FROM_RUN if key in run}
+    return config | {"run": run, "checkpoint": config.get("checkpoint", {}) | moved}
 
 
 def plain(value: Any) -> Any:
@@ -84,12 +92,6 @@ def plain(value: Any) -> Any:
 def describe_architecture(architecture: Architecture) -> dict[str, Any]:
     """For the manifest."""
     found: dict[str, Any] = plain(asdict(architecture))
-    return found
-
-
-def describe_config(config: Config) -> dict[str, Any]:
-    """For the manifest."""
-    found: dict[str, Any] = plain(TypeAdapter(Config).dump_python(config, mode="json"))
     return found
 
 

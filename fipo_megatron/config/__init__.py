@@ -6,11 +6,12 @@ wins over them. Everything is checked before anything expensive starts: all keys
 they go together.
 """
 
-from fipo_megatron.config.checks import notices
-from fipo_megatron.config.files import ConfigError, keys, load_config
+from fipo_megatron.config.checks import layout_conflicts, notices
+from fipo_megatron.config.files import ConfigError, as_dict, keys, load_config
 from fipo_megatron.config.schema import (
     ActorConfig,
     AlgorithmConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -23,11 +24,13 @@ from fipo_megatron.config.schema import (
     RolloutConfig,
     RunConfig,
     ServersConfig,
+    SftConfig,
 )
 
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -41,7 +44,10 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "ServersConfig",
+    "SftConfig",
+    "as_dict",
     "keys",
+    "layout_conflicts",
     "load_config",
     "notices",
 ]

@@ -9,11 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import yaml
-from pydantic import TypeAdapter
 
 from fipo_megatron.config.checks import notices
-from fipo_megatron.config.files import ConfigError, load_config
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.files import ConfigError, as_dict, load_config
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,8 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    values = TypeAdapter(Config).dump_python(config, mode="json")
-    print(yaml.safe_dump(values, sort_keys=False), end="")
+    print(yaml.safe_dump(as_dict(config), sort_keys=False), end="")
     for notice in notices(config):
         print(f"note: {notice}", file=sys.stderr)
     return 0

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
 
 if TYPE_CHECKING:
-    from fipo_megatron.config.schema import ActorConfig, Config, RolloutConfig
+    from fipo_megatron.config.schema import ActorConfig, Config, ParallelConfig, RolloutConfig
 
 
-def impossible(config: Config) -> list[str]:
+def find_conflicts(config: Config) -> list[str]:
     """Every combination that cannot work, a line each: the field, its value, and what would be valid."""
     algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
     problems = []
-    if actor.prompts_per_mini_batch > rollout.prompts_per_step:
+    batch = "sft.examples_per_step" if algorithm.kind == "sft" else "rollout.prompts_per_step"
+    if actor.prompts_per_mini_batch > config.groups_per_step:
         problems.append(
             f"actor.prompts_per_mini_batch = {actor.prompts_per_mini_batch}: must be at most "
-            f"rollout.prompts_per_step = {rollout.prompts_per_step}"
+            f"{batch} = {config.groups_per_step}"
         )
     elif algorithm.kind == "fipo" and config.updates_per_step == 1 and not algorithm.allow_inert:
         problems.append(
@@ -99,17 +101,7 @@ def _impossible_servers(rollout: RolloutConfig) -> list[str]:
 
 
 def _impossible_actor(actor: ActorConfig) -> list[str]:
-    parallel, optimizer, problems = actor.parallel, actor.optimizer, []
-    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
-        problems.append(
-            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
-            "activations over those ranks"
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
-        problems.append(
-            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without "
-            "actor.parallel.pipeline_parallel"
-        )
+    optimizer, problems = actor.optimizer, layout_conflicts(actor.parallel)
     if optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps:
         problems.append(
             f"actor.optimizer.decay_steps = {optimizer.decay_steps}: must be more than actor.optimizer.warmup_steps = "
@@ -125,6 +117,41 @@ def _impossible_actor(actor: ActorConfig) -> list[str]:
         problems.append(
             f"actor.fp8_bf16_first_last = {actor.fp8_bf16_first_last}: must be 0 with actor.fp8_recipe = delayed; "
             "blockwise and tensorwise can leave layers in bfloat16"
+        )
+    return problems
+
+
+def layout_conflicts(parallel: ParallelConfig, world_size: int | None = None) -> list[str]:
+    """Lists every reason why a parallel layout cannot be set up, one line each.
+
+    Args:
+        parallel: The layout.
+        world_size: Number of ranks to split; None if it is not known yet.
+    """
+    problems = []
+    if parallel.sequence_parallel and parallel.tensor_parallel == 1:
+        problems.append(
+            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
+            "activations over those ranks"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
+        problems.append(
+            f"actor.parallel.virtual_pipeline = {parallel.virtual_pipeline}: must be 1 without "
+            "actor.parallel.pipeline_parallel"
+        )
+    if world_size is None:
+        return problems
+    sizes = {name: getattr(parallel, name) for name in ("tensor_parallel", "pipeline_parallel", "context_parallel")}
+    model_ranks = math.prod(sizes.values())
+    if world_size % model_ranks:
+        named = " × ".join(f"{name} = {size}" for name, size in sizes.items())
+        problems.append(f"actor.parallel: {named} needs a multiple of {model_ranks} ranks, there are {world_size}")
+        return problems
+    stage_ranks = world_size // parallel.pipeline_parallel
+    if stage_ranks % (parallel.expert_parallel * parallel.expert_tensor_size):
+        problems.append(
+            f"actor.parallel.expert_parallel = {parallel.expert_parallel}: times expert_tensor_parallel = "
+            f"{parallel.expert_tensor_size} must divide the {stage_ranks} ranks of a pipeline stage"
         )
     return problems
 
@@ -155,10 +182,11 @@ def notices(config: Config) -> list[str]:
             f"rollout.max_staleness = {config.rollout.max_staleness} without algorithm.importance_cap: tokens of older "
             "weights are learned from as if the current ones had sampled them"
         )
-    left_over = config.rollout.prompts_per_step % config.actor.prompts_per_mini_batch
+    left_over = config.groups_per_step % config.actor.prompts_per_mini_batch
     if left_over:
+        batch = "sft.examples_per_step" if a.kind == "sft" else "rollout.prompts_per_step"
         found.append(
             f"actor.prompts_per_mini_batch = {config.actor.prompts_per_mini_batch} does not divide "
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: the last update sees {left_over} prompts"
+            f"{batch} = {config.groups_per_step}: the last update sees {left_over} prompts"
         )
     return found

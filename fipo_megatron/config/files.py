@@ -115,6 +115,12 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def as_dict(config: Config) -> dict[str, Any]:
+    """Returns the complete configuration as nested dictionaries of JSON values: lists, not tuples."""
+    found: dict[str, Any] = json.loads(json.dumps(TypeAdapter(Config).dump_python(config, mode="json"), default=str))
+    return found
+
+
 def keys(of: type = Config, prefix: str = "") -> list[str]:
     """Every valid dotted key, rooms included."""
     found = []

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from fipo_megatron.algorithm.advantages import Baseline
 from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
-from fipo_megatron.config.checks import impossible
+from fipo_megatron.config.checks import find_conflicts
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -371,15 +371,6 @@ class RunConfig:
     Attributes:
         steps: Rollout steps, each with ``updates_per_step`` optimizer steps.
         output: Directory of all that the run writes.
-        save_every: Steps between two checkpoints; 0: at the end alone.
-        async_save: Write checkpoints while the run goes on, from a copy on the host.
-        keep_last: Checkpoints to keep, the newest; beside them up to two that the alarm for collapse may return to.
-        keep_best: Keep the one with the best evaluation, too.
-        optimizer_sharding: Of the distributed optimizer in checkpoints: ``fully_reshardable`` can be loaded under any
-            layout, but is gathered on the hosts first; ``dp_reshardable`` is written as it is, and tensor- and
-            pipeline-parallel sizes must then stay the same.
-        export_every: Steps between two exports as a Hugging Face model; 0: at the end alone.
-        resume: ``auto``: from the newest checkpoint in ``output``, if there is one; ``never``: ``output`` must be new.
         evaluate_every: Steps between two evaluations; 0: none.
         noise_floor_every: Steps between two that report what two passes at equal weights differ by; 0: none does. It
             is checked in the first step of every process that learns.
@@ -390,6 +381,31 @@ class RunConfig:
 
     steps: Positive = 100
     output: str = "output"
+    evaluate_every: Count = 0
+    noise_floor_every: Count = 50
+    record_rollouts: bool = False
+    replay: str | None = None
+    rollout_only: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
+class CheckpointConfig:
+    """Checkpoints, resuming from them, and exports as Hugging Face models.
+
+    Attributes:
+        save_every: Steps between two checkpoints; 0 saves only after the last step.
+        async_save: Write checkpoints in the background, from a copy in host memory.
+        keep_last: Number of newest checkpoints to keep. Up to two older ones stay for the collapse alarm to roll back
+            to.
+        keep_best: Also keep the checkpoint with the best evaluation accuracy.
+        optimizer_sharding: Format of the distributed optimizer's state. ``fully_reshardable`` loads under any layout
+            but is gathered on the hosts before it is written; ``dp_reshardable`` is written as it is, and tensor- and
+            pipeline-parallel sizes must then stay the same.
+        export_every: Steps between two exports as a Hugging Face model; 0 exports only after the last step.
+        resume: ``auto`` resumes from the newest checkpoint in ``run.output`` if there is one; ``never`` requires a new
+            or empty ``run.output``.
+    """
+
     save_every: Count = 20
     async_save: bool = True
     keep_last: Positive = 2
@@ -397,11 +413,18 @@ class RunConfig:
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     export_every: Count = 0
     resume: Literal["auto", "never"] = "auto"
-    evaluate_every: Count = 0
-    noise_floor_every: Count = 50
-    record_rollouts: bool = False
-    replay: str | None = None
-    rollout_only: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True)
+class SftConfig:
+    """Supervised fine-tuning (``algorithm.kind = sft``).
+
+    Attributes:
+        examples_per_step: Examples per step; a step has ``examples_per_step / actor.prompts_per_mini_batch`` optimizer
+            steps.
+    """
+
+    examples_per_step: Positive = 512
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -419,6 +442,8 @@ class Config:
         evaluation: See :class:`EvaluationConfig`.
         observe: See :class:`ObserveConfig`.
         health: See :class:`HealthConfig`.
+        checkpoint: See :class:`CheckpointConfig`.
+        sft: See :class:`SftConfig`.
         seed: Of everything random in the run.
     """
 
@@ -432,14 +457,21 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     seed: Count = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for every combination that cannot work, all in one message."""
-        if problems := list(impossible(self)):
+        if problems := list(find_conflicts(self)):
             raise ValueError("\n".join(problems))
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps per rollout step."""
-        return -(-self.rollout.prompts_per_step // self.actor.prompts_per_mini_batch)
+        """Optimizer steps per step of the run."""
+        return -(-self.groups_per_step // self.actor.prompts_per_mini_batch)
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups of responses per step; with ``algorithm.kind = sft``, examples."""
+        return self.sft.examples_per_step if self.algorithm.kind == "sft" else self.rollout.prompts_per_step

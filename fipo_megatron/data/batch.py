@@ -9,9 +9,9 @@ import torch
 
 from fipo_megatron.algorithm.advantages import group_advantages
 from fipo_megatron.config import AlgorithmConfig, Config
+from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.packing import split_mini_batches
 from fipo_megatron.data.trajectory import Group
-from fipo_megatron.rollout.assignment import GroupRecord
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Batch:
     mini_batches: tuple[tuple[int, ...], ...]
 
 
-def batch_of(records: Sequence[GroupRecord], config: Config, step: int) -> Batch:
+def build_batch(records: Sequence[GroupRecord], config: Config, step: int) -> Batch:
     """Numbers the trajectories by prompt, not by when they came, and deals whole groups into mini-batches.
 
     Args:
@@ -50,7 +50,7 @@ def batch_of(records: Sequence[GroupRecord], config: Config, step: int) -> Batch
     )
 
 
-def with_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> list[Group]:
+def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> list[Group]:
     """The groups with the advantage of every response relative to its group."""
     found = []
     for group in groups:

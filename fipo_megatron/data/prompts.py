@@ -1,8 +1,8 @@
 """Prompts from files: parquet in the schema of DAPO-Math-17k and AIME, or jsonl; in a seeded order that can be resumed.
 
 Parquet: ``prompt`` (messages with ``role`` and ``content``), ``reward_model.ground_truth``, and where they are there
-``data_source`` and ``extra_info.index``. jsonl: ``prompt`` (text or messages) and ``answer``; for imitation
-``response``.
+``data_source`` and ``extra_info.index``. jsonl: ``prompt`` (text or messages) and ``answer``; for
+``algorithm.kind = sft``, ``response``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Problem:
     Attributes:
         id: Unique among the files.
         messages: What is asked.
-        answer: The right one; of an example to imitate, the response.
+        answer: The right one; in data for ``algorithm.kind = sft``, the response.
         data_source: The data set that it comes from.
     """
 

@@ -111,6 +111,19 @@ class Trajectory:
         return len(self.prompt.tokens) + len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Score:
+    """The score of one response.
+
+    Attributes:
+        reward: The reward after shaping.
+        accuracy: 1 for a right answer, else 0; dynamic sampling reads it.
+    """
+
+    reward: float
+    accuracy: int
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """The responses to one prompt, in the order of their sample numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fipo_megatron.reward import answers
 
 
-def ballot(verifier: str, extracted: str | None) -> str | None:
+def normalise_answer(verifier: str, extracted: str | None) -> str | None:
     r"""The answer that a response votes for.
 
     With ``math``, answers that look alike or are the same number are one: ``\dfrac{1}{2}``, ``0.5`` and ``1/2``;

@@ -10,12 +10,12 @@ import numpy as np
 
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.evaluation.answer_normalisation import ballot
+from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name
-from fipo_megatron.reward.scoring import Scoring
+from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 
 @dataclass(frozen=True)
@@ -24,55 +24,55 @@ class Response:
 
     Attributes:
         right: The verifier's verdict.
-        ballot: The answer that it votes for; None: none.
+        answer: The normalised answer that it votes for; None if it has none.
         tokens: Its length.
         truncated: Whether it was cut off at the length limit.
     """
 
     right: bool
-    ballot: str | None
+    answer: str | None
     tokens: int
     truncated: bool
 
 
-Progress = Callable[[Response], None]
+ResponseCallback = Callable[[Response], None]
 """Is told of every response, as it is checked."""
 
 
 async def evaluate(
     problems: Sequence[Prompt],
     engine: RolloutEngine | None,
-    exchange: Exchange,
-    scoring: Scoring,
+    coordinator: StoreCoordinator,
+    scoring: ResponseScorer,
     config: Config,
     stop_token_ids: Sequence[int],
-    progress: Progress = lambda response: None,
+    progress: ResponseCallback = lambda response: None,
 ) -> Evaluation:
     """On all ranks; every rank has the result.
 
     Args:
         problems: The same on every rank.
         engine: Of this rank; None where it does not lead.
-        exchange: Of the leaders.
+        coordinator: Of the leaders.
         scoring: Of this rank.
         config: Of the run; ``evaluation``, ``rollout.max_response_tokens`` and ``reward.verifier`` are read.
         stop_token_ids: Responses end with one of these.
-        progress: See :data:`Progress`; of this rank's responses.
+        progress: See :data:`ResponseCallback`; of this rank's responses.
 
     Raises:
         EngineError: of an engine.
     """
     mine: list[ProblemResult] = []
     error = None
-    if exchange.rank in exchange.leaders:
+    if coordinator.rank in coordinator.leaders:
         assert engine is not None
-        share = problems[exchange.leaders.index(exchange.rank) :: len(exchange.leaders)]
+        share = problems[coordinator.leaders.index(coordinator.rank) :: len(coordinator.leaders)]
         try:
-            async with exchange.alive():
+            async with coordinator.alive():
                 mine = await _answer_all(share, engine, scoring, config, stop_token_ids, progress)
         except Exception as failed:
             error = failed
-    parts = await exchange.gather([asdict(one) for one in mine], error)
+    parts = await coordinator.gather([asdict(one) for one in mine], error)
     found = {row["id"]: ProblemResult(**row) for part in parts for row in part}
     return Evaluation(tuple(found[prompt.id] for prompt in problems))
 
@@ -80,10 +80,10 @@ async def evaluate(
 async def _answer_all(
     problems: Sequence[Prompt],
     engine: RolloutEngine,
-    scoring: Scoring,
+    scoring: ResponseScorer,
     config: Config,
     stop_token_ids: Sequence[int],
-    progress: Progress,
+    progress: ResponseCallback,
 ) -> list[ProblemResult]:
     """Where one response fails, the others are given up."""
     settings = config.evaluation
@@ -112,7 +112,7 @@ async def _answer(
     prompt: Prompt,
     sample: int,
     engine: RolloutEngine,
-    scoring: Scoring,
+    scoring: ResponseScorer,
     sampling: SamplingParameters,
     seed: int,
     verifier: str,
@@ -130,7 +130,10 @@ async def _answer(
         )
     )
     return Response(
-        verdict.correct, ballot(verifier, verdict.extracted), len(found.tokens), found.finish_reason == "length"
+        verdict.correct,
+        normalise_answer(verifier, verdict.extracted),
+        len(found.tokens),
+        found.finish_reason == "length",
     )
 
 
@@ -143,5 +146,5 @@ def _counted(prompt: Prompt, responses: Sequence[Response]) -> ProblemResult:
         right,
         [one.tokens for one in responses],
         sum(one.truncated for one in responses),
-        vote([one.ballot for one in responses], right),
+        vote([one.answer for one in responses], right),
     )

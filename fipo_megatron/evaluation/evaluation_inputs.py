@@ -49,7 +49,7 @@ def output_directory(config: Config) -> Path:
     return Path(config.run.output) / f"evaluation-{name}"
 
 
-def read_inputs(config: Config) -> EvaluationInputs:
+def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     """Reads and checks; imports no Megatron, starts nothing.
 
     Raises:

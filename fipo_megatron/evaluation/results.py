@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, ks, pass_at_k
+from fipo_megatron.storage.atomic import write_atomic
 
 
 def data_set_name(data_source: str) -> str:
@@ -185,10 +186,7 @@ class Evaluation:
 def write_problems(file: Path, problems: Iterable[ProblemResult]) -> None:
     """One JSON object per line; the file appears whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    rows = (json.dumps(asdict(problem)) + "\n" for problem in problems)
-    partial.write_text("".join(rows), encoding="utf-8")
-    partial.replace(file)
+    write_atomic(file, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 
 
 def problems_file(output: Path, step: int) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fipo_megatron.evaluation.estimates import LEVEL, Estimate
 from fipo_megatron.evaluation.results import DataSetResult, Evaluation, write_problems
+from fipo_megatron.storage.atomic import write_atomic
 
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 
@@ -77,6 +78,4 @@ def _of_data_set(one: DataSetResult) -> dict[str, Any]:
 def write(directory: Path, found: Evaluation, settings: Mapping[str, Any]) -> None:
     """``problems.jsonl``, then ``summary.json``: where there is a summary, the evaluation is whole."""
     write_problems(directory / PROBLEMS, found.problems)
-    partial = directory / f".{SUMMARY}.partial"
-    partial.write_text(json.dumps(summary(found, settings), indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / SUMMARY)
+    write_atomic(directory / SUMMARY, json.dumps(summary(found, settings), indent=2) + "\n")

@@ -39,7 +39,7 @@ class Alarm:
     reason: str
 
 
-Seen = tuple[int, float, float, float, float]
+HealthSample = tuple[int, float, float, float, float]
 """Step, and the values of ``LOOKED_AT``."""
 
 
@@ -52,11 +52,11 @@ class CollapseAlarm:
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
-        self._history: list[Seen] = []
+        self._history: list[HealthSample] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._window: list[Seen] = []
+        self._window: list[HealthSample] = []
         self._began: int | None = None
         self._longest = self._most_right = 0.0
 
@@ -85,18 +85,18 @@ class CollapseAlarm:
         return self._judge(seen)  # type: ignore[arg-type]
 
     @property
-    def history(self) -> Sequence[Seen]:
+    def history(self) -> Sequence[HealthSample]:
         """All that was looked at; for :meth:`restore`."""
         return tuple(self._history)
 
-    def restore(self, history: Iterable[Seen]) -> None:
+    def restore(self, history: Iterable[HealthSample]) -> None:
         """Begins anew with what was seen of earlier steps."""
         self._history = [(*one,) for one in history]
         self._reset()
         for seen in self._history:
             self._judge(seen)
 
-    def _judge(self, seen: Seen) -> tuple[dict[str, float], Alarm | None]:
+    def _judge(self, seen: HealthSample) -> tuple[dict[str, float], Alarm | None]:
         config = self._config
         self._window = [*self._window, seen][-config.window :]
         low_clip, policy_kl, length, accuracy = (median(abs(one[n]) for one in self._window) for n in range(1, 5))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fipo_megatron.rollout.sampling_progress import Sampling
+from fipo_megatron.rollout.sampling_progress import ProgressSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class StepLines:
 
 
 @contextmanager
-def sampling_shown(console: Console | None, ask: Callable[[], Sampling | None] | None) -> Iterator[None]:
+def show_sampling_progress(
+    console: Console | None, ask: Callable[[], ProgressSnapshot | None] | None
+) -> Iterator[None]:
     """A block in which responses are sampled, and the first rank shows how far that is.
 
     Args:
@@ -105,15 +107,15 @@ def sampling_shown(console: Console | None, ask: Callable[[], Sampling | None] |
         thread.join()
 
 
-def _line_now_and_then(ended: threading.Event, ask: Callable[[], Sampling | None]) -> None:
+def _line_now_and_then(ended: threading.Event, ask: Callable[[], ProgressSnapshot | None]) -> None:
     start = time.monotonic()
     while not ended.wait(_QUIET_SECONDS):
         if (now := ask()) is not None:
             logger.info("sampling: %s", describe(now, time.monotonic() - start))
 
 
-def _bar(console: Console) -> Callable[[threading.Event, Callable[[], Sampling | None]], None]:
-    def show(ended: threading.Event, ask: Callable[[], Sampling | None]) -> None:
+def _bar(console: Console) -> Callable[[threading.Event, Callable[[], ProgressSnapshot | None]], None]:
+    def show(ended: threading.Event, ask: Callable[[], ProgressSnapshot | None]) -> None:
         start = time.monotonic()
         columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[now]}"))
         with Progress(*columns, console=console, transient=True) as progress:
@@ -126,7 +128,7 @@ def _bar(console: Console) -> Callable[[threading.Event, Callable[[], Sampling |
     return show
 
 
-def describe(now: Sampling, seconds: float) -> str:
+def describe(now: ProgressSnapshot, seconds: float) -> str:
     """In words."""
     rate = now.tokens / seconds if seconds else 0.0
     return (

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fipo_megatron.algorithm.loss_statistics import bin_edges
-from fipo_megatron.checkpoint.manifest import describe_config
-from fipo_megatron.config import Config
+from fipo_megatron.config import Config, as_dict
 from fipo_megatron.evaluation.results import cut_problems, problems_file, write_problems
-from fipo_megatron.observe.collapse_alarm import LOOKED_AT, Alarm, Seen
+from fipo_megatron.observe.collapse_alarm import LOOKED_AT, Alarm, HealthSample
 from fipo_megatron.observe.console import StepLines
 from fipo_megatron.observe.metrics import OF_UPDATES, SAMPLER_COUNTS
 from fipo_megatron.observe.trackers import Tracker, open_trackers
@@ -30,7 +29,7 @@ from fipo_megatron.observe.trajectory_files import TrajectoryFiles, cut_rows
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
     from fipo_megatron.evaluation.results import Evaluation
-    from fipo_megatron.rollout.sampler import Sampled
+    from fipo_megatron.rollout.sampler import SampledGroups
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _MIB = 1 << 20
 _LENGTH_BINS = 30
 
 
-class StepLog:
+class RunLog:
     """Writes the files of a run, and tells trackers and people. On all ranks; the first writes.
 
     Args:
@@ -65,7 +64,7 @@ class StepLog:
         """Cuts off what was written of this step and later ones, and opens the trackers."""
         self.cut(first_step)
         if self._writes:
-            described = describe_config(self._config)
+            described = as_dict(self._config)
             (self._output / "config.yaml").write_text(_as_yaml(described), encoding="utf-8")
             self._trackers = open_trackers(self._config.observe, self._output, described, first_step)
 
@@ -87,7 +86,7 @@ class StepLog:
         self,
         step: int,
         values: Mapping[str, Any],
-        sampled: Sampled | None,
+        sampled: SampledGroups | None,
         updates: Sequence[UpdateMetrics],
         kept: Sequence[Mapping[str, Any]],
         shown: Sequence[Mapping[str, Any]],
@@ -162,9 +161,9 @@ class StepLog:
         """Accuracy by step; on the first rank."""
         return {row["step"]: row["evaluation/accuracy"] for row in self._rows("evaluation.jsonl")}
 
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[HealthSample]:
         """What the alarm for collapse has looked at since it was off; on the first rank."""
-        found: list[Seen] = []
+        found: list[HealthSample] = []
         for row in self._rows("metrics.jsonl"):
             if "health/alarm" in row:
                 found.append((row["step"], *(row[tag] for tag in LOOKED_AT)))
@@ -182,7 +181,7 @@ class StepLog:
         for tracker in self._trackers:
             tracker.scalars(step, finite)
 
-    def _histograms(self, step: int, sampled: Sampled | None, updates: Sequence[UpdateMetrics]) -> None:
+    def _histograms(self, step: int, sampled: SampledGroups | None, updates: Sequence[UpdateMetrics]) -> None:
         found = []
         if sampled is not None and sampled.records:
             lengths = [length for record in sampled.records for length in record.response_tokens]
@@ -208,7 +207,7 @@ def _as_yaml(described: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(described), sort_keys=False))
 
 
-def rollout_metrics(sampled: Sampled | None, step: int) -> dict[str, Any]:
+def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     """Of the groups that are trained on, and the sampler's counts; the same in whatever order the groups came."""
     if sampled is None:
         return {}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Trajectory
-from fipo_megatron.rollout.assignment import GroupRecord
+from fipo_megatron.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import TokenPart
@@ -134,9 +135,7 @@ def cut_rows(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _before(line, step)]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(file)
+    write_atomic(file, "".join(kept))
 
 
 def _before(line: str, step: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fipo_megatron.report.page import render
 from fipo_megatron.report.picture import draw
 from fipo_megatron.report.runs import RunError, read_runs
+from fipo_megatron.storage.atomic import write_atomic
 
 DONE, REFUSED = 0, 2
 
@@ -86,10 +87,7 @@ def _stem(output: str | None, runs: list[Path]) -> Path:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """By renaming: who looks at it meanwhile sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    write_atomic(path, content)
     print(f"{path}: {len(content) / 2**20:.2f} MiB")
 
 

@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
-from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.data.trajectory import Score, Trajectory
 from fipo_megatron.reward.verifier import Answer, Verdict, Verifier
-from fipo_megatron.rollout.sampler import Score
 from fipo_megatron.testing import fail_points
 
 
-class Scoring:
+class ResponseScorer:
     """A :data:`.rollout.sampler.Scorer`.
 
     Args:

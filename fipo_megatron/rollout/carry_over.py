@@ -17,7 +17,7 @@ _RECORDS = "records"
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class PartialResponse:
     """A response that is not finished.
 
     Attributes:
@@ -37,13 +37,13 @@ class Draft:
     interruptions: int = 0
 
     @classmethod
-    def new(cls, prompt: Prompt, sample: int) -> Draft:
+    def new(cls, prompt: Prompt, sample: int) -> PartialResponse:
         """Nothing sampled yet."""
         return cls(prompt, sample, np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
-class Unfinished:
+class PartialGroup:
     """A prompt whose group is not complete.
 
     Attributes:
@@ -54,14 +54,14 @@ class Unfinished:
 
     prompt: Prompt
     finished: tuple[Trajectory, ...]
-    drafts: tuple[Draft, ...]
+    drafts: tuple[PartialResponse, ...]
 
 
-Carried = tuple[list[Group], list[Unfinished]]
+Carried = tuple[list[Group], list[PartialGroup]]
 """What a sampler carries from one step to the next."""
 
 
-def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str, NDArray[Any]]:
+def groups_to_arrays(groups: Iterable[Group], unfinished: Iterable[PartialGroup]) -> dict[str, NDArray[Any]]:
     """All arrays of a type in one, under its name; ``records`` holds the rest as JSON, ``[bytes]`` uint8."""
     parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
     ends = dict.fromkeys(parts, 0)
@@ -94,7 +94,7 @@ def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str,
             "advantage": one.advantage,
         }
 
-    def draft_of(one: Draft) -> dict[str, Any]:
+    def draft_of(one: PartialResponse) -> dict[str, Any]:
         return {
             "sample": one.sample,
             "tokens": keep(one.tokens),
@@ -121,8 +121,8 @@ def pack(groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> dict[str,
     return arrays | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
-def unpack(arrays: Mapping[str, NDArray[Any]]) -> Carried:
-    """What :func:`pack` was given."""
+def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:
+    """What :func:`groups_to_arrays` was given."""
     records = json.loads(bytes(arrays[_RECORDS]).decode())
 
     def at(where: list[Any]) -> NDArray[Any]:
@@ -146,20 +146,20 @@ def unpack(arrays: Mapping[str, NDArray[Any]]) -> Carried:
     for record in records["unfinished"]:
         prompt = prompt_of(record["prompt"])
         finished = tuple(trajectory_of(prompt, t) for t in record["finished"])
-        drafts = tuple(Draft(prompt=prompt, **filled(d, "tokens", "log_probs")) for d in record["drafts"])
-        unfinished.append(Unfinished(prompt, finished, drafts))
+        drafts = tuple(PartialResponse(prompt=prompt, **filled(d, "tokens", "log_probs")) for d in record["drafts"])
+        unfinished.append(PartialGroup(prompt, finished, drafts))
     return groups, unfinished
 
 
-def to_bytes(groups: Iterable[Group], unfinished: Iterable[Unfinished] = ()) -> bytes:
-    """:func:`pack` as the content of an ``.npz`` file."""
+def serialize_groups(groups: Iterable[Group], unfinished: Iterable[PartialGroup] = ()) -> bytes:
+    """:func:`groups_to_arrays` as the content of an ``.npz`` file."""
     file = io.BytesIO()
-    arrays: dict[str, Any] = pack(groups, unfinished)
+    arrays: dict[str, Any] = groups_to_arrays(groups, unfinished)
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def from_bytes(content: bytes) -> Carried:
-    """What :func:`to_bytes` was given."""
+def deserialize_groups(content: bytes) -> Carried:
+    """What :func:`serialize_groups` was given."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return unpack(dict(arrays))
+        return arrays_to_groups(dict(arrays))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import FinishReason, TokenSpan
 
-Memory = Literal["kv_cache", "weights"]
+EngineMemory = Literal["kv_cache", "weights"]
 
 
 class EngineError(RuntimeError):
@@ -147,10 +147,10 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None:
         """Goes on; after an update of the weights, with the new ones."""
 
-    async def release_memory(self, *what: Memory) -> None:
+    async def release_memory(self, *what: EngineMemory) -> None:
         """Gives memory back; the engine must be idle. Released weights are gone: restore and update them."""
 
-    async def restore_memory(self, *what: Memory) -> None:
+    async def restore_memory(self, *what: EngineMemory) -> None:
         """Takes it again."""
 
     def deciding(self) -> AbstractAsyncContextManager[None]:

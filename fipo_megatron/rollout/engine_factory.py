@@ -19,20 +19,20 @@ from fipo_megatron.rollout.engine import EngineError, RolloutEngine
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
 from fipo_megatron.rollout.sglang.server import ServerPool, ServerSpec, SglangServer
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.rollout.weight_sync.embedded_sender import EmbeddedSender
 from fipo_megatron.rollout.weight_sync.senders import (
-    ActorSide,
+    ActorWeights,
     DiskSender,
     DistributedSender,
-    Servers,
+    ServerControl,
     TensorSender,
     WeightSender,
 )
 
 
 @dataclass(frozen=True)
-class Host:
+class HostInfo:
     """Where this rank is.
 
     Attributes:
@@ -51,7 +51,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class OpenEngine:
+class OpenedEngine:
     """An engine on this rank.
 
     Attributes:
@@ -78,14 +78,19 @@ def longest_request(config: Config) -> int:
 
 
 async def open_engine(
-    config: Config, host: Host, exchange: Exchange, everyone: Exchange, tokenizer: PreTrainedTokenizerBase, vocab: int
-) -> OpenEngine:
+    config: Config,
+    host: HostInfo,
+    coordinator: StoreCoordinator,
+    everyone: StoreCoordinator,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+) -> OpenedEngine:
     """Opens this rank's engine; starts servers first where that is asked for. On all ranks.
 
     Args:
         config: Of the run.
         host: Where this rank is.
-        exchange: Of the leaders.
+        coordinator: Of the leaders.
         everyone: Of the ranks that start servers (``host.starters``).
         tokenizer: Of the model.
         vocab: Token ids are below.
@@ -94,11 +99,11 @@ async def open_engine(
         EngineError: servers do not start, cannot be reached, or serve another model.
         ValueError: arguments that the installed SGLang does not have.
     """
-    leads = exchange.rank in exchange.leaders
+    leads = coordinator.rank in coordinator.leaders
     if config.rollout.engine == "embedded":
         engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
-        await exchange.gather({})
-        return OpenEngine(engine)
+        await coordinator.gather({})
+        return OpenedEngine(engine)
     pool, error = None, None
     try:
         if not config.rollout.servers.urls and host.local_rank == 0:
@@ -112,23 +117,23 @@ async def open_engine(
     client, facts = None, ()  # type: tuple[SglangClient | None, tuple[ServerFacts, ...]]
     try:
         if leads:
-            client = _client(config, urls, exchange, vocab)
+            client = _client(config, urls, coordinator, vocab)
             if pool is not None:
                 pool.on_lost = client.worker_lost
-            if exchange.rank == 0:
+            if coordinator.rank == 0:
                 facts = await handshake(client, Path(config.model.path), tokenizer, longest=longest_request(config))
-        await exchange.gather({})
+        await coordinator.gather({})
     except BaseException as failed:
-        exchange.fail(failed)
-        await OpenEngine(client, pool).close()
+        coordinator.fail(failed)
+        await OpenedEngine(client, pool).close()
         raise
-    return OpenEngine(client, pool, facts)
+    return OpenedEngine(client, pool, facts)
 
 
-def _client(config: Config, urls: Sequence[str], exchange: Exchange, vocab: int) -> SglangClient:
+def _client(config: Config, urls: Sequence[str], coordinator: StoreCoordinator, vocab: int) -> SglangClient:
     """Leaders begin with different servers."""
     servers = config.rollout.servers
-    first = exchange.leaders.index(exchange.rank) % len(urls)
+    first = coordinator.leaders.index(coordinator.rank) % len(urls)
     return SglangClient(
         [*urls[first:], *urls[:first]],
         router=servers.router,
@@ -147,7 +152,7 @@ def api_key(config: Config) -> str | None:
     return os.environ.get(config.rollout.servers.api_key_variable)
 
 
-def local_servers(config: Config, host: Host) -> list[SglangServer]:
+def local_servers(config: Config, host: HostInfo) -> list[SglangServer]:
     """Those of this host, not started: one after the other on its GPUs."""
     servers, given = config.rollout.servers, dict(config.rollout.sglang)
     given.setdefault("context_length", longest_request(config) + 8)
@@ -178,7 +183,12 @@ def local_servers(config: Config, host: Host) -> list[SglangServer]:
 
 
 def open_sender(
-    config: Config, opened: OpenEngine, urls: Sequence[str], side: ActorSide, leaders: Sequence[int], host: Host
+    config: Config,
+    opened: OpenedEngine,
+    urls: Sequence[str],
+    side: ActorWeights,
+    leaders: Sequence[int],
+    host: HostInfo,
 ) -> WeightSender:
     """What sends the actor's weights to these servers, or to the embedded engines. On all ranks.
 
@@ -197,7 +207,7 @@ def open_sender(
     if config.rollout.engine == "embedded":
         assert engine is None or isinstance(engine, EmbeddedEngine)
         return EmbeddedSender(side, engine, leaders, host.directory)
-    servers = Servers(urls, api_key(config))
+    servers = ServerControl(urls, api_key(config))
     ranks = int(config.rollout.sglang.get("tp_size", 1))
     if config.rollout.servers.sync == "disk":
         return DiskSender(side, servers, host.directory)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Background:
+class EventLoopThread:
     """Runs coroutines; :meth:`close` ends the loop."""
 
     def __init__(self) -> None:

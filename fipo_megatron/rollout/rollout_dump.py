@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group
 from fipo_megatron.rollout import carry_over
-from fipo_megatron.rollout.assignment import GroupRecord
-from fipo_megatron.rollout.sampler import Sampled
+from fipo_megatron.rollout.sampler import SampledGroups
+from fipo_megatron.storage.atomic import write_atomic
 
 
-def write(directory: Path, step: int, rank: int, sampled: Sampled) -> None:
+def write(directory: Path, step: int, rank: int, sampled: SampledGroups) -> None:
     """What this rank has sampled, scored; replaces what an earlier attempt at this step left."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files(step, rank, sampled).items():
-        partial = directory / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(directory / name)
+        write_atomic(directory / name, content)
 
 
-def files(step: int, rank: int, sampled: Sampled) -> dict[str, bytes]:
+def files(step: int, rank: int, sampled: SampledGroups) -> dict[str, bytes]:
     """The recording of this rank, by the names of its files."""
-    found = {f"step-{step:06}-{rank}.npz": carry_over.to_bytes(sampled.groups)}
+    found = {f"step-{step:06}-{rank}.npz": carry_over.serialize_groups(sampled.groups)}
     if rank == 0:
         found[f"step-{step:06}.json"] = json.dumps(dict(sampled.statistics)).encode()
     return found
 
 
-def read(directory: Path, step: int, *, keep: bool) -> Sampled:
+def read(directory: Path, step: int, *, keep: bool) -> SampledGroups:
     """What all ranks had sampled.
 
     Args:
@@ -47,8 +46,8 @@ def read(directory: Path, step: int, *, keep: bool) -> Sampled:
     groups: list[Group] = []
     for file in found:
         try:
-            groups += carry_over.from_bytes(file.read_bytes())[0]
+            groups += carry_over.deserialize_groups(file.read_bytes())[0]
         except Exception as error:  # a damaged archive raises anything
             raise ValueError(f"{file}: is damaged: {error!r}") from error
     records = tuple(GroupRecord.of(group, 0) for group in groups)
-    return Sampled(records, tuple(groups) if keep else (), statistics)
+    return SampledGroups(records, tuple(groups) if keep else (), statistics)

@@ -4,7 +4,7 @@ A step samples batches of prompts until enough groups are kept. A group is kept 
 all wrong. With over-sampling the slowest responses are aborted as soon as enough groups are kept; what there is of
 them, and groups beyond the need, are carried to the next step (DAPO throws groups away; see docs/rollout.md).
 
-Each leader samples its share of a batch. What they tell each other is metadata (:mod:`.dealing`), and every rank,
+Each leader samples its share of a batch. What they tell each other is metadata (:mod:`.assignment`), and every rank,
 leader or not, decides the same from it. With one leader and the embedded engine nothing depends on time.
 """
 
@@ -22,28 +22,16 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 
-from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
-from fipo_megatron.rollout.assignment import GroupRecord, deal, merged
-from fipo_megatron.rollout.carry_over import Carried, Draft, Unfinished
+from fipo_megatron.data.group_record import GroupRecord
+from fipo_megatron.data.trajectory import Group, Prompt, Score, TokenSpan, Trajectory
+from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
+from fipo_megatron.rollout.carry_over import Carried, PartialGroup, PartialResponse
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
-from fipo_megatron.rollout.sampling_progress import Progress
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.sampling_progress import SamplingProgress
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.testing import fail_points
 
 _LOOK_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a response is worth.
-
-    Attributes:
-        reward: Shaped.
-        accuracy: 0 or 1: what dynamic sampling looks at.
-    """
-
-    reward: float
-    accuracy: int
 
 
 Scorer = Callable[[Trajectory], Awaitable[Score]]
@@ -83,7 +71,7 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledGroups:
     """The groups of a step.
 
     Attributes:
@@ -107,7 +95,7 @@ class Sampler:
         engine: Samples responses; None on ranks that do not lead.
         settings: See :class:`SamplerSettings`; the same on every rank.
         scorer: Scores responses as they come.
-        exchange: Where the ranks meet; None: there is one rank.
+        coordinator: Where the ranks meet; None: there is one rank.
     """
 
     def __init__(
@@ -115,16 +103,16 @@ class Sampler:
         engine: RolloutEngine | None,
         settings: SamplerSettings,
         scorer: Scorer,
-        exchange: Exchange | None = None,
+        coordinator: StoreCoordinator | None = None,
     ) -> None:
         self.settings = settings
         self._engine, self._scorer = engine, scorer
-        self._exchange = exchange or Exchange(dist.HashStore(), 0)
+        self._coordinator = coordinator or StoreCoordinator(dist.HashStore(), 0)
         self._counts: Counter[str] = Counter()
         self._groups: deque[Group] = deque()
-        self._unfinished: deque[Unfinished] = deque()
+        self._unfinished: deque[PartialGroup] = deque()
         self._aborting = False
-        self.progress = Progress()
+        self.progress = SamplingProgress()
         """How far this rank is."""
 
     @property
@@ -132,7 +120,7 @@ class Sampler:
         """What this rank has counted in the last step."""
         return self._counts
 
-    async def step(self, next_prompts: Callable[[int], Sequence[Prompt]], version: int) -> Sampled:
+    async def step(self, next_prompts: Callable[[int], Sequence[Prompt]], version: int) -> SampledGroups:
         """The groups of a step: carried ones first, then in the order in which they were complete. On all ranks.
 
         Args:
@@ -167,7 +155,7 @@ class Sampler:
             )
         used = tuple(kept[:need])
         groups = tuple(mine[record.prompt] for record in used if record.prompt in mine)
-        return Sampled(used, groups, statistics, time.perf_counter() - start)
+        return SampledGroups(used, groups, statistics, time.perf_counter() - start)
 
     async def _sample(
         self, mine: dict[str, Group], next_prompts: Callable[[int], Sequence[Prompt]]
@@ -179,7 +167,7 @@ class Sampler:
             missing = need - len(kept)
             wanted = math.ceil(missing * self.settings.over_sampling)
             prompts = next_prompts(max(0, wanted - sum(unfinished)))
-            taken, new = deal(min(wanted, sum(unfinished) + len(prompts)), unfinished)
+            taken, new = assign_prompts(min(wanted, sum(unfinished) + len(prompts)), unfinished)
             if not sum(taken) + len(prompts):
                 break
             batches += 1
@@ -193,41 +181,41 @@ class Sampler:
         self, groups: Iterable[Group], error: BaseException | None = None
     ) -> tuple[list[GroupRecord], list[int], dict[str, int]]:
         """Exchanges metadata: all leaders' groups, how many prompts each has begun, and what all have counted."""
-        records = [GroupRecord.of(group, self._exchange.rank) for group in groups]
+        records = [GroupRecord.of(group, self._coordinator.rank) for group in groups]
         self._counts["prompts_carried_out"] = len(self._unfinished)
         report = {"records": records, "unfinished": len(self._unfinished), "counts": dict(self._counts)}
-        reports = await self._exchange.gather(report, error)
+        reports = await self._coordinator.gather(report, error)
         everyone: Counter[str] = Counter()
         for one in reports:
             everyone.update(one["counts"])
         by_leader = [[GroupRecord.parse(record) for record in one["records"]] for one in reports]
-        return merged(by_leader), [one["unfinished"] for one in reports], dict(everyone)
+        return interleave_by_leader(by_leader), [one["unfinished"] for one in reports], dict(everyone)
 
     async def _share(
         self, taken: Sequence[int], new: Sequence[Sequence[int]], prompts: Sequence[Prompt], missing: int
     ) -> tuple[list[Group], BaseException | None]:
         """Samples this leader's share of a batch; an error is returned, so that all ranks hear of it."""
-        if self._exchange.rank not in self._exchange.leaders:
+        if self._coordinator.rank not in self._coordinator.leaders:
             return [], None
-        place = self._exchange.leaders.index(self._exchange.rank)
+        place = self._coordinator.leaders.index(self._coordinator.rank)
         batch = [self._unfinished.popleft() for _ in range(taken[place])]
         self._counts["prompts_carried_in"] += len(batch)
         batch += [self._begun(prompts[number]) for number in new[place]]
         try:
-            async with self._exchange.alive():
+            async with self._coordinator.alive():
                 return await self._run(batch, missing), None
         except Exception as error:
             return [], error
 
-    def _begun(self, prompt: Prompt) -> Unfinished:
-        drafts = (Draft.new(prompt, sample) for sample in range(self.settings.samples_per_prompt))
-        return Unfinished(prompt, (), tuple(drafts))
+    def _begun(self, prompt: Prompt) -> PartialGroup:
+        drafts = (PartialResponse.new(prompt, sample) for sample in range(self.settings.samples_per_prompt))
+        return PartialGroup(prompt, (), tuple(drafts))
 
     def carried(self) -> Carried:
-        """All that goes on to the next step (:func:`.sampler_state.to_bytes` saves it); not within a step."""
+        """All that goes on to the next step (:func:`.carry_over.serialize_groups` saves it); not within a step."""
         return list(self._groups), list(self._unfinished)
 
-    def take_over(self, groups: Iterable[Group], unfinished: Iterable[Unfinished]) -> None:
+    def restore(self, groups: Iterable[Group], unfinished: Iterable[PartialGroup]) -> None:
         """Goes on with what :meth:`carried` gave."""
         self._groups, self._unfinished = deque(groups), deque(unfinished)
 
@@ -246,7 +234,7 @@ class Sampler:
                 self._counts["prompts_restarted_stale"] += 1
                 self._unfinished.append(self._begun(one.prompt))
 
-    async def _run(self, batch: Sequence[Unfinished], missing: int) -> list[Group]:
+    async def _run(self, batch: Sequence[PartialGroup], missing: int) -> list[Group]:
         """Samples a share; groups that are kept, in the order in which they were complete."""
         self._aborting = False
         kept: list[Group] = []
@@ -255,12 +243,12 @@ class Sampler:
             async with self._watched(missing):
                 for next_done in asyncio.as_completed(tasks):
                     found = await next_done
-                    if isinstance(found, Unfinished):
+                    if isinstance(found, PartialGroup):
                         continue
                     self._counts["groups_sampled"] += 1
                     if self._keeps(found):
                         kept.append(found)
-                        if self._exchange.count(1) >= missing and not all(task.done() for task in tasks):
+                        if self._coordinator.count(1) >= missing and not all(task.done() for task in tasks):
                             await self._abort()
         except BaseException:
             for task in tasks:
@@ -269,7 +257,7 @@ class Sampler:
             # What was kept of this share is sampled again: its prompts are not lost, its responses are.
             self._unfinished.extendleft(reversed(batch))
             raise
-        self._unfinished.extend(result for task in tasks if isinstance(result := task.result(), Unfinished))
+        self._unfinished.extend(result for task in tasks if isinstance(result := task.result(), PartialGroup))
         return kept
 
     async def _abort(self) -> None:
@@ -281,15 +269,15 @@ class Sampler:
     @asynccontextmanager
     async def _watched(self, missing: int) -> AsyncIterator[None]:
         """A block that ends where another rank fails; responses are aborted where all leaders together have enough."""
-        if len(self._exchange.leaders) == 1:
+        if len(self._coordinator.leaders) == 1:
             yield
             return
 
         async def watch() -> None:
             while True:
                 await asyncio.sleep(_LOOK_SECONDS)
-                self._exchange.look()
-                if self._exchange.count(0) >= missing:
+                self._coordinator.look()
+                if self._coordinator.count(0) >= missing:
                     await self._abort()
 
         block = asyncio.current_task()
@@ -322,27 +310,27 @@ class Sampler:
         self._counts["groups_all_right" if right else "groups_all_wrong"] += 1
         return False
 
-    async def _complete(self, one: Unfinished) -> Group | Unfinished:
+    async def _complete(self, one: PartialGroup) -> Group | PartialGroup:
         """All responses to a prompt; what there is of them where they were aborted."""
         found = await asyncio.gather(*(self._respond(draft) for draft in one.drafts))
         finished = [*one.finished, *(result for result in found if isinstance(result, Trajectory))]
-        drafts = [result for result in found if isinstance(result, Draft)]
+        drafts = [result for result in found if isinstance(result, PartialResponse)]
         if not drafts:
             return Group(one.prompt, tuple(sorted(finished, key=lambda trajectory: trajectory.sample)))
         if not self.settings.max_staleness:
-            return Unfinished(one.prompt, (), tuple(Draft.new(one.prompt, d.sample) for d in one.drafts))
-        return Unfinished(one.prompt, tuple(finished), tuple(drafts))
+            return PartialGroup(one.prompt, (), tuple(PartialResponse.new(one.prompt, d.sample) for d in one.drafts))
+        return PartialGroup(one.prompt, tuple(finished), tuple(drafts))
 
-    async def _respond(self, draft: Draft) -> Trajectory | Draft:
+    async def _respond(self, draft: PartialResponse) -> Trajectory | PartialResponse:
         """One response, begun anew as often as somebody else aborts it."""
         with self.progress.response():
             found = await self._sampled(draft)
         if isinstance(found, Trajectory):
             self.progress.complete(len(found.tokens))
-        self._exchange.progress = dict(zip(("done", "begun", "tokens", "oldest"), self.progress.now(), strict=True))
+        self._coordinator.progress = dict(zip(("done", "begun", "tokens", "oldest"), self.progress.now(), strict=True))
         return found
 
-    async def _sampled(self, draft: Draft) -> Trajectory | Draft:
+    async def _sampled(self, draft: PartialResponse) -> Trajectory | PartialResponse:
         while True:
             if self._aborting:
                 return draft
@@ -352,7 +340,7 @@ class Sampler:
             self._counts["tokens_sampled"] += len(generation.tokens)
             start = len(draft.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]
-            draft = Draft(
+            draft = PartialResponse(
                 draft.prompt,
                 draft.sample,
                 np.concatenate([draft.tokens, generation.tokens]),
@@ -364,7 +352,7 @@ class Sampler:
                 return await self._scored(draft, generation.finish_reason)
             self._counts["responses_aborted"] += 1
 
-    def _request(self, draft: Draft) -> GenerationRequest:
+    def _request(self, draft: PartialResponse) -> GenerationRequest:
         prompt, sampling = draft.prompt, self.settings.sampling
         return GenerationRequest(
             id=f"{prompt.id}/{draft.sample}/{draft.interruptions}",
@@ -374,7 +362,7 @@ class Sampler:
             seed=sampling_seed(self.settings.run_seed, prompt.id, draft.sample, draft.interruptions),
         )
 
-    async def _scored(self, draft: Draft, reason: Any) -> Trajectory:
+    async def _scored(self, draft: PartialResponse, reason: Any) -> Trajectory:
         if draft.interruptions:
             self._counts["responses_continued"] += 1
         trajectory = Trajectory(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 
-class Sampling(NamedTuple):
+class ProgressSnapshot(NamedTuple):
     """How far sampling is.
 
     Attributes:
@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
     oldest_seconds: float = 0.0
 
 
-class Progress:
+class SamplingProgress:
     """Counts the responses of a step on this rank."""
 
     def __init__(self) -> None:
@@ -51,15 +51,15 @@ class Progress:
         self._done += 1
         self._tokens += tokens
 
-    def now(self) -> Sampling:
+    def now(self) -> ProgressSnapshot:
         """How far this rank is; from any thread."""
         started = min([*self._in_flight.values()], default=time.monotonic())
-        return Sampling(self._done, self._begun, self._tokens, time.monotonic() - started)
+        return ProgressSnapshot(self._done, self._begun, self._tokens, time.monotonic() - started)
 
 
-def together(parts: Iterable[Sampling]) -> Sampling:
+def combine_snapshots(parts: Iterable[ProgressSnapshot]) -> ProgressSnapshot:
     """Of several ranks."""
-    found = [Sampling(*part) for part in parts] or [Sampling()]
-    return Sampling(
+    found = [ProgressSnapshot(*part) for part in parts] or [ProgressSnapshot()]
+    return ProgressSnapshot(
         *(sum(part[field] for part in found) for field in range(3)), max(part.oldest_seconds for part in found)
     )

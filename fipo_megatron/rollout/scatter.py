@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Group, Trajectory
-from fipo_megatron.rollout.carry_over import from_bytes, to_bytes
+from fipo_megatron.rollout.carry_over import deserialize_groups, serialize_groups
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Routes:
         return cls(data_rank, leaders, among if dist.get_rank() in leaders else None, groups[data_rank])
 
 
-def deliver(
+def scatter_trajectories(
     routes: Routes, groups: Iterable[Group], names: Sequence[str], plan: Sequence[MiniBatch]
 ) -> dict[int, Trajectory]:
     """A collective of all ranks.
@@ -73,10 +73,10 @@ def deliver(
         for group in groups:
             for data, part in _by_destination(group, index, trains).items():
                 shares[data].append(part)
-        received = _all_to_all([to_bytes(share) for share in shares], routes.among_leaders)
-        content = to_bytes(group for part in received for group in from_bytes(part)[0])
+        received = _all_to_all([serialize_groups(share) for share in shares], routes.among_leaders)
+        content = serialize_groups(group for part in received for group in deserialize_groups(part)[0])
     content = _broadcast(content, routes.leaders[routes.data_rank], routes.replica)
-    return {index[t.name]: t for group in from_bytes(content)[0] for t in group.trajectories}
+    return {index[t.name]: t for group in deserialize_groups(content)[0] for t in group.trajectories}
 
 
 def _by_destination(group: Group, index: Mapping[str, int], trains: Mapping[int, int]) -> dict[int, Group]:

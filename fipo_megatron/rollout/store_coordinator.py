@@ -21,7 +21,7 @@ _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0
 
 
-class Exchange:
+class StoreCoordinator:
     """Where the ranks of a run meet. Every rank makes the same calls in the same order.
 
     Args:

@@ -6,10 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-
-def partial_of(target: Path) -> Path:
-    """Where a directory is written before it takes its name."""
-    return target.with_name(f".{target.name}.partial")
+from fipo_megatron.storage.atomic import partial_of
 
 
 def refuse_existing(target: Path) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
+from fipo_megatron.storage.atomic import set_aside, write_atomic
 
 logger = logging.getLogger(__name__)
 FILE = "roll_backs.jsonl"
 
 
 @dataclass(frozen=True)
-class RollBack:
+class Rollback:
     """One return.
 
     Attributes:
@@ -37,24 +37,19 @@ class RollBack:
     reason: str = ""
 
 
-def read(output: Path) -> list[RollBack]:
+def read(output: Path) -> list[Rollback]:
     """All of a run, in order; a line that is not whole is left out."""
     file = output / FILE
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [RollBack(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [Rollback(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def write(output: Path, events: Sequence[RollBack]) -> None:
+def write(output: Path, events: Sequence[Rollback]) -> None:
     """All of a run; on the disk when this returns."""
-    partial = output / f".{FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(event)) + "\n" for event in events)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(output / FILE)
+    write_atomic(output / FILE, "".join(json.dumps(asdict(event)) + "\n" for event in events))
 
 
-def set_collapsed_aside(checkpoints: Path, events: Sequence[RollBack]) -> None:
+def set_aside_collapsed(checkpoints: Path, events: Sequence[Rollback]) -> None:
     """Renames the checkpoints that a return has left behind; nothing is removed. May be called again."""
     for event in events:
         for step, path in manifest.list_checkpoints(checkpoints):
@@ -65,13 +60,9 @@ def set_collapsed_aside(checkpoints: Path, events: Sequence[RollBack]) -> None:
                     continue
             except ValueError:
                 continue  # damaged: found out, and said, when it is loaded
-            number = 0
-            while (aside := path.with_name(f"collapsed-{path.name}-{number}")).exists():
-                number += 1
-            path.rename(aside)
-            logger.warning("%s is %s now", path, aside.name)
+            logger.warning("%s is %s now", path, set_aside(path, "collapsed").name)
 
 
-def pending(events: Sequence[RollBack], saved: Manifest) -> RollBack | None:
+def pending(events: Sequence[Rollback], saved: Manifest) -> Rollback | None:
     """The last return to this very checkpoint that it does not know of itself."""
     return next((e for e in reversed(events) if e.number > saved.roll_backs and e.to == saved.step), None)

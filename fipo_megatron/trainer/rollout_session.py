@@ -18,40 +18,40 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, save_hf
-from fipo_megatron.actor.mismatch import largest_mismatch
+from fipo_megatron.actor.mismatch import max_log_prob_difference
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.rollout.carry_over import Carried
-from fipo_megatron.rollout.engine import EngineError, Memory, RolloutEngine, SamplingParameters
-from fipo_megatron.rollout.engine_factory import Host, OpenEngine, open_engine, open_sender
-from fipo_megatron.rollout.event_loop import Background
-from fipo_megatron.rollout.sampler import Sampled, Sampler, SamplerSettings, Scorer
-from fipo_megatron.rollout.sampling_progress import Sampling, together
+from fipo_megatron.rollout.engine import EngineError, EngineMemory, RolloutEngine, SamplingParameters
+from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine, open_engine, open_sender
+from fipo_megatron.rollout.event_loop import EventLoopThread
+from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplerSettings, Scorer
+from fipo_megatron.rollout.sampling_progress import ProgressSnapshot, combine_snapshots
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.rollout.sglang.client import SglangClient
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.rollout.weight_sync.probe import check_probe, sample_probe
-from fipo_megatron.rollout.weight_sync.senders import ActorSide, DiskSender, WeightSender
+from fipo_megatron.rollout.weight_sync.senders import ActorWeights, DiskSender, WeightSender
 from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def actor_side(actor: MegatronActor, architecture: Architecture, config: Config) -> ActorSide:
+def actor_weights(actor: MegatronActor, architecture: Architecture, config: Config) -> ActorWeights:
     """What a sender has to know of the actor on this rank."""
     layout, chunks = actor.layout, actor.chunks
     bucket = config.rollout.servers.bucket_mib << 20
-    return ActorSide(
+    return ActorWeights(
         stage=layout.pipeline_rank,
         stages=layout.pipeline_size,
         rank=layout.rank,
         senders=tuple(sorted({*chunk_owners(chunks, layout).values()})),
         stream=lambda ranks: export_hf(chunks, architecture, layout, bucket_bytes=bucket, on_ranks=ranks),
         save=lambda target: save_hf(chunks, architecture, layout, config.model.path, target),
-        together=all_or_none,
+        together=raise_on_all_ranks,
     )
 
 
@@ -99,7 +99,7 @@ class RolloutSession:
         config: Config,
         actor: MegatronActor,
         architecture: Architecture,
-        host: Host,
+        host: HostInfo,
         store: dist.Store,
         *,
         tokenizer: PreTrainedTokenizerBase,
@@ -111,22 +111,22 @@ class RolloutSession:
         self.routes = Routes.build(actor.layout.data_rank)
         silence = config.rollout.silence_seconds
         ranks = actor.layout.world_size
-        self.exchange = Exchange(store, host.rank, self.routes.leaders, ranks, silence_seconds=silence)
+        self.coordinator = StoreCoordinator(store, host.rank, self.routes.leaders, ranks, silence_seconds=silence)
         hosts = dist.PrefixStore("hosts", store)
-        starters = Exchange(hosts, host.rank, host.starters, ranks, silence_seconds=silence)
-        self._background = Background()
-        self._opened: OpenEngine = self._background.run(
-            open_engine(config, host, self.exchange, starters, tokenizer, architecture.vocab)
+        starters = StoreCoordinator(hosts, host.rank, host.starters, ranks, silence_seconds=silence)
+        self._background = EventLoopThread()
+        self._opened: OpenedEngine = self._background.run(
+            open_engine(config, host, self.coordinator, starters, tokenizer, architecture.vocab)
         )
-        self._side = actor_side(actor, architecture, config)
+        self._side = actor_weights(actor, architecture, config)
         self._sender: WeightSender | None = None
         self._servers: tuple[tuple[str, ...], int] = ((), 0)
         self.version = 0
         self._engine_has_memory = True
-        self._ahead: Future[Sampled] | None = None
-        self.sampler = Sampler(self._opened.engine, sampler_settings(config, stop_token_ids), scorer, self.exchange)
+        self._ahead: Future[SampledGroups] | None = None
+        self.sampler = Sampler(self._opened.engine, sampler_settings(config, stop_token_ids), scorer, self.coordinator)
 
-    def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> Sampled:
+    def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> SampledGroups:
         """The groups of a step; within :meth:`generating`.
 
         Raises:
@@ -143,40 +143,40 @@ class RolloutSession:
         self.send(self.version)
         return self._background.run(self.sampler.step(next_prompts, self.version))
 
-    def sample_ahead(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> None:
+    def prefetch(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> None:
         """Begins to sample the groups of the next step, with the weights that the engine has now."""
         self._ahead = self._background.begin(self.sampler.step(next_prompts, self.version))
 
-    def settle(self) -> Sampled | None:
-        """Waits for what :meth:`sample_ahead` began; None where nothing was. What is carried can be saved then.
+    def wait_prefetched(self) -> SampledGroups | None:
+        """Waits for what :meth:`prefetch` began; None where nothing was. What is carried can be saved then.
 
         Raises:
             EngineError: and SamplingExhaustedError, as :meth:`sample`; what was sampled so far is carried.
         """
         return self._ahead.result() if self._ahead is not None else None
 
-    def take_ahead(self) -> Sampled | None:
-        """As :meth:`settle`, once."""
+    def take_prefetched(self) -> SampledGroups | None:
+        """As :meth:`wait_prefetched`, once."""
         try:
-            return self.settle()
+            return self.wait_prefetched()
         finally:
             self._ahead = None
 
     def abandon(self) -> None:
-        """Ends what :meth:`sample_ahead` began, where it is not over."""
+        """Ends what :meth:`prefetch` began, where it is not over."""
         if self._ahead is not None:
             self._ahead.cancel()
 
-    def put_ahead(self, sampled: Sampled) -> None:
-        """Goes on with what :meth:`settle` gave in an earlier process."""
+    def restore_prefetched(self, sampled: SampledGroups) -> None:
+        """Goes on with what :meth:`wait_prefetched` gave in an earlier process."""
         self._ahead = Future()
         self._ahead.set_result(sampled)
 
-    def progress(self) -> Sampling:
+    def progress(self) -> ProgressSnapshot:
         """How far all leaders are, as rank 0 knows; from any thread."""
-        others = self.exchange.others() if len(self.exchange.leaders) > 1 else {}
-        seen = [tuple(one.values()) for rank, one in others.items() if rank != self.exchange.rank and one]
-        return together([self.sampler.progress.now(), *(Sampling(*one) for one in seen)])
+        others = self.coordinator.others() if len(self.coordinator.leaders) > 1 else {}
+        seen = [tuple(one.values()) for rank, one in others.items() if rank != self.coordinator.rank and one]
+        return combine_snapshots([self.sampler.progress.now(), *(ProgressSnapshot(*one) for one in seen)])
 
     @property
     def engine(self) -> RolloutEngine | None:
@@ -191,7 +191,7 @@ class RolloutSession:
         """What the sampler of this rank carries; None where it does not lead."""
         return self.sampler.carried() if self.engine is not None else None
 
-    def take_over(self, carried: Sequence[Carried]) -> None:
+    def restore(self, carried: Sequence[Carried]) -> None:
         """Goes on with what each leader carried; with another number of leaders, it is shared anew.
 
         Args:
@@ -199,24 +199,24 @@ class RolloutSession:
         """
         if self.engine is None or not carried:
             return
-        place, leaders = self.exchange.leaders.index(self.exchange.rank), len(self.exchange.leaders)
+        place, leaders = self.coordinator.leaders.index(self.coordinator.rank), len(self.coordinator.leaders)
         if len(carried) == leaders:
-            self.sampler.take_over(*carried[place])
+            self.sampler.restore(*carried[place])
             return
         groups = [group for one, _ in carried for group in one]
         unfinished = [prompt for _, one in carried for prompt in one]
-        self.sampler.take_over(groups[place::leaders], unfinished[place::leaders])
+        self.sampler.restore(groups[place::leaders], unfinished[place::leaders])
 
     def drop_carried(self) -> None:
         """Forgets what is carried."""
-        self.sampler.take_over((), ())
+        self.sampler.restore((), ())
 
     @contextmanager
     def generating(self, version: int) -> Iterator[None]:
         """A block in which the engine samples with the actor's weights, as this version.
 
         Raises:
-            EngineError: the weights did not get there; see :mod:`.rollout.weight_sync.senders` and :mod:`.rollout.weight_sync.probe`.
+            EngineError: the weights did not get there; see :mod:`.rollout.weight_sync`.
         """
         if not self._config.rollout.servers.colocated:
             self.send(version)
@@ -255,7 +255,7 @@ class RolloutSession:
             client.expect_version(version)
             for url in urls:
                 client.worker_returned(url)
-            if self.exchange.rank == 0 and isinstance(self._sender, DiskSender):
+            if self.coordinator.rank == 0 and isinstance(self._sender, DiskSender):
                 client.on_returned = self._send_latest
 
     @property
@@ -267,9 +267,9 @@ class RolloutSession:
 
         async def ask() -> tuple[tuple[str, ...], int]:
             client, report = self._client, {"urls": (), "losses": 0}  # type: tuple[SglangClient | None, dict[str, Any]]
-            if client is not None and self.exchange.rank == 0:
+            if client is not None and self.coordinator.rank == 0:
                 report = {"urls": await client.reachable(), "losses": client.losses}
-            found = (await self.exchange.gather(report))[0]
+            found = (await self.coordinator.gather(report))[0]
             return tuple(found["urls"]), found["losses"]
 
         return self._background.run(ask())
@@ -291,14 +291,14 @@ class RolloutSession:
         async def ask() -> list[Mapping[str, list[float]]]:
             found, error = None, None
             try:
-                if self.exchange.rank == 0:
+                if self.coordinator.rank == 0:
                     engine = self._opened.engine
                     assert engine is not None
                     one = await sample_probe(engine, self._probe, tokens, rollout.temperature, self.version)
                     found = {"tokens": one.tokens.tolist(), "log_probs": one.behaviour_log_probs.tolist()}
             except Exception as failed:
                 error = failed
-            return await self.exchange.gather(found, error)
+            return await self.coordinator.gather(found, error)
 
         found = self._background.run(ask())[0]
         return Trajectory(
@@ -314,13 +314,13 @@ class RolloutSession:
         if answer is None:
             return
         plan = self._actor.plan([len(answer)], [[0]])
-        difference = largest_mismatch(self._actor, plan, [answer], self._actor.log_probs(plan, [answer]))
+        difference = max_log_prob_difference(self._actor, plan, [answer], self._actor.log_probs(plan, [answer]))
         check_probe(difference, version, self._config.rollout.servers.max_probe_shift)
 
-    def _take(self, what: Memory) -> None:
+    def _take(self, what: EngineMemory) -> None:
         self._control(lambda engine: engine.restore_memory(what))
 
-    def _give_back(self, what: Memory) -> None:
+    def _give_back(self, what: EngineMemory) -> None:
         self._control(lambda engine: engine.release_memory(what))
 
     def _control(self, call: Callable[[RolloutEngine], Awaitable[None]]) -> None:
@@ -329,13 +329,13 @@ class RolloutSession:
         async def run() -> None:
             error: Exception | None = None
             try:
-                if self.exchange.rank == 0:
+                if self.coordinator.rank == 0:
                     assert self._opened.engine is not None
-                    async with self.exchange.alive():
+                    async with self.coordinator.alive():
                         await call(self._opened.engine)
             except Exception as failed:
                 error = failed
-            await self.exchange.gather({}, error)
+            await self.coordinator.gather({}, error)
 
         self._background.run(run())
 

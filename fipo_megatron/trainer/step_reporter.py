@@ -11,15 +11,15 @@ import torch.distributed as dist
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetrics
 from fipo_megatron.config import Config
-from fipo_megatron.data.batch import Batch, with_advantages
+from fipo_megatron.data.batch import Batch, compute_advantages
 from fipo_megatron.observe.run_log import noise_metrics, rollout_metrics, update_metrics
 from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, peak_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
-from fipo_megatron.rollout.sampler import Sampled
-from fipo_megatron.trainer.training_inputs import Inputs
+from fipo_megatron.rollout.sampler import SampledGroups
+from fipo_megatron.trainer.training_inputs import TrainingInputs
 
 
-class Reporting:
+class StepReporter:
     """Of a run, on this rank.
 
     Args:
@@ -28,38 +28,38 @@ class Reporting:
         layout: Of this rank.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, layout: RankLayout) -> None:
+    def __init__(self, config: Config, inputs: TrainingInputs, layout: RankLayout) -> None:
         self._config, self._inputs, self._layout = config, inputs, layout
         self._group = dist.new_group(backend="gloo")
         name = torch.cuda.get_device_name() if layout.device.type == "cuda" else ""
         peak = peak_flops(name)
         self._peak = None if peak is None else peak * layout.world_size
 
-    def _kept(self, sampled: Sampled, step: int) -> list[str]:
+    def _kept(self, sampled: SampledGroups, step: int) -> list[str]:
         """Names of the responses of the trajectory file; the same on every rank."""
         observe = self._config.observe
         return choose(sampled.records, observe.trajectories if step % observe.trajectories_every == 0 else 0)
 
-    def _shown(self, sampled: Sampled) -> list[str]:
+    def _shown(self, sampled: SampledGroups) -> list[str]:
         """Names of those that trackers show; the same on every rank."""
         observe = self._config.observe
         return choose(sampled.records, observe.texts if observe.tensorboard or observe.trackers else 0)
 
-    def watched(self, sampled: Sampled, batch: Batch, step: int) -> frozenset[int]:
+    def watched(self, sampled: SampledGroups, batch: Batch, step: int) -> frozenset[int]:
         """Indices of those whose tokens are wanted."""
         if not self._config.observe.trajectory_tokens:
             return frozenset()
         return frozenset(batch.names.index(name) for name in self._kept(sampled, step))
 
     def values(
-        self, step: int, sampled: Sampled | None, updates: Sequence[UpdateMetrics], noise: NoiseFloor | None
+        self, step: int, sampled: SampledGroups | None, updates: Sequence[UpdateMetrics], noise: NoiseFloor | None
     ) -> dict[str, Any]:
         """Metrics of a step by tag, without those of the alarm; no collective."""
         values = rollout_metrics(sampled, step) | update_metrics(updates)
         return values | noise_metrics(noise, values, fipo=self._config.algorithm.kind == "fipo")
 
     def rows(
-        self, step: int, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics]
+        self, step: int, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Of the trajectory file, and of trackers, on the first rank; empty elsewhere. A collective of all ranks."""
         if sampled is None:
@@ -69,7 +69,7 @@ class Reporting:
         if not names:
             return [], []
         wanted = {name.rpartition("/")[0] for name in names}
-        groups = with_advantages(
+        groups = compute_advantages(
             (group for group in sampled.groups if group.prompt.id in wanted), self._config.algorithm
         )
         mine = {t.name: t for group in groups for t in group.trajectories if t.name in names}
@@ -97,7 +97,11 @@ class Reporting:
         return rows
 
     def rates(
-        self, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics], seconds: Mapping[str, float]
+        self,
+        sampled: SampledGroups | None,
+        batch: Batch,
+        updates: Sequence[UpdateMetrics],
+        seconds: Mapping[str, float],
     ) -> dict[str, float | None]:
         """Tokens per second and the like of a step."""
         generated = None if sampled is None or self._config.run.replay else sampled.statistics.get("tokens_sampled", 0)

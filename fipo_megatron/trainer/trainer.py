@@ -21,36 +21,36 @@ from rich.console import Console
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import load_hf, save_hf
 from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor, UpdateMetrics
-from fipo_megatron.checkpoint.manager import Checkpoints, Place
+from fipo_megatron.checkpoint.manager import CheckpointManager, TrainState
 from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.config import Config
-from fipo_megatron.data.batch import Batch, batch_of, with_advantages
+from fipo_megatron.data.batch import Batch, build_batch, compute_advantages
 from fipo_megatron.data.packing import MiniBatch, split_mini_batches
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluation.answering import evaluate
 from fipo_megatron.evaluation.results import Evaluation
 from fipo_megatron.observe.collapse_alarm import Alarm, CollapseAlarm, CollapseError
-from fipo_megatron.observe.console import sampling_shown
-from fipo_megatron.observe.run_log import StepLog
-from fipo_megatron.reward.scoring import Scoring
+from fipo_megatron.observe.console import show_sampling_progress
+from fipo_megatron.observe.run_log import RunLog
+from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import Verifier, open_verifier
 from fipo_megatron.rollout import rollout_dump
 from fipo_megatron.rollout.carry_over import Carried
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.engine_factory import Host
-from fipo_megatron.rollout.sampler import Sampled, SamplingExhaustedError
-from fipo_megatron.rollout.scatter import Routes, deliver
-from fipo_megatron.storage.publishing import partial_of
+from fipo_megatron.rollout.engine_factory import HostInfo
+from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
+from fipo_megatron.rollout.scatter import Routes, scatter_trajectories
+from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.testing import fail_points
 from fipo_megatron.trainer import rollback
-from fipo_megatron.trainer.rollback import RollBack
+from fipo_megatron.trainer.rollback import Rollback
 from fipo_megatron.trainer.rollout_session import RolloutSession
-from fipo_megatron.trainer.step_reporter import Reporting
-from fipo_megatron.trainer.training_inputs import Inputs, imitation
+from fipo_megatron.trainer.step_reporter import StepReporter
+from fipo_megatron.trainer.training_inputs import TrainingInputs, sft_example
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Run:
         first_step: The step that this process began with.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, console: Console | None = None) -> None:
+    def __init__(self, config: Config, inputs: TrainingInputs, console: Console | None = None) -> None:
         self.config, self._inputs, self._console = config, inputs, console
         self._output = Path(config.run.output)
         self._complete = False
@@ -89,12 +89,12 @@ class Run:
         )
         if config.algorithm.kl_coef:
             self.actor.keep_reference()
-        self._checkpoints = Checkpoints(self._output / "checkpoints", config, self.actor, inputs.architecture)
+        self._checkpoints = CheckpointManager(self._output / "checkpoints", config, self.actor, inputs.architecture)
         self._stack.callback(self._checkpoints.close)
         self._stream = PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle)
-        self._log = StepLog(config, writes=self._layout.rank == 0)
+        self._log = RunLog(config, writes=self._layout.rank == 0)
         self._stack.callback(self._log.close)
-        self._reporting = Reporting(config, inputs, self._layout)
+        self._reporting = StepReporter(config, inputs, self._layout)
         self._alarm = CollapseAlarm(config.health)
         self._raised: Alarm | None = None
         self._noise: NoiseFloor | None = None
@@ -102,7 +102,7 @@ class Run:
         self._rates: Callable[[Mapping[str, float]], dict[str, float | None]] | None = None
         self._verifier: Verifier | None = None
         self._session: RolloutSession | None = None
-        self._ahead: Sampled | None = None
+        self._ahead: SampledGroups | None = None
         self.first_step = self._saved = self._step = 0
         self._roll_backs = self._stop = 0
         self._returned_to: int | None = None
@@ -117,13 +117,13 @@ class Run:
 
     def _resume(self) -> list[Carried]:
         """Goes on from the newest checkpoint, where there is one; what its samplers carried."""
-        events: list[RollBack] = []
-        if self.config.run.resume == "auto":
-            with all_or_none("looking for checkpoints"):
+        events: list[Rollback] = []
+        if self.config.checkpoint.resume == "auto":
+            with raise_on_all_ranks("looking for checkpoints"):
                 if self._layout.rank == 0:
                     events = rollback.read(self._output)
-                    rollback.set_collapsed_aside(self._checkpoints.directory, events)
-        path = self._checkpoints.newest() if self.config.run.resume == "auto" else None
+                    rollback.set_aside_collapsed(self._checkpoints.directory, events)
+        path = self._checkpoints.newest() if self.config.checkpoint.resume == "auto" else None
         carried = [] if path is None else self._load(path, self._from_first_rank(events))
         self.first_step = self._step
         if self._layout.rank == 0 and events[self._roll_backs :]:  # of a checkpoint that is there no more
@@ -134,7 +134,7 @@ class Run:
             logger.info("goes on from %s", path)
         return carried
 
-    def _load(self, path: Path, events: Sequence[RollBack]) -> list[Carried]:
+    def _load(self, path: Path, events: Sequence[Rollback]) -> list[Carried]:
         """Takes a checkpoint over; where the run has returned to it from later, it does not do the same again."""
         saved, carried, self._ahead = self._checkpoints.load(path)
         self._step = self._saved = saved.step
@@ -162,7 +162,7 @@ class Run:
 
     def _open_rollouts(self, carried: list[Carried]) -> None:
         self._verifier = open_verifier(self.config.reward)
-        self._scoring = Scoring(self.config, self._verifier, self._inputs.tokenizer)
+        self._scoring = ResponseScorer(self.config, self._verifier, self._inputs.tokenizer)
         self._session = RolloutSession(
             self.config,
             self.actor,
@@ -175,18 +175,18 @@ class Run:
             probe=self._inputs.prompts[0],
         )
         self._stack.callback(self._session.close)
-        self._session.take_over(carried)
+        self._session.restore(carried)
         if self._ahead is not None:
-            self._session.put_ahead(self._ahead)
+            self._session.restore_prefetched(self._ahead)
         self._stack.callback(lambda: self._session and self._verifier and self._session.wait(self._verifier.close()))
         self._stack.callback(self._session.abandon)
 
-    def _host(self) -> Host:
+    def _host(self) -> HostInfo:
         everyone: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(everyone, self._launch.local_rank)
         directory = self._output / "rollout"
         directory.mkdir(exist_ok=True)
-        return Host(
+        return HostInfo(
             rank=self._layout.rank,
             local_rank=self._launch.local_rank,
             starters=tuple(rank for rank, local in enumerate(everyone) if local == 0),
@@ -214,7 +214,7 @@ class Run:
             yield step
             self._step += 1
             stopped, raised = self._agree()
-            every = self.config.run.save_every
+            every = self.config.checkpoint.save_every
             if raised is not None and not (advice := self._answer(raised)):
                 if stopped:
                     logger.warning("ended after a return to step %d, as asked; run it again to go on", self._step)
@@ -237,7 +237,7 @@ class Run:
                 self._checkpoints.finish()
                 logger.warning("ended after step %d, as asked; run it again to go on", step)
                 return
-            every = self.config.run.export_every
+            every = self.config.checkpoint.export_every
             if every and self._step % every == 0 and not last:
                 self._export(self._output / f"hf-{self._step:06}")
         self._checkpoints.finish()
@@ -290,12 +290,12 @@ class Run:
             return f"It cannot return: there is no whole checkpoint of step {until} or before"
         if self._session is not None:
             with suppress(EngineError, SamplingExhaustedError):
-                self._session.take_ahead()
+                self._session.take_prefetched()
             self._session.drop_carried()
         to = Manifest.read(path).step
-        with all_or_none("returning to an earlier checkpoint"):
+        with raise_on_all_ranks("returning to an earlier checkpoint"):
             if self._layout.rank == 0:
-                event = RollBack(
+                event = Rollback(
                     number=self._roll_backs + 1,
                     step=alarm.step,
                     to=to,
@@ -305,7 +305,7 @@ class Run:
                 )
                 events = [*rollback.read(self._output)[: self._roll_backs], event]
                 rollback.write(self._output, events)
-                rollback.set_collapsed_aside(self._checkpoints.directory, events)
+                rollback.set_aside_collapsed(self._checkpoints.directory, events)
         self._load(path, self._from_first_rank(rollback.read(self._output)))
         self._alarm.restore(one for one in self._alarm.history if one[0] < to)
         self._log.close()
@@ -330,10 +330,10 @@ class Run:
         carried, ahead = None, None
         if self._session is not None:
             with suppress(EngineError, SamplingExhaustedError):  # raised again where the next step needs it
-                ahead = self._session.settle()
+                ahead = self._session.wait_prefetched()
             carried = self._session.carried()
-        scores = self._log.evaluations() if self.config.run.keep_best else {}
-        place = Place(step, self._stream.given, self._roll_backs, self.actor.learning_rate_factor)
+        scores = self._log.evaluations() if self.config.checkpoint.keep_best else {}
+        place = TrainState(step, self._stream.given, self._roll_backs, self.actor.learning_rate_factor)
         safe = None if self._alarm.safe is None else self._sound_until(self._alarm.safe)
         self._checkpoints.save(place, carried, ahead, scores, safe)
         self._saved = step
@@ -348,7 +348,7 @@ class Run:
         finally:
             self._seconds[name] += time.perf_counter() - start
 
-    def sample(self, step: int) -> Sampled:
+    def sample(self, step: int) -> SampledGroups:
         """The groups of a step, from an engine with the actor's weights; evaluates first where it is time to."""
         if self.config.run.replay:
             return rollout_dump.read(Path(self.config.run.replay), step, keep=self._layout.rank == 0)
@@ -366,10 +366,10 @@ class Run:
                     with self.part("generate"), self._shown():
                         sampled = self._session.sample(self._stream)
                 if self.config.rollout.overlap and step + 1 < self.config.run.steps:
-                    self._session.sample_ahead(self._stream)
+                    self._session.prefetch(self._stream)
         except (EngineError, SamplingExhaustedError):
             if sampled is not None:
-                self._session.put_ahead(sampled)
+                self._session.restore_prefetched(sampled)
             self._rescue(step)
             raise
         if self.config.run.record_rollouts and self._session.engine is not None:
@@ -379,16 +379,16 @@ class Run:
     def _shown(self) -> AbstractContextManager[None]:
         """On the first rank, people see how far sampling is."""
         assert self._session is not None
-        return sampling_shown(self._console, self._session.progress if self._layout.rank == 0 else None)
+        return show_sampling_progress(self._console, self._session.progress if self._layout.rank == 0 else None)
 
-    def _taken_ahead(self) -> Sampled | None:
+    def _taken_ahead(self) -> SampledGroups | None:
         """What was sampled while the step before was learned from; None where that is still to be done."""
         assert self._session is not None
         if not self.config.rollout.overlap:
             return None
         with self.part("generate"), self._shown():
             try:
-                return self._session.take_ahead()
+                return self._session.take_prefetched()
             except EngineError as error:
                 logger.warning("%s\nthis step is sampled anew, with its own weights", error)
                 return None
@@ -407,7 +407,7 @@ class Run:
                 evaluate(
                     self._inputs.problems,
                     self._session.engine,
-                    self._session.exchange,
+                    self._session.coordinator,
                     self._scoring,
                     self.config,
                     self._inputs.stop_token_ids,
@@ -417,21 +417,25 @@ class Run:
         self._log.evaluation(step, found)
         return found
 
-    def batch(self, sampled: Sampled, step: int) -> Batch:
+    def batch(self, sampled: SampledGroups, step: int) -> Batch:
         """The step's trajectories, numbered."""
-        return batch_of(sampled.records, self.config, step)
+        return build_batch(sampled.records, self.config, step)
 
-    def deliver(self, sampled: Sampled, batch: Batch, plan: Sequence[MiniBatch]) -> Mapping[int, Trajectory]:
+    def scatter_trajectories(
+        self, sampled: SampledGroups, batch: Batch, plan: Sequence[MiniBatch]
+    ) -> Mapping[int, Trajectory]:
         """What this rank trains on, with advantages."""
         routes = self._session.routes if self._session is not None else self._routes
         assert routes is not None
-        return deliver(routes, with_advantages(sampled.groups, self.config.algorithm), batch.names, plan)
+        return scatter_trajectories(
+            routes, compute_advantages(sampled.groups, self.config.algorithm), batch.names, plan
+        )
 
     def examples(self) -> list[Trajectory]:
-        """The next ones to imitate; the same on every rank."""
-        prompts = self._stream(self.config.rollout.prompts_per_step)
+        """Returns the next SFT examples, the same on every rank."""
+        prompts = self._stream(self.config.sft.examples_per_step)
         longest = self.config.rollout.max_response_tokens
-        return [imitation(prompt, self._inputs.tokenizer, longest) for prompt in prompts]
+        return [sft_example(prompt, self._inputs.tokenizer, longest) for prompt in prompts]
 
     def batch_of_examples(self, examples: Sequence[Trajectory], step: int) -> Batch:
         """Each example is a group of its own."""
@@ -440,7 +444,7 @@ class Run:
         )
         return Batch(tuple(t.name for t in examples), tuple(len(t) for t in examples), tuple(map(tuple, mini_batches)))
 
-    def watched(self, sampled: Sampled, batch: Batch, step: int) -> frozenset[int]:
+    def watched(self, sampled: SampledGroups, batch: Batch, step: int) -> frozenset[int]:
         """Trajectories whose tokens are wanted for the trajectory file."""
         return self._reporting.watched(sampled, batch, step)
 
@@ -464,7 +468,7 @@ class Run:
         self._passes_agree = self._passes_agree or floor is not None
         self._noise = floor if reported else None
 
-    def log(self, step: int, sampled: Sampled | None, batch: Batch, updates: Sequence[UpdateMetrics]) -> None:
+    def log(self, step: int, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]) -> None:
         """Writes what a step did, and looks whether it is well."""
         values = self._reporting.values(step, sampled, updates, self._noise)
         self._noise = None
@@ -489,7 +493,7 @@ class Run:
         self._export(self._output / "hf")
 
     def _export(self, target: Path) -> None:
-        with all_or_none("removing an earlier export"):
+        with raise_on_all_ranks("removing an earlier export"):
             if self._layout.rank == 0:
                 for path in (target, partial_of(target)):
                     shutil.rmtree(path, ignore_errors=True)

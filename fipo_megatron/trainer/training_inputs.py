@@ -29,7 +29,7 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """What a run reads.
 
     Attributes:
@@ -47,7 +47,7 @@ class Inputs:
     problems: tuple[Prompt, ...] = ()
 
 
-def read_inputs(config: Config) -> Inputs:
+def read_training_inputs(config: Config) -> TrainingInputs:
     """Reads and checks; imports no Megatron, starts nothing.
 
     Raises:
@@ -68,7 +68,7 @@ def read_inputs(config: Config) -> Inputs:
             problems.append(str(error))
     problems += _unfit_launch(config)
     problems += missing_packages(config.observe)
-    problems += output_problems(Path(config.run.output), config.run.resume)
+    problems += output_problems(Path(config.run.output), config.checkpoint.resume)
     problems += _unfit_checkpoint(Path(config.run.output) / "checkpoints", architecture, config)
     if config.evaluation.checkpoint is not None:
         problems.append(
@@ -90,7 +90,7 @@ def read_inputs(config: Config) -> Inputs:
     if problems:
         raise InputError("\n".join(problems))
     assert tokenizer is not None
-    return Inputs(architecture, tokenizer, stop_tokens(path, tokenizer), tuple(prompts), tuple(to_evaluate))
+    return TrainingInputs(architecture, tokenizer, stop_tokens(path, tokenizer), tuple(prompts), tuple(to_evaluate))
 
 
 def _unfit_launch(config: Config) -> list[str]:
@@ -165,7 +165,9 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 def output_problems(output: Path, resume: str) -> list[str]:
     """Whether the run can write there."""
     if resume == "never" and output.exists() and any(output.iterdir()):
-        return [f"run.output = {output}: already holds a run; choose another, or run.resume=auto to go on with it"]
+        return [
+            f"run.output = {output}: already holds a run; choose another, or checkpoint.resume=auto to go on with it"
+        ]
     existing = output
     while not existing.exists():
         existing = existing.parent
@@ -177,7 +179,7 @@ def output_problems(output: Path, resume: str) -> list[str]:
 def _unfit_checkpoint(checkpoints: Path, architecture: Architecture, config: Config) -> list[str]:
     """Whether the newest checkpoint holds the model, in a way that this layout can load."""
     found = manifest.list_checkpoints(checkpoints)
-    if config.run.resume == "never" or not found:
+    if config.checkpoint.resume == "never" or not found:
         return []
     path = found[0][1]
     try:
@@ -187,17 +189,17 @@ def _unfit_checkpoint(checkpoints: Path, architecture: Architecture, config: Con
     problems = []
     if changed := manifest.differences(saved.architecture, manifest.describe_architecture(architecture)):
         problems.append(f"{path}: a checkpoint of another model: {', '.join(changed)}")
-    if saved.config["run"]["optimizer_sharding"] == "dp_reshardable":
+    if saved.config["checkpoint"]["optimizer_sharding"] == "dp_reshardable":
         problems += [
             f"actor.parallel.{size} = {now}: must be {saved.parallel[size]} to go on from {path}, whose optimizer was "
-            "saved with run.optimizer_sharding = dp_reshardable"
+            "saved with checkpoint.optimizer_sharding = dp_reshardable"
             for size in ("tensor_parallel", "pipeline_parallel")
             if (now := getattr(config.actor.parallel, size)) != saved.parallel[size]
         ]
     return problems
 
 
-def imitation(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, longest: int) -> Trajectory:
+def sft_example(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, longest: int) -> Trajectory:
     """An example of what to say (``algorithm.kind = sft``), cut off after so many tokens."""
     ids = tokenizer(prompt.ground_truth, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     tokens = np.array(ids[:longest], np.int32)

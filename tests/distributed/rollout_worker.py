@@ -15,12 +15,12 @@ import torch.distributed as dist
 from fipo_megatron.actor import parallel
 from fipo_megatron.config import ParallelConfig
 from fipo_megatron.data.packing import plan_micro_batches
-from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
-from fipo_megatron.rollout.scatter import Routes, deliver
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
+from fipo_megatron.rollout.scatter import Routes, scatter_trajectories
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 SETTINGS = SamplerSettings(
     prompts_per_step=6, samples_per_prompt=4, sampling=SamplingParameters(1.0, 12), run_seed=5, max_batches=3
@@ -59,7 +59,7 @@ def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dic
         EmbeddedEngine(path) if leads else None,
         SETTINGS,
         score,
-        Exchange(store, layout.rank, routes.leaders, layout.world_size),
+        StoreCoordinator(store, layout.rank, routes.leaders, layout.world_size),
     )
     prompts, found = Prompts(), []
 
@@ -70,7 +70,7 @@ def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dic
         names = [name for record in sampled.records for name in record.names]
         lengths = [length for record in sampled.records for length in record.lengths]
         plan = plan_micro_batches(lengths, [range(len(lengths))], token_budget=64, data_parallel_size=layout.data_size)
-        mine = deliver(routes, sampled.groups, names, plan)
+        mine = scatter_trajectories(routes, sampled.groups, names, plan)
         assert sorted(mine) == sorted(
             i for mini in plan for micro in mini.micro_batches[layout.data_rank] for i in micro
         )
@@ -102,7 +102,7 @@ def over_sampling(path: str, layout: parallel.RankLayout, store: dist.Store) -> 
         EmbeddedEngine(path, slots=16) if leads else None,
         settings,
         score,
-        Exchange(dist.PrefixStore("over", store), layout.rank, routes.leaders, layout.world_size),
+        StoreCoordinator(dist.PrefixStore("over", store), layout.rank, routes.leaders, layout.world_size),
     )
     prompts = Prompts()
 
@@ -125,30 +125,36 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         engine = EmbeddedEngine(path) if leads else None
         if layout.rank == routes.leaders[-1]:
             await engine.release_memory("weights")
-        exchange = Exchange(dist.PrefixStore("broken", store), layout.rank, routes.leaders, layout.world_size)
-        await Sampler(engine, SETTINGS, score, exchange).step(Prompts(), 0)
+        coordinator = StoreCoordinator(
+            dist.PrefixStore("broken", store), layout.rank, routes.leaders, layout.world_size
+        )
+        await Sampler(engine, SETTINGS, score, coordinator).step(Prompts(), 0)
 
     async def refused() -> None:
         """A request that no engine can serve, on one rank."""
         engine = EmbeddedEngine(path) if leads else None
         if layout.rank == routes.leaders[-1]:
             engine.context = 10
-        exchange = Exchange(dist.PrefixStore("refused", store), layout.rank, routes.leaders, layout.world_size)
-        sampler = Sampler(engine, SETTINGS, score, exchange)
+        coordinator = StoreCoordinator(
+            dist.PrefixStore("refused", store), layout.rank, routes.leaders, layout.world_size
+        )
+        sampler = Sampler(engine, SETTINGS, score, coordinator)
         try:
             await sampler.step(Prompts(), 0)
         finally:
-            await exchange.gather({"again": layout.rank})  # the ranks are still in step
+            await coordinator.gather({"again": layout.rank})  # the ranks are still in step
 
     async def wrong(trajectory: Trajectory) -> Score:
         return Score(-1.0, 0)
 
     async def exhausted() -> None:
-        exchange = Exchange(dist.PrefixStore("exhausted", store), layout.rank, routes.leaders, layout.world_size)
-        await Sampler(EmbeddedEngine(path) if leads else None, SETTINGS, wrong, exchange).step(Prompts(), 0)
+        coordinator = StoreCoordinator(
+            dist.PrefixStore("exhausted", store), layout.rank, routes.leaders, layout.world_size
+        )
+        await Sampler(EmbeddedEngine(path) if leads else None, SETTINGS, wrong, coordinator).step(Prompts(), 0)
 
     async def silent() -> None:
-        exchange = Exchange(
+        coordinator = StoreCoordinator(
             dist.PrefixStore("silent", store),
             layout.rank,
             range(layout.world_size),
@@ -157,8 +163,8 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         )
         if layout.rank == layout.world_size - 1:
             await asyncio.sleep(2.5)
-            exchange.look()
-        await exchange.gather({})
+            coordinator.look()
+        await coordinator.gather({})
 
     for attempt in (broken, refused, exhausted, silent):
         try:
@@ -171,13 +177,13 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
 
 def run_ahead(layout: parallel.RankLayout, store: dist.Store) -> list[list[int]]:
     """Many rounds in which rank 0 alone has something to say, while the others are slow to hear it."""
-    exchange = Exchange(dist.PrefixStore("ahead", store), layout.rank, (0,), layout.world_size)
+    coordinator = StoreCoordinator(dist.PrefixStore("ahead", store), layout.rank, (0,), layout.world_size)
 
     async def run() -> list[list[int]]:
         found = []
         for number in range(8):
             await asyncio.sleep(0.1 * (layout.rank > 0))
-            found.append(await exchange.gather(number))
+            found.append(await coordinator.gather(number))
         return found
 
     return asyncio.run(run())

@@ -13,12 +13,11 @@ import numpy as np
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
-from fipo_megatron.actor.mismatch import largest_mismatch
+from fipo_megatron.actor.mismatch import max_log_prob_difference
 from fipo_megatron.config import Config, ParallelConfig
-from fipo_megatron.data.trajectory import Prompt, Trajectory
-from fipo_megatron.rollout.engine_factory import Host, load_tokenizer
-from fipo_megatron.rollout.sampler import Score
-from fipo_megatron.rollout.scatter import deliver
+from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
+from fipo_megatron.rollout.engine_factory import HostInfo, load_tokenizer
+from fipo_megatron.rollout.scatter import scatter_trajectories
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.weights.architecture import Architecture
 
@@ -50,8 +49,8 @@ async def score(trajectory: Trajectory) -> Score:
     return Score(float(trajectory.sample % 2), trajectory.sample % 2)
 
 
-def host_of(layout: parallel.RankLayout, directory: Path) -> Host:
-    return Host(layout.rank, layout.rank, (0,), cuda=False, directory=directory)
+def host_of(layout: parallel.RankLayout, directory: Path) -> HostInfo:
+    return HostInfo(layout.rank, layout.rank, (0,), cuda=False, directory=directory)
 
 
 def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, version: int) -> dict[str, float]:
@@ -61,10 +60,10 @@ def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, versi
     names = [name for record in sampled.records for name in record.names]
     lengths = [length for record in sampled.records for length in record.lengths]
     plan = actor.plan(lengths, [range(len(lengths))])
-    mine = deliver(session.routes, sampled.groups, names, plan)
+    mine = scatter_trajectories(session.routes, sampled.groups, names, plan)
     mine = {i: replace(t, advantage=1.0 if t.reward else -1.0) for i, t in mine.items()}
     old = actor.log_probs(plan, mine)
-    mismatch = largest_mismatch(actor, plan, mine, old)
+    mismatch = max_log_prob_difference(actor, plan, mine, old)
     (metrics,) = actor.update(plan, mine, old)
     return {
         "mismatch": mismatch,

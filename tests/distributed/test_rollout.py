@@ -8,7 +8,7 @@ from torch.distributed import HashStore
 
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.sampler import Sampler
-from fipo_megatron.rollout.store_coordinator import Exchange
+from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from tests.actor.models import random_model
 from tests.distributed.launch import torchrun
 from tests.distributed.rollout_worker import SETTINGS, Prompts, describe, score
@@ -38,7 +38,7 @@ def alone(path):
     """Two steps of one leader: what the others must find, too."""
 
     async def run():
-        sampler, prompts = Sampler(EmbeddedEngine(path), SETTINGS, score, Exchange(HashStore(), 0)), Prompts()
+        sampler, prompts = Sampler(EmbeddedEngine(path), SETTINGS, score, StoreCoordinator(HashStore(), 0)), Prompts()
         return [await sampler.step(prompts, 0) for _ in range(2)]
 
     return asyncio.run(run())

@@ -113,9 +113,9 @@ def test_every_exception_is_needed():
 
 
 def test_what_does_not_exist_is_noticed():
-    assert unknown_keys(["rollout.top_q", "actor.optimizer.lr", "run.resume=never", "rollout.sglang.tp_size"]) == [
-        "rollout.top_q"
-    ]
+    assert unknown_keys(
+        ["rollout.top_q", "actor.optimizer.lr", "checkpoint.resume=never", "rollout.sglang.tp_size"]
+    ) == ["rollout.top_q"]
     assert unknown_keys(["run.resumes=auto", "algorithm.kind = fipo"]) == ["run.resumes"]
     assert unknown_tags(["policy/loss", "policy/los", "evaluation/{data_set}/avg", "policy/ratio_*"]) == ["policy/los"]
     assert unknown_paths(["actor/fp8.py", "actor/fp9.py", "tests/gpu/", "time/step", "and/or"]) == ["actor/fp9.py"]

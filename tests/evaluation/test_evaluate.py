@@ -16,7 +16,7 @@ from fipo_megatron import evaluate
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.config import load_config
 from fipo_megatron.observe.metrics import OF_DATA_SETS
-from fipo_megatron.trainer.training_inputs import InputError, read_inputs
+from fipo_megatron.trainer.training_inputs import InputError, read_training_inputs
 from tests import test_train
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def run(data, output, *overrides):
 def trained(data, tmp_path_factory):
     """Two steps, evaluated before, between and after."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "run.save_every=1"]
+    evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "checkpoint.save_every=1"]
     test_train.train(data, output, *evaluating)
     return output
 
@@ -166,7 +166,7 @@ def test_nothing_is_overwritten_and_several_processes_are_refused(data, tmp_path
 def test_a_run_evaluates_no_checkpoint(data, tmp_path):
     training = [*settings(data, tmp_path / "run"), f"data.files=[{data}/problems.jsonl]", "evaluation.checkpoint=x"]
     with pytest.raises(InputError, match=r"evaluation.checkpoint = x: is for python -m fipo_megatron.evaluate alone"):
-        read_inputs(load_config(CONFIG, training))
+        read_training_inputs(load_config(CONFIG, training))
 
 
 def test_weights_that_are_missing_are_noticed(data, tmp_path, capsys):

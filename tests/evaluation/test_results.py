@@ -9,7 +9,7 @@ from fipo_megatron.evaluation import summary
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
 from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
-from fipo_megatron.observe.run_log import StepLog
+from fipo_megatron.observe.run_log import RunLog
 
 
 def problem(data_set, id_, answers, truth="5", lengths=(10, 20, 30, 40), cut=0):
@@ -79,15 +79,15 @@ def test_the_summary_can_be_read_again(found, tmp_path):
     summary.write(tmp_path, found, {"model": "m"})
     read = json.loads((tmp_path / summary.SUMMARY).read_text())
     assert read["model"] == "m"
-    assert summary["scalars"] == found.scalars()
-    assert summary["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
+    assert read["scalars"] == found.scalars()
+    assert read["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
     rows = [json.loads(line) for line in (tmp_path / summary.PROBLEMS).read_text().splitlines()]
     assert [ProblemResult(**row) for row in rows] == list(found.problems)
     assert sorted(file.name for file in tmp_path.iterdir()) == [summary.PROBLEMS, summary.SUMMARY]
 
 
 def test_resume_cuts_evaluations(found, tmp_path):
-    log = StepLog(Config(run=RunConfig(output=str(tmp_path))), writes=True)
+    log = RunLog(Config(run=RunConfig(output=str(tmp_path))), writes=True)
     for step in (0, 10, 20):
         log.evaluation(step, found)
     (tmp_path / "evaluations" / ".step-000020.jsonl.partial").write_text("half")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fipo_megatron.evaluation import estimates
-from fipo_megatron.evaluation.answer_normalisation import ballot
+from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import estimate, ks, pass_at_k, vote
 
 RIGHT = (0, 1, 2, 4)
@@ -79,7 +79,7 @@ def test_ties_favour_nobody():
     ],
 )
 def test_what_a_response_votes_for(verifier, extracted, expected):
-    assert ballot(verifier, extracted) == expected
+    assert normalise_answer(verifier, extracted) == expected
 
 
 def coverage(problems, sets, interval):

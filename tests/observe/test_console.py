@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 
 from fipo_megatron.observe import console
-from fipo_megatron.rollout.sampling_progress import Progress, Sampling, together
+from fipo_megatron.rollout.sampling_progress import ProgressSnapshot, SamplingProgress, combine_snapshots
 
 VALUES = {tag: 0.5 for _, tag, _, _ in console.COLUMNS}
 
@@ -48,25 +48,25 @@ def test_ranks_other_than_the_first_warn_with_their_rank(capsys):
 def test_sampling_is_shown_in_the_log_and_on_a_terminal(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(console, "_QUIET_SECONDS", 0.01)
-    now = Sampling(12, 8192, 90_000, 61.7)
-    with console.sampling_shown(None, lambda: now):
+    now = ProgressSnapshot(12, 8192, 90_000, 61.7)
+    with console.show_sampling_progress(None, lambda: now):
         time.sleep(0.1)
     said = caplog.records[0].getMessage()
     assert "sampling: 12 of 8,192 responses" in said
     assert "the longest in flight for 62 s" in said
     terminal = Console(force_terminal=True, width=140, record=True)
-    with console.sampling_shown(terminal, lambda: now):
+    with console.show_sampling_progress(terminal, lambda: now):
         time.sleep(0.6)
     assert "12 of 8,192 responses" in terminal.export_text()
 
 
 def test_progress_of_several_ranks():
-    progress = Progress()
+    progress = SamplingProgress()
     with progress.response():
         time.sleep(0.01)
         assert progress.now()[:3] == (0, 1, 0)
         assert progress.now().oldest_seconds >= 0.01
     progress.complete(7)
     assert progress.now()[:3] == (1, 1, 7)
-    assert together([progress.now(), Sampling(2, 3, 4, 99.0)]) == (3, 4, 11, 99.0)
-    assert together([]) == (0, 0, 0, 0.0)
+    assert combine_snapshots([progress.now(), ProgressSnapshot(2, 3, 4, 99.0)]) == (3, 4, 11, 99.0)
+    assert combine_snapshots([]) == (0, 0, 0, 0.0)

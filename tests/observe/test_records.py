@@ -9,7 +9,7 @@ import pytest
 from fipo_megatron.actor.update_metrics import NoiseFloor
 from fipo_megatron.config import load_config
 from fipo_megatron.observe.collapse_alarm import LOOKED_AT
-from fipo_megatron.observe.run_log import StepLog, noise_metrics
+from fipo_megatron.observe.run_log import RunLog, noise_metrics
 from tests.runs import CONFIG
 
 LEARNED = dict.fromkeys(LOOKED_AT, 0.5)
@@ -17,7 +17,7 @@ LEARNED = dict.fromkeys(LOOKED_AT, 0.5)
 
 def test_the_alarm_begins_anew_after_it_was_off(tmp_path):
     config = load_config(CONFIG)
-    log = StepLog(replace(config, run=replace(config.run, output=str(tmp_path))), writes=True)
+    log = RunLog(replace(config, run=replace(config.run, output=str(tmp_path))), writes=True)
     looked = {**LEARNED, "health/alarm": 0.0}
     cases = [([], [0, 2]), ([looked], [0, 1, 3]), ([LEARNED], [1, 3]), ([looked, LEARNED, looked], [2, 3, 5])]
     for before, expected in cases:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 
 from fipo_megatron.actor.update_metrics import TokenPart
+from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Prompt, TokenSpan, Trajectory
 from fipo_megatron.observe.trajectory_files import TrajectoryFiles, choose, row_of, token_columns
-from fipo_megatron.rollout.assignment import GroupRecord
 
 
 def record(prompt, accuracies):

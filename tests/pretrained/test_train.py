@@ -23,7 +23,7 @@ def test_two_steps_of_fipo(tmp_path):
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     settings = [
         *(f"model.path={model}", f"data.files=[{tmp_path}/problems.jsonl]", f"run.output={tmp_path}/run"),
-        *("run.steps=2", "run.save_every=0", "run.evaluate_every=0", "algorithm.dynamic_sampling=false"),
+        *("run.steps=2", "checkpoint.save_every=0", "run.evaluate_every=0", "algorithm.dynamic_sampling=false"),
         *("data.max_prompt_tokens=64", "rollout.max_response_tokens=64", "rollout.embedded_slots=16"),
         *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "actor.prompts_per_mini_batch=2"),
         *("actor.token_budget=512", "actor.optimizer.schedule=constant", "actor.optimizer.lr=1e-5"),

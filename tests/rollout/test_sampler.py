@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout import carry_over
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError, Score
+from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
 from tests.actor.models import random_model
 
 SETTINGS = SamplerSettings(
@@ -56,7 +56,7 @@ def run(engine, settings, prompts, steps=1, state=None, versions=None):
     async def go():
         sampler = Sampler(engine, settings, prompts.score)
         if state is not None:
-            sampler.take_over(*carry_over.from_bytes(state))
+            sampler.restore(*carry_over.deserialize_groups(state))
         found = []
         for step in range(steps):
             sampled = await sampler.step(prompts, versions[step] if versions else 0)
@@ -193,7 +193,7 @@ def test_a_restored_sampler_goes_on_as_if_nothing_had_happened(path):
         prompts = Prompts([2] * 60)
         engine = EmbeddedEngine(path, slots=16)
         sampler, [(first, _)] = run(engine, LONG, prompts)
-        state = carry_over.to_bytes(*sampler.carried())
+        state = carry_over.serialize_groups(*sampler.carried())
         assert len(state) > 3000
         if not restored:
             engine = EmbeddedEngine(path, slots=16)

@@ -13,19 +13,25 @@ import numpy as np
 import transformers
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.collectives import all_or_none
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.sglang.client import SglangClient
-from fipo_megatron.rollout.weight_sync.senders import ActorSide, DiskSender, DistributedSender, Servers, TensorSender
+from fipo_megatron.rollout.weight_sync.senders import (
+    ActorWeights,
+    DiskSender,
+    DistributedSender,
+    ServerControl,
+    TensorSender,
+)
 from fipo_megatron.weights.architecture import Architecture
 
 PATHS = ("disk", "tensor", "distributed plain", "distributed bucketed")
 LAYOUTS = {"TP2": ParallelConfig(tensor_parallel=2), "PP2": ParallelConfig(pipeline_parallel=2)}
 
 
-def sender_of(path: str, side: ActorSide, servers: Servers, directory: Path) -> Any:
+def sender_of(path: str, side: ActorWeights, servers: ServerControl, directory: Path) -> Any:
     if path == "disk":
         return DiskSender(side, servers, directory)
     if path == "tensor":
@@ -58,7 +64,7 @@ def main(layout_name: str, url: str, versions: str, directory: str) -> None:
         architecture = Architecture.from_directory(source)
         chunks = build_model(architecture, ActorConfig(dtype="float32", parallel=LAYOUTS[layout_name]), layout)
         load_hf(chunks, architecture, layout, source)
-        side = ActorSide(
+        side = ActorWeights(
             stage=layout.pipeline_rank,
             stages=layout.pipeline_size,
             rank=layout.rank,
@@ -67,11 +73,11 @@ def main(layout_name: str, url: str, versions: str, directory: str) -> None:
                 c, a, layout, bucket_bytes=60_000, on_ranks=on_ranks
             ),
             save=lambda target, c=chunks, a=architecture, s=source: save_hf(c, a, layout, s, target),
-            together=all_or_none,
+            together=raise_on_all_ranks,
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
         moved = probe(url, model)[1] if layout.rank == 0 else 0.0
-        sender = sender_of(way, side, Servers([url], "secret"), Path(directory))
+        sender = sender_of(way, side, ServerControl([url], "secret"), Path(directory))
         sender.send(int(version))
         sender.close()
         if layout.rank == 0:

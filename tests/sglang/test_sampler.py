@@ -5,9 +5,9 @@ import asyncio
 import numpy as np
 import pytest
 
-from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout.engine import SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, Score
+from fipo_megatron.rollout.sampler import Sampler, SamplerSettings
 from tests.sglang import models
 from tests.sglang.test_client import client_of
 

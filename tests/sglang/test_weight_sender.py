@@ -15,10 +15,10 @@ from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.weight_sync.probe import check_probe
 from fipo_megatron.rollout.weight_sync.senders import (
-    ActorSide,
+    ActorWeights,
     DiskSender,
     DistributedSender,
-    Servers,
+    ServerControl,
     TensorSender,
 )
 from fipo_megatron.weights.architecture import Architecture
@@ -69,7 +69,7 @@ def actor(layout, tmp_path):
             for bucket in export_hf(chunks, architecture, layout, bucket_bytes=60_000, on_ranks=on_ranks):
                 yield [(name, spoil(name, tensor)) for name, tensor in bucket]
 
-        side = ActorSide(
+        side = ActorWeights(
             stage=0,
             stages=1,
             rank=0,
@@ -96,7 +96,7 @@ def test_served_weights_are_the_actors(path, server, actor, tmp_path):
     version = 10 + PATHS.index(path)
     before, found_before, _ = served(server)
     chunks, side = actor(seed=version)
-    sender = sender_of(path, side, Servers([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
     try:
         for again in range(2):  # the connection is used more than once
             sender.send(version + 100 * again)
@@ -119,7 +119,7 @@ def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
         return tensor.roll(1, 0) if name == "model.layers.1.mlp.down_proj.weight" else tensor
 
     chunks, side = actor(seed=77, spoil=spoil)
-    sender = sender_of(path, side, Servers([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
     sender.send(77)
     sender.close()
     one, found, _ = served(server)
@@ -131,13 +131,13 @@ def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
 
 def test_a_server_that_refuses_is_named(server, actor, tmp_path):
     _, side = actor(seed=5)
-    sender = TensorSender(side, Servers([server.url], "wrong"))
+    sender = TensorSender(side, ServerControl([server.url], "wrong"))
     with pytest.raises(EngineError, match=r"/begin_weight_update: HTTP status 401"):
         sender.send(1)
     with pytest.raises(EngineError, match=r"127.0.0.1:9/begin_weight_update: cannot be reached"):
-        TensorSender(side, Servers(["http://127.0.0.1:9"])).send(1)
+        TensorSender(side, ServerControl(["http://127.0.0.1:9"])).send(1)
     with pytest.raises(EngineError, match="HTTP status 400"):
-        DiskSender(side, Servers([server.url], "secret"), tmp_path)._servers.all(
+        DiskSender(side, ServerControl([server.url], "secret"), tmp_path)._servers.all(
             "/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")}
         )
     assert DistributedSender.send is TensorSender.send

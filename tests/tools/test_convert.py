@@ -14,9 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fipo_megatron import convert as conversion
 from fipo_megatron.actor import hf_conversion as converter
 from tests.actor.models import random_model
-from tools import conversion, convert_hf_to_megatron, convert_megatron_to_hf
+from tools import convert_hf_to_megatron, convert_megatron_to_hf
 
 ROOT = Path(__file__).parents[2]
 

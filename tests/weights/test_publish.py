@@ -3,12 +3,13 @@
 import pytest
 
 from fipo_megatron.storage import publishing
+from fipo_megatron.storage.atomic import partial_of
 
 
 def test_directory_is_renamed_when_complete(tmp_path):
     target = tmp_path / "target"
     publishing.begin(target)
-    partial = publishing.partial_of(target)
+    partial = partial_of(target)
     (partial / "of another run").touch()
     with pytest.raises(FileExistsError, match=r"\.target\.partial: another run writes target, or was killed"):
         publishing.begin(target)

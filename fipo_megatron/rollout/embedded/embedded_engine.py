@@ -21,13 +21,13 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from fipo_megatron.rollout.embedded.embedded_engine.hf_parameters import parameters_by_hf_name
-from fipo_megatron.rollout.embedded.embedded_engine.slot_cache import SlotCache
+from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
+from fipo_megatron.rollout.embedded.slot_cache import SlotCache
 from fipo_megatron.rollout.engine import (
     EngineError,
+    EngineMemory,
     Generation,
     GenerationRequest,
-    Memory,
     RequestError,
     WorkerHealth,
     spans_of,
@@ -311,7 +311,7 @@ class EmbeddedEngine:
         self._version, self._stale, self._weightless = version, True, False
         self._prompts.clear()
 
-    async def release_memory(self, *what: Memory) -> None:
+    async def release_memory(self, *what: EngineMemory) -> None:
         """See :class:`.engine.RolloutEngine`."""
         if self._waiting or any(self._running):
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
@@ -324,7 +324,7 @@ class EmbeddedEngine:
                 parameter.data = parameter.new_empty(0)
             self._weightless = True
 
-    async def restore_memory(self, *what: Memory) -> None:
+    async def restore_memory(self, *what: EngineMemory) -> None:
         """See :class:`.engine.RolloutEngine`."""
         if "weights" in what and self._shapes:
             for parameter, shape in zip(self.model.parameters(), self._shapes, strict=True):

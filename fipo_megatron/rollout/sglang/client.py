@@ -21,7 +21,14 @@ import aiohttp
 import numpy as np
 import orjson
 
-from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, Memory, RequestError, WorkerHealth
+from fipo_megatron.rollout.engine import (
+    EngineError,
+    EngineMemory,
+    Generation,
+    GenerationRequest,
+    RequestError,
+    WorkerHealth,
+)
 from fipo_megatron.rollout.sglang.responses import MalformedAnswerError, error_text, parse_generation
 
 logger = logging.getLogger(__name__)
@@ -430,14 +437,14 @@ class SglangClient:
         """See :class:`.engine.RolloutEngine`: servers do not wait."""
         return contextlib.nullcontext()
 
-    async def release_memory(self, *what: Memory) -> None:
+    async def release_memory(self, *what: EngineMemory) -> None:
         """See :class:`.engine.RolloutEngine`; needs ``enable_memory_saver`` to have an effect."""
         if self._in_flight:
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
         await self.control("/flush_cache?timeout=60")  # for what was aborted a moment ago
         await self.control("/release_memory_occupation", {"tags": list(what)})
 
-    async def restore_memory(self, *what: Memory) -> None:
+    async def restore_memory(self, *what: EngineMemory) -> None:
         """See :class:`.engine.RolloutEngine`."""
         await self.control("/resume_memory_occupation", {"tags": list(what)})
 

@@ -10,26 +10,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.weight_sync.senders import ActorSide
+from fipo_megatron.rollout.weight_sync.senders import ActorWeights
 
 
 class EmbeddedSender:
-    """A :class:`.weight_sender.WeightSender`: from process to process; with several stages, through a directory.
+    """A :class:`.senders.WeightSender`: from process to process; with several stages, through a directory.
 
     Args:
-        actor: See :class:`.weight_sender.ActorSide`.
+        actor: See :class:`.senders.ActorWeights`.
         engine: Of this rank; None where it has none.
         leaders: Ranks with an engine.
         directory: All ranks see it; only used with several stages.
     """
 
     def __init__(
-        self, actor: ActorSide, engine: EmbeddedEngine | None, leaders: Sequence[int], directory: Path
+        self, actor: ActorWeights, engine: EmbeddedEngine | None, leaders: Sequence[int], directory: Path
     ) -> None:
         self._actor, self._engine, self._leaders, self._directory = actor, engine, tuple(leaders), directory
 
     def send(self, version: int) -> None:
-        """See :class:`.weight_sender.WeightSender`."""
+        """See :class:`.senders.WeightSender`."""
         with self._actor.together("updating the embedded engine"):
             if self._actor.stages == 1:
                 self._take(self._streamed(), version)
@@ -59,7 +59,7 @@ class EmbeddedSender:
             pass
 
     def close(self) -> None:
-        """See :class:`.weight_sender.WeightSender`: nothing."""
+        """See :class:`.senders.WeightSender`: nothing."""
 
 
 def _read(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -39,7 +39,7 @@ Bucket = Sequence[tuple[str, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class ActorSide:
+class ActorWeights:
     """What a sender has to know of the actor, on this rank.
 
     Attributes:
@@ -71,7 +71,7 @@ class ActorSide:
         return self.rank in self.senders
 
 
-class Servers:
+class ServerControl:
     """Control calls to SGLang servers, from threads: the caller may be in a broadcast meanwhile.
 
     Args:
@@ -137,12 +137,12 @@ class DiskSender:
     """Through a directory that actor and servers see; older ones are removed.
 
     Args:
-        actor: See :class:`ActorSide`.
+        actor: See :class:`ActorWeights`.
         servers: To be told.
         directory: Exists; versions are directories in it.
     """
 
-    def __init__(self, actor: ActorSide, servers: Servers, directory: Path) -> None:
+    def __init__(self, actor: ActorWeights, servers: ServerControl, directory: Path) -> None:
         self._actor, self._servers, self._directory = actor, servers, directory
         self.latest: Path | None = None
         """What was sent last: for a server that comes back later."""
@@ -171,7 +171,7 @@ class DiskSender:
 class _BucketSender:
     """What senders by bucket have in common: a session on the servers, stage after stage, the version last."""
 
-    def __init__(self, actor: ActorSide, servers: Servers) -> None:
+    def __init__(self, actor: ActorWeights, servers: ServerControl) -> None:
         self._actor, self._servers = actor, servers
 
     def send(self, version: int) -> None:
@@ -219,12 +219,12 @@ class TensorSender(_BucketSender):
     """In the request itself, through host memory: for servers on this machine and small models.
 
     Args:
-        actor: See :class:`ActorSide`.
+        actor: See :class:`ActorWeights`.
         servers: Of the same ``tensor_parallel`` each.
         tensor_parallel: Ranks of each server; each takes its part of the whole tensors.
     """
 
-    def __init__(self, actor: ActorSide, servers: Servers, tensor_parallel: int = 1) -> None:
+    def __init__(self, actor: ActorWeights, servers: ServerControl, tensor_parallel: int = 1) -> None:
         super().__init__(actor, servers)
         self._tensor_parallel = tensor_parallel
 
@@ -243,7 +243,7 @@ class DistributedSender(_BucketSender):
     """By broadcast, NCCL or gloo: every stage's sender and all ranks of all servers are one group.
 
     Args:
-        actor: See :class:`ActorSide`.
+        actor: See :class:`ActorWeights`.
         servers: To send to.
         ranks_per_server: Ranks of each server, in the order of ``servers.urls``.
         address: This host, as the servers reach it.
@@ -254,8 +254,8 @@ class DistributedSender(_BucketSender):
 
     def __init__(
         self,
-        actor: ActorSide,
-        servers: Servers,
+        actor: ActorWeights,
+        servers: ServerControl,
         ranks_per_server: Sequence[int],
         *,
         address: str = "127.0.0.1",
