@@ -1,10 +1,11 @@
-"""Trains a policy: sample, score, compare, update.
+"""Trains a policy with FIPO, DAPO or GRPO, or fine-tunes it on examples (SFT).
 
+fipo train CONFIG.yaml [key=value ...]
 torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
 
-Every rank runs this loop. Exit code 2: the configuration, or what it names, is not valid; 1: the run failed; 3: the
-alarm for collapse has ended it, saved; 0: it is complete, or was asked to end (SIGTERM, Ctrl-C) and is saved. Run it
-again to go on.
+Every rank runs this program. Exit code 0: the run is complete, or was asked to end (SIGTERM, Ctrl-C) and is saved;
+1: it failed; 2: the configuration, or an input that it names, is not valid; 3: the collapse alarm has ended it, saved.
+Run it again to resume.
 """
 
 from __future__ import annotations
@@ -12,72 +13,168 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import transformers
-
-from fipo_megatron.config import Config, load_config, notices
-from fipo_megatron.observe.collapse_alarm import CollapseError
-from fipo_megatron.observe.console import set_up_logging
+from fipo_megatron.config import load_config, notices
+from fipo_megatron.data.batch import Batch, build_batch, build_sft_batch, compute_advantages
+from fipo_megatron.observe.collapse_alarm import Alarm, CollapseError
+from fipo_megatron.observe.console import set_up_logging, silence_libraries
+from fipo_megatron.rollout import rollout_dump
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.sampler import SamplingExhaustedError
-from fipo_megatron.trainer.training_inputs import read_training_inputs
-from fipo_megatron.weights.architecture import Architecture
+from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
+from fipo_megatron.rollout.scatter import scatter_trajectories
+from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
 from fipo_megatron.weights.hf_directory import WeightsError
 
 if TYPE_CHECKING:
-    from fipo_megatron.trainer.trainer import Run
+    from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+    from fipo_megatron.trainer.trainer import Trainer
 
 logger = logging.getLogger("fipo_megatron")
 EXPECTED = (EngineError, SamplingExhaustedError, WeightsError, OSError)
-"""What may happen to a run that is as it should be; its text says all there is to say."""
+"""Expected failures: logged without a traceback, exit code 1."""
 
 
-def train(run: Run) -> None:
-    """The steps that are left."""
-    config, actor = run.config, run.actor
-    for step in run.steps():
-        sampled = run.sample(step)
-        batch = run.batch(sampled, step)
+def train(trainer: Trainer) -> None:
+    """Runs the remaining steps of FIPO, DAPO or GRPO. One turn of the loop is one step."""
+    config, actor = trainer.config, trainer.actor
+    assert trainer.routes is not None
+    while trainer.step < config.run.steps:
+        trainer.timer.start()
+        sampled = sample_and_score(trainer)
+        groups = compute_advantages(sampled.groups, config.algorithm)
+        batch = build_batch(sampled.records, config, trainer.step)
         plan = actor.plan(batch.lengths, batch.mini_batches)
-        trajectories = run.scatter_trajectories(sampled, batch, plan)
-        if config.run.rollout_only or not plan:
-            run.log(step, sampled, batch, [])
-            continue
-        with run.part("log_probs"):
-            run.check_noise_floor(step, plan[0], trajectories)
-            old = actor.log_probs(plan, trajectories)
-            reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
-        with run.part("update"):
-            updates = actor.update(plan, trajectories, old, reference, run.watched(sampled, batch, step))
-        run.log(step, sampled, batch, updates)
+        trajectories = scatter_trajectories(trainer.routes, groups, batch.names, plan)
+        noise: NoiseFloor | None = None
+        updates: list[UpdateMetrics] = []
+        if plan and not config.run.rollout_only:
+            with trainer.timer.part("log_probs"):
+                noise = trainer.noise_gate.check(trainer.step, plan[0], trajectories)
+                old = actor.log_probs(plan, trajectories)
+                reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
+            with trainer.timer.part("update"):
+                watched = trainer.reporter.watched(sampled.records, batch, trainer.step)
+                updates = actor.update(plan, trajectories, old, reference, watched)
+        metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise)
+        health, alarm = trainer.monitor.check(trainer.step, metrics)
+        trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
+        if not finish_step(trainer, alarm, sampled, batch, updates):
+            return
+    finish_run(trainer)
 
 
-def sft(run: Run) -> None:
-    """The steps that are left of ``algorithm.kind = sft``: examples instead of samples."""
-    for step in run.steps():
-        examples = run.examples()
-        batch = run.batch_of_examples(examples, step)
-        plan = run.actor.plan(batch.lengths, batch.mini_batches)
-        with run.part("update"):
-            updates = run.actor.update(plan, examples, None)
-        run.log(step, None, batch, updates)
+def sample_and_score(trainer: Trainer) -> SampledGroups:
+    """Syncs the weights, evaluates if due, and samples the groups of the step; each response is scored as it finishes.
+
+    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError and
+    SamplingExhaustedError, what was sampled so far is saved.
+    """
+    config, session, step = trainer.config, trainer.session, trainer.step
+    if session is None:  # run.replay
+        return rollout_dump.read(Path(str(config.run.replay)), step, keep=trainer.layout.rank == 0)
+    sampled: SampledGroups | None = None
+    try:
+        if session.has_prefetched:
+            with trainer.timer.part("generate"), trainer.show_sampling():
+                sampled = session.take_prefetched()
+        with ExitStack() as generating:
+            with trainer.timer.part("sync"):
+                generating.enter_context(session.generating(version=step))
+            if trainer.is_due(config.run.evaluate_every):
+                trainer.evaluate()
+            if sampled is None:
+                with trainer.timer.part("generate"), trainer.show_sampling():
+                    sampled = session.sample(trainer.prompts)
+            if config.rollout.overlap and step + 1 < config.run.steps:
+                session.prefetch(trainer.prompts)
+    except (EngineError, SamplingExhaustedError):
+        trainer.save_interrupted(sampled)
+        raise
+    if config.run.record_rollouts and session.engine is not None:
+        rollout_dump.write(trainer.output / "rollouts", step, trainer.layout.rank, sampled)
+    return sampled
+
+
+def sft(trainer: Trainer) -> None:
+    """Runs the remaining steps of supervised fine-tuning."""
+    config, actor = trainer.config, trainer.actor
+    while trainer.step < config.run.steps:
+        trainer.timer.start()
+        examples = trainer.sft_examples()
+        batch = build_sft_batch(examples, config, trainer.step)
+        plan = actor.plan(batch.lengths, batch.mini_batches)
+        with trainer.timer.part("update"):
+            updates = actor.update(plan, examples, None)
+        metrics = trainer.reporter.metrics(trainer.step, None, updates, None)
+        health, alarm = trainer.monitor.check(trainer.step, metrics)
+        trainer.reporter.write(trainer.step, metrics | health, None, [], batch, updates)
+        if not finish_step(trainer, alarm, None, batch, updates):
+            return
+    finish_run(trainer)
+
+
+def finish_step(
+    trainer: Trainer, alarm: Alarm | None, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]
+) -> bool:
+    """Rolls back after an alarm, else saves and exports if due.
+
+    Returns:
+        Whether the run goes on; False if it was asked to end, and is saved.
+
+    Raises:
+        CollapseError: The alarm has ended the run, which is saved.
+    """
+    config, step = trainer.config, trainer.step
+    trainer.step += 1
+    stopped, alarm = trainer.agree(alarm)
+    advice = trainer.roll_back(alarm) if alarm is not None else ""
+    if alarm is not None and not advice:
+        if stopped:
+            logger.warning("ended after a return to step %d, as asked; run it again to go on", trainer.step)
+        return not stopped
+    is_last = trainer.step == config.run.steps
+    if stopped or alarm is not None or is_last or trainer.is_due(config.checkpoint.save_every):
+        with trainer.timer.part("save"):
+            trainer.save()
+    reward_seconds = trainer.scorer.take_seconds() if trainer.scorer is not None else None
+    trainer.reporter.write_timing(step, sampled, batch, updates, reward_seconds)
+    if alarm is not None:
+        trainer.checkpoints.finish()
+        raise trainer.monitor.collapse_error(alarm, advice, is_last=is_last)
+    if stopped:
+        trainer.checkpoints.finish()
+        logger.warning("ended after step %d, as asked; run it again to go on", step)
+        return False
+    if trainer.is_due(config.checkpoint.export_every) and not is_last:
+        trainer.export(f"hf-{trainer.step:06}")
+    return True
+
+
+def finish_run(trainer: Trainer) -> None:
+    """Evaluates the final policy and exports it as a Hugging Face model."""
+    trainer.checkpoints.finish()
+    if trainer.session is not None and trainer.config.run.evaluate_every:
+        with trainer.session.generating(version=trainer.step):
+            trainer.evaluate()
+    trainer.export("hf")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command line and returns the exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    _hush()
+    silence_libraries()
     try:
         config = load_config(arguments[0], arguments[1:])
         console = set_up_logging(rank, plain=config.observe.plain_console)
         inputs = read_training_inputs(config)
-        check_options(config, inputs.architecture)
+        check_megatron_options(config, inputs.architecture)
     except ValueError as error:
         if rank == 0:
             print(error, file=sys.stderr)
@@ -85,12 +182,11 @@ def main(arguments: Sequence[str]) -> int:
     for notice in notices(config):
         logger.info("note: %s", notice)
     from fipo_megatron.actor.update_metrics import NoiseError
-    from fipo_megatron.trainer.trainer import Run
+    from fipo_megatron.trainer.factory import open_trainer
 
     try:
-        with Run(config, inputs, console) as run:
-            sft(run) if config.algorithm.kind == "sft" else train(run)
-            run.export()
+        with open_trainer(config, inputs, console) as trainer:
+            sft(trainer) if config.algorithm.kind == "sft" else train(trainer)
     except CollapseError as error:
         logger.error("%s", error)
         return 3
@@ -98,22 +194,6 @@ def main(arguments: Sequence[str]) -> int:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
-
-
-def check_options(config: Config, architecture: Architecture) -> None:
-    """Raises ValueError for options of Megatron's that it does not know, or that do not go together."""
-    from fipo_megatron.actor import megatron_config  # Megatron takes seconds to import; a typo elsewhere should not
-
-    megatron_config.check(architecture, config.actor)
-    megatron_config.check_auxiliary_losses(config)
-
-
-def _hush() -> None:
-    """What libraries say of their own state; warnings of ours and errors stay."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    for name in ("megatron", "nvidia", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fipo_megatron.checkpoint.manager import steps_to_keep
+from fipo_megatron.checkpoint.retention import steps_to_keep
 from fipo_megatron.config import HealthConfig
 from fipo_megatron.observe.collapse_alarm import LOOKED_AT, CollapseAlarm
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -27,3 +31,15 @@ def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Ite
         raise own
     if failed := [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]:
         raise RuntimeError(f"{what} failed on other ranks:\n" + "\n".join(failed))
+
+
+def broadcast_from_first_rank(value: T, device: torch.device) -> T:
+    """Returns the first rank's value on every rank. A collective of all ranks.
+
+    Args:
+        value: Any object that can be pickled; ignored on other ranks.
+        device: Device of this rank, for the message.
+    """
+    message = [value]
+    dist.broadcast_object_list(message, src=0, device=device)
+    return message[0]

@@ -1,29 +1,24 @@
-"""Checkpoints of a run: everything that the rest of it depends on, published as a whole.
+"""Saves, restores and prunes the checkpoints of a run; each is published as a whole.
 
-``checkpoints/step-000020`` is what a run needs to begin with step 20: weights and
-optimizer (:mod:`.actor.sharded_checkpoint`, :mod:`.actor.optimizer_state`), and below ``run/`` the manifest, what each
-leader's sampler carries, and the random generators of every rank. All files stand in ``checksums.json``.
+``checkpoints/step-000020`` holds everything that a run needs to resume with step 20: weights and optimizer
+(:mod:`.actor.sharded_checkpoint`, :mod:`.actor.optimizer_state`), and below ``run/`` the manifest, the carry-over of
+each leader's sampler, and the random generator states of every rank. ``checksums.json`` lists all files.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fipo_megatron.actor import sharded_checkpoint
 from fipo_megatron.actor.actor import MegatronActor
@@ -31,6 +26,8 @@ from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
+from fipo_megatron.checkpoint.random_state import random_state_bytes, restore_random_state
+from fipo_megatron.checkpoint.retention import steps_to_keep
 from fipo_megatron.config import Config, as_dict
 from fipo_megatron.rollout import carry_over, rollout_dump
 from fipo_megatron.rollout.carry_over import Carried
@@ -42,73 +39,91 @@ from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
-_BYTES_OF_OPTIMIZER = 12
-"""Per parameter: main parameter and two moments in float32."""
+_OPTIMIZER_BYTES = 12
+"""Bytes of optimizer state per parameter: main parameter and two moments in float32."""
 _TIMEOUT = timedelta(hours=2)
-"""The fastest rank waits for the slowest to write its share."""
+"""Time limit of a collective of the writing threads: the fastest rank waits for the slowest to write its part."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is.
+    """The position of a run.
 
     Attributes:
-        step: The next one.
-        cursor: Of the prompts.
-        roll_backs: How often it has returned to an earlier checkpoint.
-        learning_rate_factor: Of these returns.
+        step: The next step.
+        cursor: Number of prompts consumed so far.
+        rollbacks: Number of rollbacks so far.
+        learning_rate_factor: Product of the learning-rate factors of these rollbacks.
     """
 
     step: int
     cursor: int
-    roll_backs: int = 0
+    rollbacks: int = 0
     learning_rate_factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Restored:
+    """The content of a checkpoint apart from the actor.
+
+    Attributes:
+        manifest: The manifest.
+        carry_over: Carry-over of each leader's sampler, by leader.
+        prefetched: Groups that were sampled for the step to resume with; None if there are none.
+    """
+
+    manifest: Manifest
+    carry_over: Sequence[Carried] = ()
+    prefetched: SampledGroups | None = None
+
+
 class CheckpointManager:
-    """Those of a run, on this rank. All methods are collectives of all ranks, which must see one file system.
+    """The checkpoints of a run, on this rank. All methods are collectives of all ranks, which share a file system.
 
     Args:
-        directory: Where they are; made if it does not exist.
-        config: Of the run.
-        actor: To save and to fill.
-        architecture: Of the model.
+        directory: Directory of the checkpoints; created if it does not exist.
+        config: Configuration of the run.
+        actor: Actor to save and to restore.
+        architecture: Architecture of the model.
+
+    Attributes:
+        directory: Directory of the checkpoints.
     """
 
     def __init__(self, directory: Path, config: Config, actor: MegatronActor, architecture: Architecture) -> None:
-        self._directory, self._config = directory, config
-        self._actor, self._architecture, self._layout = actor, architecture, actor.layout
+        self.directory = directory
+        self._config, self._actor, self._architecture = config, actor, architecture
+        self._layout = actor.layout
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         with raise_on_all_ranks("opening the directory of checkpoints"):
             if self._layout.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
-                for left in directory.glob(".*.partial"):  # of a run that was killed while it saved
+                for left in directory.glob(".*.partial"):
                     logger.warning("%s: was never finished; removed", left)
                     shutil.rmtree(left)
 
     def save(
         self,
-        place: TrainState,
+        state: TrainState,
         carried: Carried | None,
-        ahead: SampledGroups | None,
+        prefetched: SampledGroups | None,
         scores: Mapping[int, float],
-        safe: int | None = None,
+        safe_step: int | None = None,
     ) -> None:
         """Starts to write a checkpoint; with ``checkpoint.async_save``, a thread finishes it.
 
         Args:
-            place: Where the run is.
-            carried: By the sampler of this rank; None where it does not lead.
-            ahead: What was sampled for this step already; None where nothing was.
-            scores: By step, to tell the best checkpoint, which stays.
-            safe: The newest checkpoint of this step or an earlier one stays, too: the run may have to return to it. So
-                does the next one: a later alarm will need it, when more than ``checkpoint.keep_last`` are newer.
+            state: Position of the run.
+            carried: Carry-over of this rank's sampler; None if the rank is no leader.
+            prefetched: Groups that are already sampled for the next step; None if there are none.
+            scores: Evaluation accuracy by step; the best checkpoint is kept.
+            safe_step: See :func:`.retention.steps_to_keep`.
 
         Raises:
-            OSError: the disk is full, and the like, also of the checkpoint before this one; nothing is left under the
-                final name.
+            OSError: The disk is full or cannot be written; also if that happened to the checkpoint before this one.
+                Nothing is left under the final name.
         """
         self.finish()
         sharding = self._config.checkpoint.optimizer_sharding
@@ -123,16 +138,14 @@ class CheckpointManager:
             content=content(sharding),
             live=optimizer_tensors(self._actor) if self._config.checkpoint.async_save else None,
         )
-        generators = io.BytesIO()
-        torch.save(_random_state(), generators)
-        files = {f"random-{self._layout.rank}.pt": generators.getvalue()}
+        files = {f"random-{self._layout.rank}.pt": random_state_bytes()}
         if carried is not None:
             files[f"sampler-{leaders.index(self._layout.rank)}.npz"] = carry_over.serialize_groups(*carried)
-        if ahead is not None:
-            files |= rollout_dump.files(place.step, self._layout.rank, ahead)
-        described = self._manifest(place, len(leaders), sampled_ahead=ahead is not None)
+        if prefetched is not None:
+            files |= rollout_dump.files(state.step, self._layout.rank, prefetched)
+        described = self._manifest(state, len(leaders), prefetched=prefetched is not None)
         self._writing = self._thread.submit(
-            self._write, place.step, staged, files, described, lambda: self._prune(scores, safe)
+            self._write, state.step, staged, files, described, lambda: self._prune(scores, safe_step)
         )
         if not self._config.checkpoint.async_save:
             self.finish()
@@ -143,18 +156,82 @@ class CheckpointManager:
         return self._writing is not None and not self._writing.done()
 
     def finish(self) -> None:
-        """Waits for what is being written; see :meth:`save`."""
+        """Waits until the checkpoint in progress is written; raises what :meth:`save` documents."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Waits, where the run has failed elsewhere: what is being written is whole, and is kept."""
+        """Waits for the checkpoint in progress, logs its failure if it fails, and ends the thread."""
         try:
             self.finish()
         except Exception as error:
             logger.error("the last checkpoint could not be written: %s", error)
         self._thread.shutdown()
+
+    def newest(self, until: float = math.inf) -> Path | None:
+        """Returns the newest checkpoint whose files are whole; sets damaged ones aside and logs them.
+
+        Args:
+            until: Largest step to consider.
+
+        Raises:
+            WeightsError: There are checkpoints, but none is whole.
+        """
+        found: list[Any] = [None]
+        if self._layout.rank == 0:
+            found = [[str(path) for step, path in manifest.list_checkpoints(self.directory) if step <= until]]
+        dist.broadcast_object_list(found, src=0, device=self._layout.device)
+        for name in found[0]:
+            try:
+                sharded_checkpoint.verify_checksums(Path(name), self._layout, must_have=(manifest.FILE,))
+            except WeightsError as error:
+                logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", name, error)
+                with raise_on_all_ranks("setting a damaged checkpoint aside"):
+                    if self._layout.rank == 0:  # so that its step can be saved again
+                        logger.error("it is %s now", set_aside(Path(name), "damaged"))
+                continue
+            return Path(name)
+        if found[0]:
+            raise WeightsError(f"{self.directory}: none of {len(found[0])} checkpoints is whole")
+        return None
+
+    def load(self, path: Path) -> Restored:
+        """Restores the actor, and on the layout that saved it also the random generators.
+
+        Returns:
+            The rest of the checkpoint.
+
+        Raises:
+            WeightsError: The checkpoint does not hold this model.
+        """
+        saved = Manifest.read(path)
+        sharding = saved.config["checkpoint"]["optimizer_sharding"]
+        found = sharded_checkpoint.load(
+            self._actor.chunks,
+            self._architecture,
+            self._layout,
+            path,
+            more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=True)},
+            verified=True,
+        )
+        fill_optimizer(self._actor, found["optimizer"])
+        self._actor.schedule.num_steps = 0  # load_state_dict adds the saved number of steps
+        self._actor.schedule.load_state_dict(saved.schedule)
+        self._actor.skipped_steps = saved.skipped_steps
+        same_parallel = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))
+        if same_parallel and saved.world_size == self._layout.world_size:
+            restore_random_state(path / "run" / f"random-{self._layout.rank}.pt")
+        else:
+            logger.warning("%s was saved under another layout: random generators begin anew", path)
+        if changed := manifest.differences(saved.config, as_dict(self._config)):
+            logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
+        files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
+        carried = [carry_over.deserialize_groups(file.read_bytes()) for file in files]
+        prefetched = None
+        if saved.prefetched:
+            prefetched = rollout_dump.read(path / "run", saved.step, keep=self._layout.rank == 0)
+        return Restored(saved, carried, prefetched)
 
     def _write(
         self,
@@ -164,7 +241,7 @@ class CheckpointManager:
         described: Manifest,
         prune: Callable[[], None],
     ) -> None:
-        """In a thread, with a group of its own: the run's collectives go on meanwhile."""
+        """Writes and publishes a checkpoint in a thread, whose own group leaves the run's collectives undisturbed."""
 
         def write_more(partial: Path) -> None:
             fail_points.reach("checkpoint_write")
@@ -178,7 +255,7 @@ class CheckpointManager:
             staged,
             self._layout,
             self._config.model.path,
-            self._directory / manifest.name_of(step),
+            self.directory / manifest.name_of(step),
             write_more=write_more,
             verify=lambda partial: fail_points.reach("checkpoint_publish"),
             group=self._group,
@@ -186,14 +263,14 @@ class CheckpointManager:
         fail_points.reach("checkpoint_published")
         prune()
 
-    def _manifest(self, place: TrainState, leaders: int, *, sampled_ahead: bool) -> Manifest:
+    def _manifest(self, state: TrainState, leaders: int, *, prefetched: bool) -> Manifest:
         return Manifest(
-            step=place.step,
-            cursor=place.cursor,
-            roll_backs=place.roll_backs,
-            learning_rate_factor=place.learning_rate_factor,
+            step=state.step,
+            cursor=state.cursor,
+            rollbacks=state.rollbacks,
+            learning_rate_factor=state.learning_rate_factor,
             leaders=leaders,
-            sampled_ahead=sampled_ahead,
+            prefetched=prefetched,
             world_size=self._layout.world_size,
             parallel=asdict(self._config.actor.parallel),
             schedule=manifest.plain(self._actor.schedule.state_dict()),
@@ -204,138 +281,23 @@ class CheckpointManager:
         )
 
     def _check_space(self) -> None:
-        """Raises OSError where the file system has too little room."""
-        parameters = sum(prod(shape) for shape in tables.hf_tensors(self._architecture).values())
-        needed = parameters * (getattr(torch, self._config.actor.dtype).itemsize + _BYTES_OF_OPTIMIZER)
-        free = shutil.disk_usage(self._directory).free
+        """Raises OSError if the file system has too little free space for a checkpoint."""
+        parameters = sum(math.prod(shape) for shape in tables.hf_tensors(self._architecture).values())
+        needed = parameters * (getattr(torch, self._config.actor.dtype).itemsize + _OPTIMIZER_BYTES)
+        free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(
-                f"{self._directory}: {free / 1e9:.1f} GB are free, a checkpoint needs about {needed / 1e9:.1f} GB"
+                f"{self.directory}: {free / 1e9:.1f} GB are free, a checkpoint needs about {needed / 1e9:.1f} GB"
             )
 
-    def _prune(self, scores: Mapping[int, float], safe: int | None) -> None:
-        """Removes all but those :func:`steps_to_keep`."""
+    def _prune(self, scores: Mapping[int, float], safe_step: int | None) -> None:
+        """Removes all checkpoints but those that :func:`.retention.steps_to_keep` returns."""
         with raise_on_all_ranks("removing old checkpoints", self._group):
             if self._layout.rank == 0:
-                found = manifest.list_checkpoints(self._directory)
-                kept = steps_to_keep([step for step, _ in found], self._config.checkpoint.keep_last, scores, safe)
+                found = manifest.list_checkpoints(self.directory)
+                kept = steps_to_keep([step for step, _ in found], self._config.checkpoint.keep_last, scores, safe_step)
                 for step, path in found:
                     if step not in kept:
                         hidden = partial_of(path)
                         path.rename(hidden)
                         shutil.rmtree(hidden)
-
-    @property
-    def directory(self) -> Path:
-        """Where they are."""
-        return self._directory
-
-    def newest(self, until: float = math.inf) -> Path | None:
-        """The newest one whose files are whole; those that are not are named, loudly.
-
-        Args:
-            until: Its step is not larger.
-
-        Raises:
-            WeightsError: there are some, but none is whole.
-        """
-        found: list[Any] = [None]
-        if self._layout.rank == 0:
-            found = [[str(path) for step, path in manifest.list_checkpoints(self._directory) if step <= until]]
-        dist.broadcast_object_list(found, src=0, device=self._layout.device)
-        for name in found[0]:
-            try:
-                sharded_checkpoint.verify_checksums(Path(name), self._layout, must_have=(manifest.FILE,))
-            except WeightsError as error:
-                logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", name, error)
-                self._set_aside(Path(name))
-                continue
-            return Path(name)
-        if found[0]:
-            raise WeightsError(f"{self._directory}: none of {len(found[0])} checkpoints is whole")
-        return None
-
-    def _set_aside(self, path: Path) -> None:
-        """Renames it, so that its step can be saved again; nothing is removed."""
-        with raise_on_all_ranks("setting a damaged checkpoint aside"):
-            if self._layout.rank == 0:
-                logger.error("it is %s now", set_aside(path, "damaged"))
-
-    def load(self, path: Path) -> tuple[Manifest, list[Carried], SampledGroups | None]:
-        """Fills the actor.
-
-        Returns:
-            The manifest, what each leader's sampler carried, and what was sampled ahead.
-
-        Raises:
-            WeightsError: it does not hold this model.
-        """
-        saved = Manifest.read(path)
-        sharding = saved.config["checkpoint"]["optimizer_sharding"]
-        found = sharded_checkpoint.load(
-            self._actor.chunks,
-            self._architecture,
-            self._layout,
-            path,
-            more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=True)},
-            verified=True,
-        )
-        fill_optimizer(self._actor, found["optimizer"])
-        self._actor.schedule.num_steps = 0  # what is loaded is added
-        self._actor.schedule.load_state_dict(saved.schedule)
-        self._actor.skipped_steps = saved.skipped_steps
-        same = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))
-        if same and saved.world_size == self._layout.world_size:
-            _restore_random_state(torch.load(path / "run" / f"random-{self._layout.rank}.pt", weights_only=True))
-        else:
-            logger.warning("%s was saved under another layout: random generators begin anew", path)
-        if changed := manifest.differences(saved.config, as_dict(self._config)):
-            logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
-        files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
-        carried = [carry_over.deserialize_groups(file.read_bytes()) for file in files]
-        ahead = None
-        if saved.sampled_ahead:
-            ahead = rollout_dump.read(path / "run", saved.step, keep=self._layout.rank == 0)
-        return saved, carried, ahead
-
-
-def steps_to_keep(steps: Sequence[int], newest: int, scores: Mapping[int, float], safe: int | None) -> set[int]:
-    """Of the checkpoints of these steps: so many of the newest, the best, and those that the run may have to return to.
-
-    Args:
-        steps: Of all that there are.
-        newest: How many.
-        scores: By step; empty where the best is not wanted.
-        safe: A checkpoint of this step or an earlier one is from before any collapse. The newest such one is kept, and
-            the one after it: ``safe`` grows, and by the time it gets there, ``newest`` ones may be newer.
-    """
-    kept = {*sorted(steps)[-newest:]}
-    kept |= {*sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))[-1:]}
-    if safe is not None:
-        kept |= {*sorted(step for step in steps if step <= safe)[-1:]}
-        kept |= {*sorted(step for step in steps if step > safe)[:1]}
-    return kept
-
-
-def _random_state() -> dict[str, Any]:
-    """Of every generator of this process, as tensors and lists."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the one that libraries draw from
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "tracker": dict(get_cuda_rng_tracker().get_states()),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))

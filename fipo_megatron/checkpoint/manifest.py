@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it: readable without Megatron, before anything is built."""
+"""The manifest of a checkpoint: what its run was, readable without Megatron and before anything is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from fipo_megatron.weights.architecture import Architecture
 
-FORMAT = 1
+FORMAT = 2
 FILE = "run/manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "fipo-megatron")
@@ -19,23 +19,23 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "
 
 @dataclass(frozen=True)
 class Manifest:
-    """Of a checkpoint.
+    """The manifest of a checkpoint.
 
     Attributes:
-        step: The next one.
-        cursor: Prompts given so far.
-        leaders: How many samplers were saved.
-        world_size: Ranks that saved it.
-        parallel: The layout that saved it.
-        schedule: Of the learning rate.
-        skipped_steps: Optimizer steps that were skipped so far.
-        architecture: Of the model.
-        config: Of the run.
-        packages: Versions.
-        sampled_ahead: Whether it holds the responses of the next step.
-        roll_backs: How often the run had returned to an earlier checkpoint before.
-        learning_rate_factor: Of these returns.
-        format: Of this file.
+        step: The step that a run resumes with.
+        cursor: Number of prompts consumed so far.
+        leaders: Number of samplers whose carry-over was saved.
+        world_size: Number of ranks that saved the checkpoint.
+        parallel: ``actor.parallel`` of the run that saved it.
+        schedule: State of the learning-rate schedule.
+        skipped_steps: Number of optimizer steps skipped so far.
+        architecture: Architecture of the model.
+        config: Configuration of the run.
+        packages: Package versions by name.
+        prefetched: Whether the checkpoint holds responses sampled for ``step``.
+        rollbacks: Number of rollbacks of the run before it was saved.
+        learning_rate_factor: Product of the learning-rate factors of these rollbacks.
+        format: Version of the file's format.
     """
 
     step: int
@@ -48,71 +48,79 @@ class Manifest:
     architecture: dict[str, Any]
     config: dict[str, Any]
     packages: dict[str, str]
-    sampled_ahead: bool = False
-    roll_backs: int = 0
+    prefetched: bool = False
+    rollbacks: int = 0
     learning_rate_factor: float = 1.0
     format: int = FORMAT
 
     def write(self, checkpoint: Path) -> None:
-        """Into a checkpoint; the directory ``run`` exists."""
+        """Writes the manifest into a checkpoint whose directory ``run`` exists."""
         (checkpoint / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, checkpoint: Path) -> Manifest:
-        """Of a checkpoint.
+        """Reads the manifest of a checkpoint.
 
         Raises:
-            ValueError: there is none, or another program wrote it.
+            ValueError: The file is missing or unreadable, or has an unknown format.
         """
         try:
             values = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{checkpoint / FILE}: cannot be read: {error}") from None
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (1, FORMAT):
             raise ValueError(f"{checkpoint / FILE}: has format {values.get('format')}, expected {FORMAT}")
-        return cls(**values | {"config": _with_current_keys(values["config"])})
+        return cls(**(_from_format_1(values) if values["format"] == 1 else values))
 
 
 _MOVED_FROM_RUN = ("save_every", "async_save", "keep_last", "keep_best", "optimizer_sharding", "export_every", "resume")
-"""Keys that manifests of before version 0.1.0 have in section ``run``; they are in section ``checkpoint`` now."""
+"""Keys of section ``run`` in format 1 that are in section ``checkpoint`` now."""
 
 
-def _with_current_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of an older manifest under today's keys."""
-    run = dict(config.get("run", {}))
-    moved = {key: run.pop(key) for key in _MOVED_FROM_RUN if key in run}
-    return config | {"run": run, "checkpoint": config.get("checkpoint", {}) | moved}
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a manifest of format 1, written before version 0.1.0, under today's names."""
+    config, architecture = dict(values["config"]), dict(values["architecture"])
+    run = dict(config["run"])
+    config |= {"checkpoint": {key: run.pop(key) for key in _MOVED_FROM_RUN if key in run}, "run": run}
+    is_sft = config["algorithm"]["kind"] == "sft"
+    config["sft"] = {"examples_per_step": config["rollout"]["prompts_per_step"] if is_sft else 512}
+    if architecture.get("mixture"):
+        mixture = dict(architecture["mixture"])
+        architecture["mixture"] = {"top_k" if key == "chosen" else key: value for key, value in mixture.items()}
+    renamed = {"sampled_ahead": "prefetched", "roll_backs": "rollbacks"}
+    current = {renamed.get(name, name): value for name, value in values.items()}
+    return current | {"config": config, "architecture": architecture, "format": FORMAT}
 
 
 def plain(value: Any) -> Any:
-    """As it comes back from JSON, so that it can be compared with what does."""
+    """Returns a value as it comes back from JSON, so that the two can be compared."""
     return json.loads(json.dumps(value, default=str))
 
 
 def describe_architecture(architecture: Architecture) -> dict[str, Any]:
-    """For the manifest."""
+    """Returns an architecture as nested dictionaries of JSON values."""
     found: dict[str, Any] = plain(asdict(architecture))
     return found
 
 
 def package_versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Returns the installed versions of the packages that numbers depend on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Step and path of all that were published, the newest first."""
+    """Lists step and path of every published checkpoint, newest first."""
     found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
 def name_of(step: int) -> str:
-    """Of the directory."""
+    """Returns the directory name of a step's checkpoint."""
     return f"step-{step:06}"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys that changed, one line each."""
+    """Lists the keys whose values differ, one line each with both values."""
     lines = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)

@@ -1,4 +1,4 @@
-"""From the groups of a step to what the actor trains on."""
+"""The batch of a step: its trajectories by name and length, split into mini-batches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fipo_megatron.algorithm.advantages import group_advantages
 from fipo_megatron.config import AlgorithmConfig, Config
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.packing import split_mini_batches
-from fipo_megatron.data.trajectory import Group
+from fipo_megatron.data.trajectory import Group, Trajectory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's trajectories as every rank knows them: names and lengths, no tokens.
+    """The trajectories of a step as every rank knows them: names and lengths, no tokens.
 
     Attributes:
-        names: ``Trajectory.name``, by index.
-        lengths: Tokens of each with its prompt.
-        mini_batches: Indices of the trajectories of each optimizer step.
+        names: ``Trajectory.name`` by trajectory index.
+        lengths: Tokens of each trajectory, prompt included.
+        mini_batches: Trajectory indices of each optimizer step.
     """
 
     names: tuple[str, ...]
@@ -30,35 +30,55 @@ class Batch:
 
 
 def build_batch(records: Sequence[GroupRecord], config: Config, step: int) -> Batch:
-    """Numbers the trajectories by prompt, not by when they came, and deals whole groups into mini-batches.
+    """Numbers the trajectories of a step by prompt id and shuffles whole groups into mini-batches.
+
+    The result does not depend on the order in which the groups arrived.
 
     Args:
-        records: Of the groups of the step.
-        config: Of the run.
-        step: Number of the step: of the shuffle.
+        records: Metadata of every group of the step.
+        config: The configuration; ``actor.prompts_per_mini_batch`` and ``seed`` are read.
+        step: Number of the step; part of the shuffle's seed.
     """
     ordered = sorted(records, key=lambda record: record.prompt)
-    mini_batches = split_mini_batches(
-        [len(record.samples) for record in ordered],
-        config.actor.prompts_per_mini_batch,
-        seed=(config.seed << 32) + step,
-    )
     return Batch(
         tuple(name for record in ordered for name in record.names),
         tuple(length for record in ordered for length in record.lengths),
-        tuple(map(tuple, mini_batches)),
+        _shuffled_mini_batches([len(record.samples) for record in ordered], config, step),
     )
 
 
+def build_sft_batch(examples: Sequence[Trajectory], config: Config, step: int) -> Batch:
+    """Shuffles SFT examples into mini-batches; each example is a group of its own. See :func:`build_batch`."""
+    return Batch(
+        tuple(example.name for example in examples),
+        tuple(len(example) for example in examples),
+        _shuffled_mini_batches([1] * len(examples), config, step),
+    )
+
+
+def _shuffled_mini_batches(group_sizes: Sequence[int], config: Config, step: int) -> tuple[tuple[int, ...], ...]:
+    seed = (config.seed << 32) + step
+    return tuple(map(tuple, split_mini_batches(group_sizes, config.actor.prompts_per_mini_batch, seed=seed)))
+
+
 def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> list[Group]:
-    """The groups with the advantage of every response relative to its group."""
+    """Returns the groups with every trajectory's advantage relative to its group.
+
+    Args:
+        groups: Scored groups of at least two responses.
+        algorithm: ``advantage_baseline`` and ``advantage_epsilon`` are read.
+
+    Raises:
+        ValueError: See :func:`.algorithm.advantages.group_advantages`.
+    """
     found = []
     for group in groups:
-        rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
+        rewards = torch.tensor([trajectory.reward for trajectory in group.trajectories], dtype=torch.float64)
         ids = torch.zeros(len(rewards), dtype=torch.int64)
         advantages = group_advantages(rewards, ids, algorithm.advantage_baseline, algorithm.advantage_epsilon)
         trajectories = tuple(
-            replace(t, advantage=float(a)) for t, a in zip(group.trajectories, advantages, strict=True)
+            replace(trajectory, advantage=float(advantage))
+            for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
         )
         found.append(Group(group.prompt, trajectories))
     return found

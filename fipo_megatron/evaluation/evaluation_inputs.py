@@ -10,12 +10,19 @@ from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import DataError
+from fipo_megatron.data.tokenizer import (
+    InputError,
+    check_chat_template,
+    load_tokenizer,
+    read_prompts,
+    read_stop_token_ids,
+)
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.results import data_set_name, name_problems
 from fipo_megatron.evaluation.summary import SUMMARY
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
-from fipo_megatron.trainer.training_inputs import InputError, output_problems, read_prompts, read_tokenizer, stop_tokens
+from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory, WeightsError
@@ -72,20 +79,20 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
             HfDirectory(companions).check(architecture)
     except WeightsError as error:
         problems.append(str(error))
-    tokenizer, unusable = read_tokenizer(config, companions)
-    problems += unusable
     prompts: list[Prompt] = []
-    if tokenizer is not None and not unusable:
-        try:
-            prompts = read_prompts(config, config.evaluation.files, tokenizer, "evaluation.files", "answer")
-        except DataError as error:
-            problems.append(str(error))
-        problems += name_problems(prompt.data_source for prompt in prompts)
+    try:
+        tokenizer = load_tokenizer(companions)
+        check_chat_template(companions, tokenizer, config.data)
+        prompts = read_prompts(
+            config.data, config.evaluation.files, tokenizer, field="evaluation.files", answer="answer"
+        )
+    except (InputError, DataError) as error:
+        problems.append(str(error))
+    problems += name_problems(prompt.data_source for prompt in prompts)
     if problems:
         raise InputError("\n".join(problems))
-    assert tokenizer is not None
     return EvaluationInputs(
-        companions, architecture, tokenizer, stop_tokens(companions, tokenizer), tuple(prompts), output
+        companions, architecture, tokenizer, read_stop_token_ids(companions, tokenizer), tuple(prompts), output
     )
 
 

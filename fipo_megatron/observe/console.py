@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -135,3 +136,13 @@ def describe(now: ProgressSnapshot, seconds: float) -> str:
         f"{now.done:,} of {now.begun:,} responses, {rate:,.0f} tokens/s, the longest in flight for "
         f"{now.oldest_seconds:.0f} s"
     )
+
+
+def silence_libraries() -> None:
+    """Silences warnings, log lines below WARNING and progress bars of Megatron, torch and transformers."""
+    import transformers
+
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    for name in ("megatron", "nvidia", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # untyped in transformers

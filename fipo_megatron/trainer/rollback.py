@@ -1,4 +1,4 @@
-"""Returns of a run to an earlier checkpoint after an alarm, in ``roll_backs.jsonl``: a resumed run knows of them."""
+"""Rollbacks of a run to an earlier checkpoint after an alarm, recorded in ``roll_backs.jsonl`` for resumed runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FILE = "roll_backs.jsonl"
 
 @dataclass(frozen=True)
 class Rollback:
-    """One return.
+    """One rollback.
 
     Attributes:
-        number: From 1.
-        step: In which the alarm was raised.
-        to: The step of the checkpoint.
-        cursor: Of the prompts: those that led here are not given again.
-        learning_rate_factor: Of all returns so far.
-        reason: Of the alarm; empty in older files.
+        number: Number of the rollback, from 1.
+        step: Step in which the alarm was raised.
+        to: Step of the checkpoint that was restored.
+        cursor: Number of prompts consumed before the rollback; those that led to the collapse are not used again.
+        learning_rate_factor: Product of the learning-rate factors of all rollbacks so far.
+        reason: Reason of the alarm; empty in files of before version 0.1.0.
     """
 
     number: int
@@ -38,31 +38,31 @@ class Rollback:
 
 
 def read(output: Path) -> list[Rollback]:
-    """All of a run, in order; a line that is not whole is left out."""
+    """Reads all rollbacks of a run in order; an incomplete last line is left out."""
     file = output / FILE
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [Rollback(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def write(output: Path, events: Sequence[Rollback]) -> None:
-    """All of a run; on the disk when this returns."""
+    """Writes all rollbacks of a run; they are on disk when this returns."""
     write_atomic(output / FILE, "".join(json.dumps(asdict(event)) + "\n" for event in events))
 
 
 def set_aside_collapsed(checkpoints: Path, events: Sequence[Rollback]) -> None:
-    """Renames the checkpoints that a return has left behind; nothing is removed. May be called again."""
+    """Renames the checkpoints that rollbacks have left behind; removes nothing and may be called again."""
     for event in events:
         for step, path in manifest.list_checkpoints(checkpoints):
             if step <= event.to:
                 continue
             try:
-                if Manifest.read(path).roll_backs >= event.number:
+                if Manifest.read(path).rollbacks >= event.number:
                     continue
             except ValueError:
-                continue  # damaged: found out, and said, when it is loaded
+                continue  # damaged: reported when it is loaded
             logger.warning("%s is %s now", path, set_aside(path, "collapsed").name)
 
 
 def pending(events: Sequence[Rollback], saved: Manifest) -> Rollback | None:
-    """The last return to this very checkpoint that it does not know of itself."""
-    return next((e for e in reversed(events) if e.number > saved.roll_backs and e.to == saved.step), None)
+    """Returns the last rollback to this very checkpoint that happened after it was saved."""
+    return next((e for e in reversed(events) if e.number > saved.rollbacks and e.to == saved.step), None)

@@ -15,8 +15,9 @@ from examples.quickstart import task
 from fipo_megatron import evaluate
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.config import load_config
+from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.observe.metrics import OF_DATA_SETS
-from fipo_megatron.trainer.training_inputs import InputError, read_training_inputs
+from fipo_megatron.trainer.training_inputs import read_training_inputs
 from tests import test_train
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,153 @@
+"""Opens a trainer: process groups, actor, checkpoints, logs, resume, and the rollout side."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+
+from fipo_megatron.actor import parallel
+from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.hf_weights import load_hf
+from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
+from fipo_megatron.config import Config
+from fipo_megatron.data.prompts import PromptStream
+from fipo_megatron.observe.run_log import RunLog
+from fipo_megatron.reward.scoring import ResponseScorer
+from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.rollout.engine_factory import HostInfo
+from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
+from fipo_megatron.trainer.noise_gate import NoiseGate
+from fipo_megatron.trainer.rollout_session import RolloutSession
+from fipo_megatron.trainer.step_reporter import StepReporter
+from fipo_megatron.trainer.step_timer import StepTimer
+from fipo_megatron.trainer.trainer import Trainer
+from fipo_megatron.trainer.training_inputs import TrainingInputs
+
+logger = logging.getLogger(__name__)
+
+
+def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None = None) -> Trainer:
+    """Opens a trainer on this rank and resumes from the newest checkpoint. A collective of all ranks.
+
+    If anything fails on the way, everything that was opened is closed again.
+
+    Args:
+        config: Configuration of the run.
+        inputs: Inputs of the run.
+        console: Terminal of the first rank; None if there is none.
+
+    Raises:
+        EngineError: The rollout engine does not start, or serves another model.
+        OSError: The port of rank 0 is in use, or the output cannot be written.
+        WeightsError: The model or every checkpoint is damaged.
+    """
+    with ExitStack() as resources:
+        layout = parallel.initialize(config.actor.parallel, config.seed)
+        resources.callback(parallel.destroy)
+        trainer = _build(config, inputs, console, layout, resources)
+        restored = _resume(trainer)
+        if config.run.replay:
+            trainer.routes = Routes.build(layout.data_rank)
+        elif config.algorithm.kind != "sft":
+            _open_rollouts(trainer, restored, resources)
+        resources.enter_context(trainer.stop)
+        trainer.resources = resources.pop_all()
+    return trainer
+
+
+def _build(
+    config: Config, inputs: TrainingInputs, console: Console | None, layout: RankLayout, resources: ExitStack
+) -> Trainer:
+    """Builds all parts of a trainer but the rollout side."""
+    output = Path(config.run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    actor = MegatronActor(
+        config,
+        inputs.architecture,
+        layout,
+        lambda chunks: load_hf(chunks, inputs.architecture, layout, config.model.path),
+    )
+    if config.algorithm.kl_coef:
+        actor.keep_reference()
+    checkpoints = CheckpointManager(output / "checkpoints", config, actor, inputs.architecture)
+    resources.callback(checkpoints.close)
+    log = RunLog(config, writes=layout.rank == 0)
+    resources.callback(log.close)
+    timer = StepTimer()
+    return Trainer(
+        config=config,
+        inputs=inputs,
+        layout=layout,
+        actor=actor,
+        prompts=PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle),
+        checkpoints=checkpoints,
+        log=log,
+        monitor=CollapseMonitor(config.health, output, checkpoints, log, layout),
+        timer=timer,
+        reporter=StepReporter(config, inputs, layout, log, timer),
+        noise_gate=NoiseGate(actor, config.run.noise_floor_every),
+        console=console,
+    )
+
+
+def _resume(trainer: Trainer) -> Restored | None:
+    """Restores the newest whole checkpoint, if there is one and ``checkpoint.resume`` allows it."""
+    path, restored = None, None
+    if trainer.config.checkpoint.resume == "auto":
+        trainer.monitor.set_aside_collapsed()
+        path = trainer.checkpoints.newest()
+    if path is not None:
+        restored = trainer.restore(path)
+    trainer.monitor.forget_later_rollbacks()
+    trainer.log.open(trainer.step)
+    trainer.monitor.restore()
+    if path is not None:
+        logger.info("goes on from %s", path)
+    return restored
+
+
+def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitStack) -> None:
+    """Opens verifier, scorer, engine and sampler, and restores what they carried over."""
+    config, inputs = trainer.config, trainer.inputs
+    verifier = open_verifier(config.reward)
+    trainer.scorer = ResponseScorer(config, verifier, inputs.tokenizer)
+    session = trainer.session = RolloutSession(
+        config,
+        trainer.actor,
+        inputs.architecture,
+        _host_info(trainer),
+        parallel.store(),
+        tokenizer=inputs.tokenizer,
+        scorer=trainer.scorer,
+        stop_token_ids=inputs.stop_token_ids,
+        probe=inputs.prompts[0],
+    )
+    trainer.routes = session.routes
+    resources.callback(session.close)
+    resources.callback(lambda: session.run(verifier.close()))
+    resources.callback(session.cancel_prefetch)
+    if restored is not None:
+        session.restore(restored.carry_over, restored.prefetched)
+
+
+def _host_info(trainer: Trainer) -> HostInfo:
+    """Returns this rank's host; ranks whose local rank is 0 start servers."""
+    local_rank = parallel.Launch.from_environment(os.environ).local_rank
+    everyone: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, local_rank)
+    directory = trainer.output / "rollout"
+    directory.mkdir(exist_ok=True)
+    return HostInfo(
+        rank=trainer.layout.rank,
+        local_rank=local_rank,
+        starters=tuple(rank for rank, local in enumerate(everyone) if local == 0),
+        cuda=trainer.layout.device.type == "cuda",
+        directory=directory,
+    )
