@@ -1,0 +1,72 @@
+"""A trainer that cannot be opened leaves nothing open: no process group, thread, process or signal handler."""
+
+import signal
+import socket
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from examples.quickstart import task
+from fipo_megatron.config import load_config
+from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.trainer.factory import open_trainer
+from fipo_megatron.trainer.training_inputs import read_training_inputs
+from fipo_megatron.weights.hf_directory import WeightsError
+from tests.runs import command
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    task.build(directory, seed=1)
+    return directory
+
+
+def open_(data, output, *overrides):
+    words = command(data, output, *overrides)
+    start = next(i for i, word in enumerate(words) if word.endswith(".yaml"))
+    config = load_config(words[start], words[start + 1 :])
+    return open_trainer(config, read_training_inputs(config))
+
+
+def handlers():
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+
+def names_of_threads():
+    return {thread.name.split("_")[0] for thread in threading.enumerate()} & {"checkpoint", "rollout"}
+
+
+def test_open_trainer_closes_with_its_block(data, tmp_path):
+    before = handlers()
+    with open_(data, tmp_path / "run") as trainer:
+        assert dist.is_initialized()
+        assert names_of_threads() == {"rollout"}
+        assert handlers() != before
+        assert trainer.step == 0
+    assert not dist.is_initialized()
+    assert not names_of_threads()
+    assert handlers() == before
+
+
+def test_damaged_checkpoint_on_resume_closes_what_was_opened(data, tmp_path):
+    before = handlers()
+    (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="none of 1 checkpoints is whole"):
+        open_(data, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-000002-0").is_dir()
+    assert not dist.is_initialized()
+    assert not names_of_threads()
+    assert handlers() == before
+
+
+def test_servers_that_do_not_answer_close_what_was_opened(data, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(EngineError, match="cannot be reached"):
+        open_(data, tmp_path / "run", "rollout.engine=sglang", f"rollout.servers.urls=[http://127.0.0.1:{port}]")
+    assert not dist.is_initialized()
+    assert not names_of_threads()
