@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fipo_megatron.algorithm.future_kl import (
     scan_chunks,
 )
 from fipo_megatron.algorithm.loss_statistics import LossStatistics, shift_histogram
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 
 LARGEST_EXPONENT = 80.0
 """exp is evaluated at no more than this, so that it and its gradient stay finite in float32; far above any clip."""
@@ -35,112 +36,6 @@ LARGEST_EXPONENT = 80.0
 RELEASE_SAFETY_RANGE = (0.8, 1.0)
 """Where the release clamps the weight of a negative-advantage token whose ratio exceeds the safety threshold."""
 
-
-@dataclass(frozen=True)
-class PolicyLossConfig:
-    """What the loss is. Defaults are the paper's 32B recipe (Table 2) with the release's behaviour.
-
-    Attributes:
-        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight; ``sft`` is supervised
-            fine-tuning: the mean of −log π_θ, without advantages.
-        half_life: τ of the Future-KL discount in tokens (Eq. 6); inf for none (Eq. 5).
-        future_kl_filter: Leave tokens with a ratio above ``dual_clip`` out of the sum (Eq. 5); they keep their
-            position.
-        weight_clip: Bounds of f = clip(exp F, low, high) (Eq. 7); none: f = min(exp F, ``weight_max``).
-        weight_max: The largest weight where ``weight_clip`` is none.
-        safety_threshold: s: ratio above which a negative-advantage token's weight is made safe; inf: never.
-        safety_rule: ``release`` clamps such a weight to [0.8, 1.0]; ``paper`` resets it to 1.
-        clip_low: ε_low of the surrogate's clip range (Eq. 8).
-        clip_high: ε_high.
-        dual_clip: c: for A < 0 the loss is capped at −c f A (Table 2; absent from Eq. 8); inf: no cap.
-        sequence_drop: Leave a response with more than ``sequence_drop_threshold`` dual-clipped tokens out of the loss,
-            numerator and denominator (release only; the paper has no such rule).
-        sequence_drop_threshold: Dual-clipped tokens that a response may have.
-        shift_clamp: d is clamped to ± this (release: 20); inf: not (paper).
-        aggregation: ``token_mean`` over all tokens of the mini-batch (DAPO, Eq. 8); ``sequence_mean``: mean per
-            response, then mean over responses (GRPO).
-        kl_coef: β of a KL term to the reference policy; 0: none.
-        kl_estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ with Δ = log π_θ − log π_ref. As a loss term, k1 has zero
-            expected gradient; k2 has the gradient of the reverse KL (http://joschu.net/blog/kl-approx.html).
-        entropy_coef: The entropy of the policy times this is subtracted from the loss; 0: none.
-        importance_cap: Truncated importance sampling: each token's loss is multiplied by
-            min(π_old / π_behaviour, cap), without gradient; none: no correction.
-    """
-
-    kind: Literal["fipo", "dapo", "grpo", "sft"] = "fipo"
-    half_life: float = 32.0
-    future_kl_filter: bool = True
-    weight_clip: tuple[float, float] | None = (1.0, 1.2)
-    weight_max: float = 10.0
-    safety_threshold: float = 10.0
-    safety_rule: Literal["release", "paper"] = "release"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 10.0
-    sequence_drop: bool = True
-    sequence_drop_threshold: int = 1
-    shift_clamp: float = 20.0
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks every field. Raises ValueError with a line per field at fault: its value and what is valid."""
-        low, high = self.weight_bounds
-        limit = 1 + self.clip_high
-        valid = {
-            "half_life": (self.half_life > 0, "> 0 tokens, or inf for no decay"),
-            "weight_clip": (0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null"),
-            "weight_max": (0 < self.weight_max < math.inf, "> 0 and finite"),
-            "safety_threshold": (self.safety_threshold > 0, "> 0, or inf for never"),
-            "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
-            "clip_high": (0 <= self.clip_high < math.inf, ">= 0 and finite"),
-            "dual_clip": (self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap"),
-            "sequence_drop_threshold": (self.sequence_drop_threshold >= 0, ">= 0 tokens"),
-            "shift_clamp": (self.shift_clamp > 0, "> 0, or inf for none"),
-            "kl_coef": (0 <= self.kl_coef < math.inf, ">= 0 and finite"),
-            "entropy_coef": (math.isfinite(self.entropy_coef), "finite"),
-            "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "> 0, or null"),
-        }
-        for name, choices in _CHOICES.items():
-            valid[name] = (getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        problems = [
-            f"{name}: must be {expected}, got {getattr(self, name)}"
-            for name, (fits, expected) in valid.items()
-            if not fits
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    @property
-    def weight_bounds(self) -> tuple[float, float]:
-        """The bounds of f: ``weight_clip``, or [0, ``weight_max``]."""
-        return (0.0, self.weight_max) if self.weight_clip is None else self.weight_clip
-
-
-_CHOICES = {
-    "kind": ("fipo", "dapo", "grpo", "sft"),
-    "safety_rule": ("release", "paper"),
-    "aggregation": ("token_mean", "sequence_mean"),
-    "kl_estimator": ("k1", "k2", "k3"),
-}
-
-KIND_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fipo": {},
-    "dapo": {},
-    "sft": {"sequence_drop": False},
-    "grpo": {
-        "aggregation": "sequence_mean",
-        "clip_high": 0.2,
-        "dual_clip": math.inf,
-        "sequence_drop": False,
-        "kl_coef": 0.04,
-    },
-}
-"""The defaults that each ``kind`` changes. GRPO: sequence mean, symmetric clip, k3 KL term with β = 0.04 (DeepSeekMath,
-arXiv 2402.03300, Eq. 3 and 4, Sec. 4.2), no dual clip, no drop."""
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda gap: gap,
@@ -466,8 +361,3 @@ def _statistics(
     given = {name: value for name, value in means.items() if value is not None}
     histogram = shift_histogram(shift_T, inputs.advantages > 0, inputs.mask)
     return LossStatistics.over_tokens(inputs.mask, counts, given, extrema, histogram)
-
-
-def loss_config(kind: str, **changes: Any) -> PolicyLossConfig:
-    """The configuration of a ``kind`` with its own defaults, and ``changes`` on top."""
-    return PolicyLossConfig(kind=kind, **(KIND_DEFAULTS[kind] | changes))  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards
-from fipo_megatron.algorithm.policy_loss import LossInputs, PolicyLossConfig, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "fipo_loss.json").read_text())

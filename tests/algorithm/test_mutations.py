@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import fipo_megatron.algorithm
-from fipo_megatron.algorithm.policy_loss import loss_config
+from fipo_megatron.algorithm.policy_loss_config import loss_config
 from tests.algorithm.partitions import PACKAGE, assert_split_matches, random_batch
 
 PACKAGE_NAME = fipo_megatron.algorithm.__name__

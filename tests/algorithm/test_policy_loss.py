@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
-from fipo_megatron.algorithm.policy_loss import (
-    KIND_DEFAULTS,
-    LossInputs,
-    PolicyLossConfig,
-    loss_config,
-    policy_loss,
-    truncated_importance_weights,
-)
+from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss, truncated_importance_weights
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS, PolicyLossConfig, loss_config
 from tests.algorithm import reference
 
 

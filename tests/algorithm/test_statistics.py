@@ -21,7 +21,7 @@ from fipo_megatron.algorithm.loss_statistics import (
     histogram_quantiles,
     shift_histogram,
 )
-from fipo_megatron.algorithm.policy_loss import loss_config
+from fipo_megatron.algorithm.policy_loss_config import loss_config
 from tests.algorithm import reference
 from tests.algorithm.partitions import PACKAGE, random_batch, split_gradient
 
