@@ -63,17 +63,17 @@ def group_advantages(
 
 
 def informative_groups(accuracy: Tensor, group_ids: Tensor) -> Tensor:
-    """Marks the responses of groups that are neither all right nor all wrong: dynamic sampling (DAPO).
+    """Dynamic sampling (DAPO): the responses of groups that are neither all right nor all wrong.
 
     Args:
-        accuracy: The verifier's verdict before any shaping of the reward, ``[N]``, 0 or 1.
-        group_ids: Group of each response, ``[N]`` integer.
+        accuracy: ``[N]``, 0 or 1: the verifier's verdict, before any shaping of the reward.
+        group_ids: ``[N]`` integer.
 
     Returns:
-        Mask of the responses to keep, ``[N]`` bool.
+        ``[N]`` bool: keep.
 
     Raises:
-        ValueError: An accuracy is neither 0 nor 1, or the shapes differ.
+        ValueError: an accuracy that is neither 0 nor 1, or not one per group id.
     """
     if accuracy.shape != group_ids.shape:
         raise ValueError(
