@@ -1,4 +1,4 @@
-"""Partition invariance: the gradient of a mini-batch does not depend on how the work was split."""
+"""Partition invariance: the gradient of a mini-batch does not depend on the split of the work."""
 
 import math
 
