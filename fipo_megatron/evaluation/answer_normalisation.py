@@ -24,6 +24,6 @@ def normalise_answer(verifier: str, extracted: str | None) -> str | None:
     extracted = extracted.encode(errors="replace").decode()  # a service may send what no file can hold
     if verifier != "math":
         return " ".join(extracted.split())
-    text = answers.normalised(extracted)
-    value = answers.number(text)
+    text = answers.normalise(extracted)
+    value = answers.parse_number(text)
     return text if value is None else str(value)
