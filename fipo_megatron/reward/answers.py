@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 
 MAX_ANSWER_CHARACTERS = 300
-"""Longest answer that is compared. A longer one is wrong: the solutions are short, and symbolic algebra on a long answer
+"""Longest answer that is compared. A longer one is wrong: no short solution is that long, and symbolic algebra on it
 may not terminate."""
 
 _ANSWER_LINE = re.compile(r"answer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
