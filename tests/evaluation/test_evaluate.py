@@ -1,4 +1,4 @@
-"""The program on the quickstart's model with random weights: standalone, in training, and from any source of weights."""
+"""The program on the quickstart's model with random weights: standalone, in training, from every source of weights."""
 
 import json
 import os
