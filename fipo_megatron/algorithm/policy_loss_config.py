@@ -1,4 +1,7 @@
-"""The configuration of the policy loss: every field with its source, its range and the defaults of each kind."""
+"""The configuration of the policy loss: every field with its source and range, and the defaults of each kind.
+
+Equations and tables are those of arXiv 2603.19835; "release" is the published code of its authors.
+"""
 
 from __future__ import annotations
 
