@@ -1,8 +1,8 @@
 """Future-KL: our scan against the paper's chunked formulation and a sequential loop.
 
 The paper computes F as a product with the matrix of discounts γ^(k−t), 128 columns at a time (arXiv 2603.19835,
-App. G): O(L²) work and, where the graph is kept, 4 L² bytes for the backward pass. F is a first-order recurrence, so
-O(L) is enough; the floor is one read and one write of the values.
+App. G): O(L²) work and, with gradients enabled, 4 L² bytes for the backward pass. F is a first-order recurrence, so
+O(L) work is enough. The lower bound of the time is one read and one write of the values.
 
     python -m benchmarks.future_kl
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 
@@ -19,12 +21,30 @@ from fipo_megatron.algorithm.future_kl import discount, future_kl
 
 HALF_LIFE = 32.0
 SHAPES = [(1, 2048), (8, 2048), (8, 8192), (8, 20_480), (1, 32_768), (8, 32_768), (1, 131_072), (8, 131_072)]
-LONGEST_PRODUCT = 32_768  # above, the product takes minutes, and its graph would not fit into memory
+LONGEST_PRODUCT = 32_768  # a longer product takes minutes, and its graph does not fit into memory
 CONTEXT_PARALLEL_SIZES = (2, 4, 8)
 
 
+class Measurement(TypedDict):
+    """Times in seconds, relative errors and bytes kept for backward; None for a product that is too long to compute."""
+
+    batch: int
+    length: int
+    scan_s: float
+    product_s: float | None
+    loop_s: float
+    read_write_s: float
+    speedup_over_product: float | None
+    speedup_over_loop: float
+    scan_error: float
+    product_error: float | None
+    scan_kept_bytes: int
+    product_kept_bytes: int
+    product_kept_measured: bool
+
+
 def chunked_product(values_BL: torch.Tensor, half_life: float, columns: int = 128) -> torch.Tensor:
-    """The paper's formulation, written from its description."""
+    """Computes F in the paper's formulation, written from its description."""
     length = values_BL.shape[1]
     position = torch.arange(length)
     future_kl_BL = torch.zeros_like(values_BL)
@@ -37,19 +57,20 @@ def chunked_product(values_BL: torch.Tensor, half_life: float, columns: int = 12
 
 
 def sequential_loop(values_BL: torch.Tensor, half_life: float) -> torch.Tensor:
-    """One step per token, all rows at once."""
-    gamma, following, result = discount(half_life), torch.zeros_like(values_BL[:, 0]), []
+    """Computes F with one step per token, all rows at once."""
+    gamma, following = discount(half_life), torch.zeros_like(values_BL[:, 0])
+    result: list[torch.Tensor] = []
     for column in reversed(values_BL.unbind(1)):
         following = column + gamma * following
         result.append(following)
     return torch.stack(result[::-1], dim=1)
 
 
-def measure(batch: int, length: int) -> dict[str, float | None]:
+def measure(batch: int, length: int) -> Measurement:
     values = torch.randn(batch, length, generator=torch.Generator().manual_seed(length)) * 0.1
     exact = sequential_loop(values.double(), HALF_LIFE)
     with_product = length <= LONGEST_PRODUCT
-    functions = {
+    functions: dict[str, Callable[[], torch.Tensor]] = {
         "scan": lambda: future_kl(values, HALF_LIFE),
         "loop": lambda: sequential_loop(values, HALF_LIFE),
         "read_write": lambda: values * 1.0,
@@ -63,7 +84,7 @@ def measure(batch: int, length: int) -> dict[str, float | None]:
     leaf = values.clone().requires_grad_()
     fits = length <= 20_480
 
-    def error(function) -> float:
+    def error(function: Callable[[torch.Tensor, float], torch.Tensor]) -> float:
         return float((function(values, HALF_LIFE).double() - exact).abs().max() / exact.abs().max())
 
     return {
@@ -84,7 +105,7 @@ def measure(batch: int, length: int) -> dict[str, float | None]:
 
 
 def exchanged_bytes(length: int, size: int) -> dict[str, int]:
-    """Bytes that one rank receives per sequence: our message of 4 float64 against a gather of float32 shifts."""
+    """Returns the bytes that one rank receives per sequence: our 4 float64, or a gather of float32 shifts."""
     return {"length": length, "cp": size, "ours": (size - 1) * 4 * 8, "gather": (size - 1) * length // size * 4}
 
 
@@ -92,7 +113,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     measured = [measure(batch, length) for batch, length in SHAPES]
 
-    def ms(seconds):
+    def ms(seconds: float | None) -> str:
         return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
     print_table(

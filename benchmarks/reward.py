@@ -1,4 +1,4 @@
-"""Verifiers: answers per second with one child process and with two, and where symbolic algebra is needed.
+"""Verifiers: answers per second with one and two child processes, with and without symbolic algebra.
 
 python -m benchmarks.reward
 """
@@ -18,7 +18,7 @@ PADDING = "Let me think about it. " * 800  # about 5,000 tokens before the answe
 
 
 def answers() -> dict[str, list[Answer]]:
-    """Integers, as in DAPO-Math-17k, and the labelled pairs, most of which need algebra."""
+    """Returns integers, as in DAPO-Math-17k, and the labelled pairs, most of which need algebra."""
     pairs = [line.split("\t") for line in PAIRS.read_text().splitlines()]
     return {
         "integers": [Answer(f"{PADDING}\nAnswer: {n % 7}", "3") for n in range(2000)],
@@ -26,23 +26,23 @@ def answers() -> dict[str, list[Answer]]:
     }
 
 
-async def rate(given: list[Answer], processes: int) -> tuple[float, dict[str, int]]:
-    """Answers per second after a first one, which starts the children."""
+async def rate(batch: list[Answer], processes: int) -> tuple[float, dict[str, int]]:
+    """Measures answers per second, after one answer per child has started the children; returns the counts, too."""
     verifier = open_verifier(RewardConfig(verifier="math", verifier_processes=processes))
     try:
-        await asyncio.gather(*(verifier.verify(given[0]) for _ in range(processes)))
+        await asyncio.gather(*(verifier.verify(batch[0]) for _ in range(processes)))
         start = time.perf_counter()
-        await asyncio.gather(*(verifier.verify(answer) for answer in given))
-        return len(given) / (time.perf_counter() - start), dict(verifier.counts)
+        await asyncio.gather(*(verifier.verify(answer) for answer in batch))
+        return len(batch) / (time.perf_counter() - start), dict(verifier.counts)
     finally:
         await verifier.close()
 
 
 def main() -> None:
     rows, results = [], []
-    for name, given in answers().items():
+    for name, batch in answers().items():
         for processes in (1, 2):
-            per_second, counts = asyncio.run(rate(given, processes))
+            per_second, counts = asyncio.run(rate(batch, processes))
             results.append({"answers": name, "processes": processes, "per_second": per_second, "counts": counts})
             rows.append({"answers": name, "processes": str(processes), "per second": f"{per_second:.0f}"})
     print_table("Verifier `math`", rows)

@@ -2,9 +2,9 @@
 
 python -m fipo_megatron.evaluate CONFIG.yaml [key=value ...]
 
-Evaluated is the Hugging Face model in model.path; with evaluation.checkpoint=DIR a Megatron checkpoint; with
-rollout.servers.urls=[...] what these SGLang servers serve. Results: run.output/evaluation-NAME/.
-Exit code 2: the configuration, or what it names, is not valid; 1: the evaluation failed; 0: it is complete.
+The model is the Hugging Face directory model.path; with evaluation.checkpoint=DIR a Megatron checkpoint; with
+rollout.servers.urls=[...] the model that these SGLang servers serve. Results: run.output/evaluation-NAME/.
+Exit code 0: the evaluation is complete; 1: it failed; 2: the configuration, or an input that it names, is invalid.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
 EXPECTED = (EngineError, RequestError, WeightsError, OSError)
-"""What may happen to an evaluation that is as it should be; its text says all there is to say."""
+"""Expected failures: logged without a traceback, exit code 1."""
 _PROGRESS_SECONDS = 10.0
 
 
 class ProgressLog:
-    """Says how far an evaluation is, from time to time.
+    """Logs the progress of an evaluation at intervals.
 
     Args:
-        total: Responses to come.
-        seconds: Between two lines.
+        total: Number of responses of the evaluation.
+        seconds: Seconds between two lines.
     """
 
     def __init__(self, total: int, seconds: float = _PROGRESS_SECONDS) -> None:
@@ -59,7 +59,7 @@ class ProgressLog:
         self._start = self._last = time.monotonic()
 
     def __call__(self, response: Response) -> None:
-        """Another response."""
+        """Counts a response and logs a line if one is due."""
         self._done += 1
         self._right += response.right
         self._tokens += response.tokens
@@ -67,7 +67,7 @@ class ProgressLog:
         if now - self._last >= self._seconds or self._done == self._total:
             self._last = now
             logger.info(
-                "%d of %d responses, %.1f %% of them right, %.0f tokens/s",
+                "%d of %d responses, %.1f %% right, %.0f tokens/s",
                 self._done,
                 self._total,
                 100 * self._right / self._done,
@@ -77,21 +77,22 @@ class ProgressLog:
 
 @contextmanager
 def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
-    """The model as a Hugging Face directory; that of a checkpoint exists within the block alone.
+    """Yields the model as a Hugging Face directory. A converted checkpoint is removed at the end of the block.
 
     Raises:
-        WeightsError, OSError: see :func:`.actor.hf_conversion.megatron_to_hf`.
+        WeightsError: The checkpoint is damaged or does not fit; see :func:`.actor.hf_conversion.megatron_to_hf`.
+        OSError: The converted model cannot be written.
     """
     if config.evaluation.checkpoint is None:
         yield inputs.companions
         return
     target = inputs.output / "hf.temporary"
-    for left in (target, partial_of(target)):  # of an evaluation that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    logger.info("converts %s to %s, which is removed at the end", config.evaluation.checkpoint, target)
+    for leftover in (target, partial_of(target)):  # of an evaluation that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    logger.info("converting %s to %s, which is removed at the end", config.evaluation.checkpoint, target)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Megatron-Core's imports
+            warnings.simplefilter("ignore")  # warnings of Megatron-Core on import
             from fipo_megatron.actor.hf_conversion import Options, megatron_to_hf
 
             megatron_to_hf(Path(config.evaluation.checkpoint), target, Options(), inputs.companions)
@@ -102,8 +103,8 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
-async def until_asked_to_end(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
-    """The result; SIGTERM cancels it, as Ctrl-C does: what it has started ends."""
+async def cancel_on_sigterm(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
+    """Awaits the result. SIGTERM cancels the work, as Ctrl-C does, so that it ends the processes it started."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -111,12 +112,12 @@ async def until_asked_to_end(work: Coroutine[Any, Any, Evaluation]) -> Evaluatio
 
 
 async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: Path) -> Evaluation:
-    """Opens an engine of the model in the directory, or of the servers that are named; closes it in any case.
+    """Opens an engine with the model in the directory, or with the configured servers, evaluates and closes it.
 
     Raises:
-        EngineError: it does not start, or serves another model.
+        EngineError: The engine does not start, fails, or serves another model.
     """
-    servers = replace(config.rollout.servers, colocated=False)  # nobody else wants the memory
+    servers = replace(config.rollout.servers, colocated=False)  # no actor shares the memory
     config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
     coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
     host = HostInfo(rank=0, local_rank=0, starters=(0,), cuda=torch.cuda.is_available(), directory=inputs.output)
@@ -124,8 +125,8 @@ async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: 
     try:
         opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
         try:
-            for one in opened.facts:
-                logger.info("%s: SGLang %s, weights of version %d", one.url, one.version, one.weight_version)
+            for server in opened.facts:
+                logger.info("%s: SGLang %s, weight version %d", server.url, server.version, server.weight_version)
             return await evaluate(
                 inputs.problems,
                 opened.engine,
@@ -142,12 +143,12 @@ async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: 
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What was evaluated, and how: for the summary."""
-    by_servers = config.rollout.engine == "sglang" and config.rollout.servers.urls
+    """Returns the model and the sampling settings, for the summary."""
+    served = config.rollout.engine == "sglang" and config.rollout.servers.urls
     return {
         "model": config.model.path,
         "checkpoint": config.evaluation.checkpoint,
-        "servers": list(config.rollout.servers.urls) if by_servers else [],
+        "servers": list(config.rollout.servers.urls) if served else [],
         "files": list(config.evaluation.files),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "temperature": config.evaluation.temperature,
@@ -161,33 +162,33 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Runs the program and returns its exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     for name in ("megatron", "nvidia", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
     try:
         config = load_config(arguments[0], arguments[1:])
         inputs = read_evaluation_inputs(config)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go with it, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM removes temporary files, too
     try:
         inputs.output.mkdir(parents=True, exist_ok=True)
         with model_directory(config, inputs) as directory:
-            found = asyncio.run(until_asked_to_end(sample_and_count(config, inputs, directory)))
-        summary.write(inputs.output, found, settings(config))
+            evaluation = asyncio.run(cancel_on_sigterm(sample_and_count(config, inputs, directory)))
+        summary.write(inputs.output, evaluation, settings(config))
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.error("ended, as asked; there is no result")
+        logger.error("interrupted; there is no result")
         return 1
-    print(f"\n{summary.table(found)}\n\n{inputs.output}/{summary.SUMMARY}, {summary.PROBLEMS}")
+    print(f"\n{summary.table(evaluation)}\n\n{inputs.output}/{summary.SUMMARY}, {summary.PROBLEMS}")
     return 0
 
 

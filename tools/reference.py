@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 from fipo_megatron.config import Config, load_config
 from fipo_megatron.observe import metrics
 

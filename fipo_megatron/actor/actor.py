@@ -39,7 +39,8 @@ from fipo_megatron.actor.update_metrics import (
     token_parts,
 )
 from fipo_megatron.algorithm.future_kl import gather_over
-from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, PolicyLossConfig, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory

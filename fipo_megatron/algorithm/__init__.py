@@ -1,1 +1,1 @@
-"""The algorithm in plain torch, on CPU or GPU: imports nothing else of this package and neither Megatron nor CUDA."""
+"""The algorithm in plain torch, on CPU or GPU. It imports nothing else of this package, no Megatron and no CUDA."""

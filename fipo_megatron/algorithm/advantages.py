@@ -1,7 +1,7 @@
 """Advantages of whole responses: group-relative baselines, dynamic sampling, length shaping.
 
-Everything here is per response (``[N]``), on the host or on a device; groups are named by an explicit id, so that the
-order of the responses does not matter.
+Every tensor holds one value per response (``[N]``), on the host or on a device. An explicit id names the group of each
+response, so the order of the responses does not matter.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, baseline: Baseline = "group_normalised", epsilon: float = 1e-6
 ) -> Tensor:
-    """Advantage of each response relative to the responses to the same prompt.
+    """Returns the advantage of each response relative to the responses to the same prompt.
 
     ``group_normalised``: ``(R − mean) / (std + ε)`` with the n−1 standard deviation (GRPO). ``group_mean``:
     ``R − mean``. ``leave_one_out``: ``R`` minus the mean of the *other* responses (RLOO).
 
     Args:
-        rewards: ``[N]`` floating point; computed in float64.
-        group_ids: ``[N]`` integer; responses with the same id form a group.
-        baseline: What to compare with.
-        epsilon: Added to the standard deviation.
+        rewards: Reward of each response, ``[N]`` floating point; the advantage is computed in float64.
+        group_ids: Group of each response, ``[N]`` integer; responses with the same id form a group.
+        baseline: Baseline that is subtracted from the reward.
+        epsilon: Constant added to the standard deviation.
 
     Returns:
-        ``[N]`` float32.
+        Advantages, ``[N]`` float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a non-finite reward, or a group of one response, which has nothing
-            to be compared with.
+        ValueError: Shapes or dtypes do not fit, a reward is not finite, the baseline is unknown, or a group has one
+            response, which is too few for a baseline.
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape or group_ids.is_floating_point():
         raise ValueError(
@@ -88,21 +88,21 @@ def informative_groups(accuracy: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:
-    """Soft length penalty (DAPO): 0 up to ``max_length − buffer`` tokens, then linear down to ``−factor``.
+    """Returns the soft length penalty (DAPO): 0 up to ``max_length − buffer`` tokens, then linear down to ``−factor``.
 
-    ``min(0, −(n − (max_length − buffer)) / buffer · factor)``, to be added to the reward.
+    The penalty ``min(0, −(n − (max_length − buffer)) / buffer · factor)`` is added to the reward.
 
     Args:
-        lengths: n, response tokens, ``[N]`` integer.
-        max_length: The longest response that generation allows.
+        lengths: n, tokens of each response, ``[N]`` integer.
+        max_length: Length limit of a response in tokens.
         buffer: Tokens over which the penalty grows; 0 turns it off.
-        factor: The penalty at ``max_length``.
+        factor: Magnitude of the penalty at ``max_length``.
 
     Returns:
-        ``[N]`` float32, ≤ 0.
+        Penalties, ``[N]`` float32, ≤ 0.
 
     Raises:
-        ValueError: a buffer that is negative or longer than the response may be.
+        ValueError: The buffer is negative or longer than ``max_length``.
     """
     if not 0 <= buffer <= max_length:
         raise ValueError(f"buffer: must be between 0 and max_length = {max_length} tokens, got {buffer}")
@@ -112,6 +112,6 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: floa
 
 
 def _groups(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct ids ``[G]``, the group of each response ``[N]`` as an index into them, and their sizes ``[G]``."""
+    """Returns the distinct ids ``[G]``, the index of each response's id among them ``[N]``, and the sizes ``[G]``."""
     groups, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)  # untyped in torch
     return groups, index, sizes

@@ -1,8 +1,8 @@
-"""Future-KL: the discounted sum of the log-prob shifts of a token's future, computed where the tokens are.
+"""Future-KL: the discounted sum of the log-prob shifts from each token to the end of its sequence.
 
 ``F_t = Σ_{k≥t} γ^(k−t) x_k`` with ``γ = 2^(−1/τ)`` (arXiv 2603.19835, Eq. 6) is the first-order linear recurrence
-``F_t = x_t + γ F_{t+1}``: O(L) work. Under context parallelism each rank scans the chunks that it holds, the sums at
-the chunk heads are exchanged once, and every rank composes the carries that its own chunks need.
+``F_t = x_t + γ F_{t+1}``: O(L) work. Under context parallelism each rank scans the chunks that it holds, the ranks
+exchange the sums at the chunk heads once, and every rank composes the carries into its own chunks.
 
 Logical shapes, as suffixes of names: T tokens on this rank (packed), S sequences of the micro-batch, C chunks of a
 sequence in time order, K chunks of each sequence on one rank, R ranks of the context-parallel group.
@@ -19,26 +19,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 Exchange = Callable[[Tensor], Tensor]
-"""Gathers a tensor of equal shape ``[...]`` from all R ranks into ``[R, ...]``, on every rank, in rank order."""
+"""All-gather: takes a tensor ``[...]``, of the same shape on all R ranks, and returns ``[R, ...]`` in rank order."""
 
 WHOLE_SEQUENCES = ((0, 0),)
-"""The owners of a layout without context parallelism: one chunk per sequence, on rank 0."""
+"""Owners in a layout without context parallelism: one chunk per sequence, on rank 0."""
 
 _BLOCK = 32
 
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """Where one rank's packed tokens sit in their sequences.
+    """The layout of one rank's packed tokens: which chunks of which sequences they are.
 
-    A sequence is cut into C chunks of equal length (padding included). The rank's tokens are ordered sequence by
-    sequence and, within a sequence, by slot: its K chunks, one after the other.
+    A sequence is cut into C chunks of equal length (padding included). The rank's tokens are ordered by sequence and,
+    within a sequence, by slot: the K chunks of the sequence that the rank holds.
 
     Attributes:
-        chunk_lengths: ``[S]`` int64, tokens in one chunk of each sequence, on the device of the tokens.
+        chunk_lengths: Tokens in one chunk of each sequence, ``[S]`` int64, on the device of the tokens.
         num_tokens: T, the tokens on this rank: ``K * sum(chunk_lengths)``. Kept on the host to save a device sync.
         owners: ``(rank, slot)`` of each chunk in time order; the same on every rank.
-        rank: This rank in the context-parallel group.
+        rank: Rank of this process in the context-parallel group.
     """
 
     chunk_lengths: Tensor
@@ -57,8 +57,8 @@ class SequenceShards:
         """Checks the layout on the host and moves the lengths to ``device``.
 
         Raises:
-            ValueError: no sequence, a chunk without tokens, ranks that hold different numbers of chunks, or a rank that
-                holds none.
+            ValueError: There is no sequence, a chunk has no tokens, the ranks hold different numbers of chunks, or a
+                rank holds none.
         """
         if not chunk_lengths or min(chunk_lengths) < 1:
             raise ValueError(f"chunk_lengths: every sequence needs at least one token per chunk, got {chunk_lengths}")
@@ -72,40 +72,44 @@ class SequenceShards:
 
     @property
     def num_ranks(self) -> int:
-        """R."""
+        """R, the ranks of the context-parallel group."""
         return 1 + max(rank for rank, _ in self.owners)
 
     @property
     def num_slots(self) -> int:
-        """K."""
+        """K, the chunks of each sequence on one rank."""
         return len(self.owners) // self.num_ranks
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """S, the sequences of the micro-batch."""
         return self.chunk_lengths.numel()
 
     def slot_lengths(self) -> Tensor:
-        """``[S * K]`` int64: tokens of each chunk held here, in the order of the tokens."""
+        """Returns the length of each chunk on this rank, in the order of the tokens: ``[S * K]`` int64."""
         return self.chunk_lengths.repeat_interleave(self.num_slots)
 
     def spread(self, per_sequence_S: Tensor) -> Tensor:
-        """Repeats a value per sequence ``[S]`` for each of its tokens here: ``[T]``."""
+        """Repeats the value of each sequence ``[S]`` for its tokens on this rank: ``[T]``."""
         return per_sequence_S.repeat_interleave(self.chunk_lengths * self.num_slots, output_size=self.num_tokens)
 
     def count_by_sequence(self, flags_T: Tensor) -> Tensor:
-        """Counts the flagged of the tokens that each sequence has here, from ``[T]`` bool: ``[S]`` int64."""
+        """Counts the flagged tokens ``[T]`` bool of each sequence on this rank: ``[S]`` int64."""
         ends = (self.chunk_lengths * self.num_slots).cumsum(0)
         totals = torch.nn.functional.pad(flags_T.long().cumsum(0), (1, 0))[ends]
         return totals.diff(prepend=totals.new_zeros(1))
 
     def count_once(self, flags_S: Tensor) -> Tensor:
-        """How many sequences are flagged, on the first rank; 0 on the others: the sum over ranks counts each once."""
+        """Counts the flagged sequences on rank 0 and returns 0 on other ranks, so a sum over ranks counts each once."""
         return flags_S.sum() * (self.rank == 0)
 
 
 def discount(half_life: float) -> float:
-    """``γ = 2^(−1/τ)``: the factor per token that halves a contribution over ``half_life`` tokens; τ = ∞ gives 1."""
+    """Returns ``γ = 2^(−1/τ)``, the factor per token that halves a contribution over ``half_life`` tokens; 1 for τ = ∞.
+
+    Raises:
+        ValueError: The half-life is not positive.
+    """
     if not half_life > 0:
         raise ValueError(f"half_life must be > 0 tokens (inf for no decay), got {half_life}")
     return math.exp2(-1.0 / half_life)
@@ -114,13 +118,13 @@ def discount(half_life: float) -> float:
 def suffix_scan(values: Tensor, gamma: float, ends: Tensor) -> Tensor:
     """Solves ``y_t = x_t + γ y_{t+1}`` within each segment of a flat tensor, in O(N) work.
 
-    It computes in float64. In float32 the rounding of γ alone, raised to distances of a thousand tokens, is an error of
-    1e-5 (seen at τ = 1082).
+    The scan runs in float64. In float32 the rounding of γ alone, raised to distances of a thousand tokens, is an error
+    of 1e-5 (seen at τ = 1082).
 
     Args:
         values: x, ``[N]`` floating point.
         gamma: Discount per position.
-        ends: Index of the last position of each segment, int64: nothing passes over it to the left.
+        ends: Index of the last position of each segment, int64; no sum crosses it.
 
     Returns:
         y, ``[N]`` float64. No gradient flows.
@@ -139,9 +143,9 @@ def suffix_scan(values: Tensor, gamma: float, ends: Tensor) -> Tensor:
 def _scan_rows(values: Tensor, decay: Tensor) -> None:
     """Replaces x by y, where ``y_t = x_t + a_t y_{t+1}`` and position t is in row ``t mod K``, column ``t // K``.
 
-    Columns are blocks of K consecutive positions, so that every step below is one fused operation on all blocks, over
-    contiguous memory. A first sweep finds each block's head; the heads are a recurrence of the same form, N / K long; a
-    second sweep starts from what the following block's head passes on.
+    Columns are blocks of K consecutive positions, so every step below is one fused operation on all blocks, over
+    contiguous memory. A first sweep computes the head of each block. The heads form a recurrence of the same kind and
+    of length N / K, which is solved recursively. A second sweep starts from the head of the following block.
     """
     value_rows, decay_rows = values.unbind(0), decay.unbind(0)
     if values.shape[1] > 1:
@@ -158,7 +162,7 @@ def _scan_rows(values: Tensor, decay: Tensor) -> None:
 
 
 def _as_rows(flat: Tensor, block: int) -> Tensor:
-    """A float64 copy of ``[N]``, padded with zeros: position t in row ``t mod block``, column ``t // block``."""
+    """Copies ``[N]`` to float64, padded with zeros: position t in row ``t mod block``, column ``t // block``."""
     padding = -flat.numel() % block
     padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
     columns = padded.view(-1, block).t()
@@ -166,15 +170,15 @@ def _as_rows(flat: Tensor, block: int) -> Tensor:
 
 
 def scan_chunks(values_T: Tensor, shards: SequenceShards, half_life: float) -> tuple[Tensor, Tensor]:
-    """Scans every chunk held here as if nothing followed it.
+    """Scans every chunk on this rank without the contribution of later chunks.
 
     Args:
         values_T: x, ``[T]``; masked and filtered tokens are 0 and keep their position.
-        shards: The layout of the tokens.
+        shards: Layout of the tokens.
         half_life: τ in tokens.
 
     Returns:
-        The sums within each chunk, ``[T]``, and their values at the chunk heads, ``[S, K]``: what the other ranks need.
+        Sums within each chunk, ``[T]``, and their values at the chunk heads, ``[S, K]``, which the other ranks need.
         Both are float64.
     """
     ends = shards.slot_lengths().cumsum(0)
@@ -184,17 +188,17 @@ def scan_chunks(values_T: Tensor, shards: SequenceShards, half_life: float) -> t
 
 
 def chunk_carries(heads_RSK: Tensor, shards: SequenceShards, half_life: float) -> Tensor:
-    """What flows into each chunk held here from all that follows it: F at the first position after the chunk.
+    """Returns the carry into each chunk on this rank: F at the first position after the chunk.
 
     ``carry_c = head_{c+1} + γ^len · carry_{c+1}``, from the last chunk of the sequence to the first.
 
     Args:
-        heads_RSK: The chunk heads of all ranks, as exchanged, float64.
-        shards: The layout of this rank's tokens.
+        heads_RSK: Chunk heads of all ranks, as exchanged, float64.
+        shards: Layout of this rank's tokens.
         half_life: τ in tokens.
 
     Returns:
-        ``[S, K]``, 0 for the last chunk of a sequence.
+        Carries, ``[S, K]`` float64; 0 for the last chunk of a sequence.
     """
     decay_S = torch.exp2(-shards.chunk_lengths.double() / half_life)
     carries_S = [torch.zeros_like(decay_S)]
@@ -206,7 +210,7 @@ def chunk_carries(heads_RSK: Tensor, shards: SequenceShards, half_life: float) -
 
 
 def add_carries(sums_T: Tensor, carries_SK: Tensor, shards: SequenceShards, half_life: float) -> Tensor:
-    """``F_t = sum_t + γ^(end − t) · carry`` with ``end`` the first position after the token's chunk: ``[T]``."""
+    """Returns ``F_t = sum_t + γ^(end − t) · carry``, ``[T]``; ``end`` is the first position after the token's chunk."""
     lengths = shards.slot_lengths()
     carry_T = carries_SK.flatten().repeat_interleave(lengths, output_size=shards.num_tokens)
     end_T = lengths.cumsum(0).repeat_interleave(lengths, output_size=shards.num_tokens)
@@ -217,20 +221,21 @@ def add_carries(sums_T: Tensor, carries_SK: Tensor, shards: SequenceShards, half
 def future_kl(
     values: Tensor, half_life: float, shards: SequenceShards | None = None, exchange: Exchange | None = None
 ) -> Tensor:
-    """The discounted suffix sum of ``values`` within each sequence (Eq. 6; Eq. 5 for an infinite half-life).
+    """Returns the discounted suffix sum of ``values`` within each sequence (Eq. 6; Eq. 5 for an infinite half-life).
 
     Args:
         values: x, either dense ``[..., L]`` (without ``shards``: every row is a sequence) or packed ``[T]``. Masked and
             filtered tokens are 0 and keep their position: distance is counted in token positions.
         half_life: τ in tokens, > 0; ``math.inf`` for no decay.
-        shards: The layout of packed tokens.
+        shards: Layout of packed tokens.
         exchange: All-gather over the context-parallel group, called once; needed when ``shards`` has several ranks.
 
     Returns:
-        F, the shape of ``values``, float32 or float64. No gradient flows and nothing is kept for backward.
+        F, in the shape of ``values``, float32 or float64. No gradient flows and nothing is kept for backward.
 
     Raises:
-        ValueError: half-life not positive, ``values`` not as long as the layout says, or an exchange missing.
+        ValueError: The half-life is not positive, the length of ``values`` does not match the layout, or the exchange
+            is missing or over another number of ranks.
     """
     if shards is None:
         if values.numel() == 0:
@@ -247,10 +252,10 @@ def future_kl(
 
 
 def exchange_over_ranks(message: Tensor, shards: SequenceShards, exchange: Exchange | None) -> Tensor:
-    """``exchange(message)``, or the message alone with a leading dimension of 1 where there is one rank.
+    """Returns ``exchange(message)``, or the message with a leading dimension of 1 if there is a single rank.
 
     Raises:
-        ValueError: several ranks but no exchange, or an exchange over another number of ranks.
+        ValueError: There are several ranks but no exchange, or the exchange is over another number of ranks.
     """
     if shards.num_ranks == 1:
         return message[None]
@@ -263,7 +268,7 @@ def exchange_over_ranks(message: Tensor, shards: SequenceShards, exchange: Excha
 
 
 def gather_over(group: dist.ProcessGroup) -> Exchange:
-    """The exchange over a process group: one ``all_gather_into_tensor``."""
+    """Returns the exchange over a process group: one ``all_gather_into_tensor``."""
 
     def exchange(message: Tensor) -> Tensor:
         ranks, (first, *rest) = dist.get_world_size(group), message.shape

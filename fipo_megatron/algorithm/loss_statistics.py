@@ -1,8 +1,8 @@
-"""Statistics of the loss that merge: over micro-batches, context- and data-parallel ranks.
+"""Statistics of the loss that merge over micro-batches, context-parallel and data-parallel ranks.
 
-Three tensors hold all of them (sums, maxima, histograms), so that a step costs three small all-reduces and three copies
-to the host, however many values there are. They cover every response token that the loss was given, dropped responses
-included, as the release's do.
+Three tensors hold all of them (sums, maxima, histograms), so a step costs three small all-reduces and three copies to
+the host, whatever the number of values. They cover every response token of the loss inputs, dropped responses included,
+as in the release.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SIGNS = ("positive", "negative")
-"""Rows of the histograms: tokens with an advantage > 0, and the others: an advantage of 0 counts as negative."""
+"""Rows of the histograms: tokens with an advantage > 0, and all others. An advantage of 0 counts as negative."""
 
 QUANTILES = (0.001, 0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
 
@@ -32,7 +32,7 @@ TOKEN_MEANS = (
     "future_kl_mean",
     "future_kl_abs_mean",
     "clip_fraction",
-    "clip_fraction_low",  # A < 0 and r < 1 − ε_low: what spikes before a collapse (Fig. 2)
+    "clip_fraction_low",  # A < 0 and r < 1 − ε_low; spikes before a collapse (Fig. 2)
     "clip_fraction_high",
     "dual_clip_fraction",
     "filtered_fraction",
@@ -54,7 +54,7 @@ TOKEN_MEANS = (
 """Means over the tokens of the mask."""
 
 SIGN_MEANS = tuple(f"weight_clip_{sign}_{side}" for sign in SIGNS for side in ("upper", "lower"))
-"""Means over the tokens of the mask whose advantage has this sign; where there are none, there is no value."""
+"""Means over the tokens of the mask whose advantage has this sign; absent if there are none."""
 
 MAXIMA = (
     *("weight_max", "raw_weight_max", "shift_abs_max", "future_kl_abs_max"),
@@ -67,14 +67,15 @@ MINIMA = ("weight_min", "raw_weight_min")
 class LossStatistics:
     """Mergeable statistics of one or more micro-batches.
 
-    Which values exist follows from the configuration of the loss, so that it is the same on every rank.
+    The configuration of the loss determines which values exist, so they are the same on every rank.
 
     Attributes:
         sum_names: Names of ``sums``, from ``COUNTS``, ``TOKEN_MEANS`` and ``SIGN_MEANS``.
         extremum_names: Names of ``maxima``, from ``MAXIMA`` and ``MINIMA``.
-        sums: ``[len(sum_names)]`` float64.
-        maxima: ``[len(extremum_names)]`` float64; minima are stored negated; −inf where no token was seen.
-        histograms: ``[2, NUM_BINS]`` int64: log-prob shifts of tokens with positive (0) and other (1) advantage.
+        sums: Sums over tokens or counts, ``[len(sum_names)]`` float64.
+        maxima: Maxima over tokens, ``[len(extremum_names)]`` float64; minima are stored negated; −inf without tokens.
+        histograms: Log-prob shifts of the tokens with positive (row 0) and other (row 1) advantage, ``[2, NUM_BINS]``
+            int64.
     """
 
     sum_names: tuple[str, ...]
@@ -92,10 +93,17 @@ class LossStatistics:
         extrema: dict[str, Tensor],
         histograms: Tensor,
     ) -> LossStatistics:
-        """Reduces per-token values ``[T]`` over a mask ``[T]`` bool; ``counts`` are scalars already.
+        """Reduces per-token values ``[T]`` over a mask.
+
+        Args:
+            mask_T: Tokens to reduce over, ``[T]`` bool.
+            counts: Scalars by name, from ``COUNTS``.
+            means: Per-token values ``[T]`` by name, from ``TOKEN_MEANS`` and ``SIGN_MEANS``.
+            extrema: Per-token values ``[T]`` by name, from ``MAXIMA`` and ``MINIMA``.
+            histograms: Result of :func:`shift_histogram`.
 
         Raises:
-            KeyError: a name that this module does not list.
+            KeyError: This module does not list a name.
         """
         unknown = set(counts) - set(COUNTS) | set(means) - {*TOKEN_MEANS, *SIGN_MEANS}
         unknown |= set(extrema) - set(MAXIMA + MINIMA)
@@ -118,24 +126,26 @@ class LossStatistics:
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> LossStatistics:
-        """Merges over a process group: three all-reduces. Every rank of the group must call it."""
+        """Merges over a process group with three all-reduces. Every rank of the group must call it."""
         sums, maxima, histograms = self.sums.clone(), self.maxima.clone(), self.histograms.clone()
         dist.all_reduce(sums, group=group)
-        # A maximum over ranks may lose a NaN; infinity says the same and survives.
+        # A maximum over ranks may lose a NaN; infinity survives it and is not finite either.
         maxima = maxima.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
         dist.all_reduce(histograms, group=group)
         return replace(self, sums=sums, maxima=maxima, histograms=histograms)
 
     def metrics(self) -> dict[str, float]:
-        """The values by name, after one copy to the host per tensor; only counts where no token was seen."""
+        """Returns the values by name, after one copy to the host per tensor; counts only if there are no tokens."""
         values = dict(zip(self.sum_names, self.sums.tolist(), strict=True))
         tokens = values["tokens"]
         if not tokens:
             return {name: values[name] for name in COUNTS}
-        of_sign = dict(zip(SIGNS, self.histograms.sum(1).tolist(), strict=True))
-        seen = {name: of_sign[name.split("_")[2]] if name in SIGN_MEANS else tokens for name in values}
-        values = {name: value if name in COUNTS else value / seen[name] for name, value in values.items() if seen[name]}
+        tokens_of_sign = dict(zip(SIGNS, self.histograms.sum(1).tolist(), strict=True))
+        total = {name: tokens_of_sign[name.split("_")[2]] if name in SIGN_MEANS else tokens for name in values}
+        values = {
+            name: value if name in COUNTS else value / total[name] for name, value in values.items() if total[name]
+        }
         for name, value in zip(self.extremum_names, self.maxima.tolist(), strict=True):
             values[name] = -value if name in MINIMA else value
         for sign, counts in zip(SIGNS, self.histograms.cpu(), strict=True):
@@ -146,9 +156,10 @@ class LossStatistics:
 
 
 def bin_edges(device: torch.device | str = "cpu") -> Tensor:
-    """``[NUM_BINS + 1]`` float64 edges of the shift histogram: symmetric, logarithmic, 2.9 % wide, one bin around 0.
+    """Returns the edges of the shift histogram, ``[NUM_BINS + 1]`` float64.
 
-    Shifts beyond ±20 fall in the outermost bins.
+    The bins are symmetric, logarithmic and 2.9 % wide, with one bin around 0. Shifts beyond ±20 fall in the outermost
+    bins.
     """
     side = torch.logspace(
         math.log10(_SMALLEST_SHIFT), math.log10(_LARGEST_SHIFT), _BINS_PER_SIDE + 1, dtype=torch.float64, device=device
@@ -157,15 +168,15 @@ def bin_edges(device: torch.device | str = "cpu") -> Tensor:
 
 
 def shift_histogram(shift_T: Tensor, positive_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Counts shifts by sign of the advantage.
+    """Counts log-prob shifts by the sign of the advantage.
 
     Args:
         shift_T: d, ``[T]``.
-        positive_T: advantage > 0, ``[T]`` bool.
-        mask_T: tokens to count, ``[T]`` bool.
+        positive_T: Tokens with an advantage > 0, ``[T]`` bool.
+        mask_T: Tokens to count, ``[T]`` bool.
 
     Returns:
-        ``[2, NUM_BINS]`` int64.
+        Counts by sign and bin, ``[2, NUM_BINS]`` int64.
     """
     edges = bin_edges(shift_T.device).to(shift_T.dtype)
     bin_T = torch.bucketize(shift_T, edges[1:-1], right=True)
@@ -175,7 +186,10 @@ def shift_histogram(shift_T: Tensor, positive_T: Tensor, mask_T: Tensor) -> Tens
 
 
 def histogram_quantiles(counts: Tensor, quantiles: tuple[float, ...]) -> list[float]:
-    """Quantiles of the shift from ``[NUM_BINS]`` counts, linear within a bin; the bin around 0 counts as exactly 0."""
+    """Returns quantiles of the shift from ``[NUM_BINS]`` counts.
+
+    A quantile is interpolated linearly within its bin; the bin around 0 counts as exactly 0.
+    """
     total = int(counts.sum())
     edges = bin_edges()
     edges[_BINS_PER_SIDE : _BINS_PER_SIDE + 2] = 0.0

@@ -1,9 +1,9 @@
 """The token losses FIPO, DAPO and GRPO, as pure functions of a dataclass of tensors.
 
-A loss is returned as a numerator and an integer denominator. Both are plain sums over the tokens of this rank, so any
-split of a mini-batch over micro-batches, data-parallel and context-parallel ranks adds up to the same loss; only
-whole sequences may go to different micro-batches. Sources: arXiv 2603.19835 (equations below) and the behaviour of the
-release of its authors; where they differ, the difference is a field of :class:`PolicyLossConfig`.
+A loss is a numerator and an integer denominator. Both are plain sums over the tokens of this rank, so any split of a
+mini-batch over micro-batches, data-parallel and context-parallel ranks adds up to the same loss; a micro-batch holds
+whole sequences. Sources: arXiv 2603.19835 (equations below) and the behaviour of its authors' release; each difference
+between the two is a field of :class:`.PolicyLossConfig`.
 
 Logical shapes, as suffixes of names: T tokens on this rank (packed), S sequences of the micro-batch, R ranks of the
 context-parallel group.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,119 +28,14 @@ from fipo_megatron.algorithm.future_kl import (
     scan_chunks,
 )
 from fipo_megatron.algorithm.loss_statistics import LossStatistics, shift_histogram
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 
 LARGEST_EXPONENT = 80.0
-"""exp is evaluated at no more than this, so that it and its gradient stay finite in float32; far above any clip."""
+"""Largest argument of exp. It keeps exp and its gradient finite in float32 and is far above any clip."""
 
 RELEASE_SAFETY_RANGE = (0.8, 1.0)
-"""Where the release clamps the weight of a negative-advantage token whose ratio exceeds the safety threshold."""
+"""Range to which the release clamps the weight of a negative-advantage token above the safety threshold."""
 
-
-@dataclass(frozen=True)
-class PolicyLossConfig:
-    """What the loss is. Defaults are the paper's 32B recipe (Table 2) with the release's behaviour.
-
-    Attributes:
-        kind: ``fipo``, or the baselines ``dapo`` and ``grpo``, which use no Future-KL weight; ``sft`` is supervised
-            fine-tuning: the mean of −log π_θ, without advantages.
-        half_life: τ of the Future-KL discount in tokens (Eq. 6); inf for none (Eq. 5).
-        future_kl_filter: Leave tokens with a ratio above ``dual_clip`` out of the sum (Eq. 5); they keep their
-            position.
-        weight_clip: Bounds of f = clip(exp F, low, high) (Eq. 7); none: f = min(exp F, ``weight_max``).
-        weight_max: The largest weight where ``weight_clip`` is none.
-        safety_threshold: s: ratio above which a negative-advantage token's weight is made safe; inf: never.
-        safety_rule: ``release`` clamps such a weight to [0.8, 1.0]; ``paper`` resets it to 1.
-        clip_low: ε_low of the surrogate's clip range (Eq. 8).
-        clip_high: ε_high.
-        dual_clip: c: for A < 0 the loss is capped at −c f A (Table 2; absent from Eq. 8); inf: no cap.
-        sequence_drop: Leave a response with more than ``sequence_drop_threshold`` dual-clipped tokens out of the loss,
-            numerator and denominator (release only; the paper has no such rule).
-        sequence_drop_threshold: Dual-clipped tokens that a response may have.
-        shift_clamp: d is clamped to ± this (release: 20); inf: not (paper).
-        aggregation: ``token_mean`` over all tokens of the mini-batch (DAPO, Eq. 8); ``sequence_mean``: mean per
-            response, then mean over responses (GRPO).
-        kl_coef: β of a KL term to the reference policy; 0: none.
-        kl_estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ with Δ = log π_θ − log π_ref. As a loss term, k1 has zero
-            expected gradient; k2 has the gradient of the reverse KL (http://joschu.net/blog/kl-approx.html).
-        entropy_coef: The entropy of the policy times this is subtracted from the loss; 0: none.
-        importance_cap: Truncated importance sampling: each token's loss is multiplied by
-            min(π_old / π_behaviour, cap), without gradient; none: no correction.
-    """
-
-    kind: Literal["fipo", "dapo", "grpo", "sft"] = "fipo"
-    half_life: float = 32.0
-    future_kl_filter: bool = True
-    weight_clip: tuple[float, float] | None = (1.0, 1.2)
-    weight_max: float = 10.0
-    safety_threshold: float = 10.0
-    safety_rule: Literal["release", "paper"] = "release"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 10.0
-    sequence_drop: bool = True
-    sequence_drop_threshold: int = 1
-    shift_clamp: float = 20.0
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks every field. Raises ValueError with a line per field at fault: its value and what is valid."""
-        low, high = self.weight_bounds
-        limit = 1 + self.clip_high
-        valid = {
-            "half_life": (self.half_life > 0, "> 0 tokens, or inf for no decay"),
-            "weight_clip": (0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null"),
-            "weight_max": (0 < self.weight_max < math.inf, "> 0 and finite"),
-            "safety_threshold": (self.safety_threshold > 0, "> 0, or inf for never"),
-            "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
-            "clip_high": (0 <= self.clip_high < math.inf, ">= 0 and finite"),
-            "dual_clip": (self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap"),
-            "sequence_drop_threshold": (self.sequence_drop_threshold >= 0, ">= 0 tokens"),
-            "shift_clamp": (self.shift_clamp > 0, "> 0, or inf for none"),
-            "kl_coef": (0 <= self.kl_coef < math.inf, ">= 0 and finite"),
-            "entropy_coef": (math.isfinite(self.entropy_coef), "finite"),
-            "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "> 0, or null"),
-        }
-        for name, choices in _CHOICES.items():
-            valid[name] = (getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        problems = [
-            f"{name}: must be {expected}, got {getattr(self, name)}"
-            for name, (fits, expected) in valid.items()
-            if not fits
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    @property
-    def weight_bounds(self) -> tuple[float, float]:
-        """The bounds of f: ``weight_clip``, or [0, ``weight_max``]."""
-        return (0.0, self.weight_max) if self.weight_clip is None else self.weight_clip
-
-
-_CHOICES = {
-    "kind": ("fipo", "dapo", "grpo", "sft"),
-    "safety_rule": ("release", "paper"),
-    "aggregation": ("token_mean", "sequence_mean"),
-    "kl_estimator": ("k1", "k2", "k3"),
-}
-
-KIND_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fipo": {},
-    "dapo": {},
-    "sft": {"sequence_drop": False},
-    "grpo": {
-        "aggregation": "sequence_mean",
-        "clip_high": 0.2,
-        "dual_clip": math.inf,
-        "sequence_drop": False,
-        "kl_coef": 0.04,
-    },
-}
-"""The defaults that each ``kind`` changes. GRPO: sequence mean, symmetric clip, k3 KL term with β = 0.04 (DeepSeekMath,
-arXiv 2402.03300, Eq. 3 and 4, Sec. 4.2), no dual clip, no drop."""
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda gap: gap,
@@ -155,15 +50,15 @@ class LossInputs:
     """Per-token tensors of one packed micro-batch on this rank, all at the predicting position.
 
     Attributes:
-        log_probs: log π_θ of the labels, ``[T]`` floating point; the only tensor that needs a gradient (and entropy).
-        old_log_probs: log π_old: the trainer's weights before the first update on this batch, ``[T]``.
-        advantages: ``[T]``.
+        log_probs: log π_θ of the labels, ``[T]`` floating point. Gradients flow to this tensor and to ``entropy`` only.
+        old_log_probs: log π_old, ``[T]``: under the trainer's weights before the first update on this batch.
+        advantages: Advantage of each token's response, ``[T]``.
         mask: Tokens of the loss, ``[T]`` bool: response tokens, neither prompt nor padding.
-        shards: Where the tokens sit in their sequences.
-        reference_log_probs: log π_ref, ``[T]``; needed where ``kl_coef`` > 0.
-        behaviour_log_probs: The engine's log-probs, ``[T]``; needed where ``importance_cap`` is set, else for
-            statistics.
-        entropy: Entropy of the policy, ``[T]``; needed where ``entropy_coef`` ≠ 0, else for statistics.
+        shards: Layout of the tokens.
+        reference_log_probs: log π_ref, ``[T]``; required if ``kl_coef`` > 0.
+        behaviour_log_probs: log π_behaviour, the engine's log-probs, ``[T]``; required if ``importance_cap`` is set,
+            otherwise optional, for statistics.
+        entropy: Entropy of the policy, ``[T]``; required if ``entropy_coef`` ≠ 0, otherwise optional, for statistics.
     """
 
     log_probs: Tensor
@@ -176,7 +71,11 @@ class LossInputs:
     entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Checks shapes, dtypes and devices, which costs no device sync. Raises ValueError that names the field."""
+        """Checks shapes, dtypes and devices without a device sync.
+
+        Raises:
+            ValueError: A tensor does not fit; the message names the field.
+        """
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, Tensor):
@@ -193,7 +92,7 @@ class LossInputs:
                 raise ValueError(f"{field.name}: is on {value.device}, log_probs on {self.log_probs.device}")
 
     def to(self, dtype: torch.dtype) -> LossInputs:
-        """The same with every floating-point tensor in ``dtype``."""
+        """Returns a copy with every floating-point tensor in ``dtype``."""
         tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         floating = {k: v.to(dtype) for k, v in tensors.items() if isinstance(v, Tensor) and v.is_floating_point()}
         return LossInputs(**(tensors | floating))
@@ -201,12 +100,13 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss as a fraction, and what was seen on the way.
+    """The loss of one rank's part of a micro-batch, as a fraction, with its statistics.
 
     Attributes:
-        numerator: Scalar, float32 or float64, with gradient: the sum over this rank's part.
-        denominator: Scalar int64: tokens kept in the loss here or, for ``sequence_mean``, sequences counted here.
-        statistics: Mergeable statistics of this part.
+        numerator: Sum over the rank's part, scalar, float32 or float64, with gradient.
+        denominator: Tokens kept in the loss on this rank or, for ``sequence_mean``, sequences counted on this rank;
+            scalar int64.
+        statistics: Mergeable statistics of the rank's part.
         future_kl: F, ``[T]``, without gradient; 0 for the baselines.
         weight: f, ``[T]``, without gradient; 1 for the baselines.
     """
@@ -220,7 +120,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class _Weighting:
-    """All that enters the loss without a gradient. ``_S`` fields count whole sequences, over all ranks."""
+    """The inputs of the loss that have no gradient. ``_S`` fields describe whole sequences, over all ranks."""
 
     future_kl_T: Tensor
     mismatch_future_kl_T: Tensor | None
@@ -233,19 +133,19 @@ class _Weighting:
 
 
 def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None = None) -> LossOutput:
-    """The loss of one packed micro-batch on one rank (Eq. 8 with the fields of ``config``).
+    """Computes the loss of one packed micro-batch on one rank (Eq. 8 with the fields of ``config``).
 
     Args:
-        inputs: The micro-batch.
-        config: The loss.
-        exchange: All-gather over the context-parallel group (:func:`.future_kl.gather_over`); called exactly once in
-            the forward pass where sequences are spread over several ranks, never in backward.
+        inputs: Per-token tensors of the micro-batch.
+        config: Configuration of the loss.
+        exchange: All-gather over the context-parallel group (:func:`.future_kl.gather_over`), called exactly once in
+            the forward pass if sequences are spread over several ranks, and never in backward.
 
     Returns:
         Numerator, denominator and statistics. A non-finite log-prob of a token in the mask makes the numerator NaN.
 
     Raises:
-        ValueError: a tensor that ``config`` needs is missing from ``inputs``, or an exchange is.
+        ValueError: ``inputs`` lacks a tensor that ``config`` requires, or a required exchange is missing.
     """
     _check_present(inputs, config)
     dtype = torch.promote_types(inputs.log_probs.dtype, torch.float32)
@@ -273,22 +173,22 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange
 
     numerator, denominator = _aggregate(loss_T, weighting, inputs, config)
     with torch.no_grad():
-        seen = {"importance_weight_mean": importance_T, "reference_kl": reference_kl_T}
+        means = {"importance_weight_mean": importance_T, "reference_kl": reference_kl_T}
         if clipped_T is not None:
             low_T = clipped_T & (inputs.advantages < 0)
-            seen |= {
+            means |= {
                 "clip_fraction": clipped_T,
                 "clip_fraction_low": low_T,
                 "clip_fraction_high": clipped_T & ~low_T,
             }
-        statistics = _statistics(seen, shift_T.detach(), weighting, inputs, config)
+        statistics = _statistics(means, shift_T.detach(), weighting, inputs, config)
     return LossOutput(numerator, denominator, statistics, weighting.future_kl_T, weighting.weight_T)
 
 
 def log_prob_shift(log_probs_T: Tensor, old_log_probs_T: Tensor, mask_T: Tensor, clamp: float) -> Tensor:
-    """``d = log π_θ − log π_old`` clamped to ± ``clamp``; 0, without gradient, outside the mask: ``[T]``.
+    """Returns ``d = log π_θ − log π_old`` clamped to ± ``clamp``, ``[T]``; 0 without gradient outside the mask.
 
-    A non-finite difference inside the mask becomes NaN: a clamp would turn an infinity into a plausible number.
+    A non-finite difference inside the mask becomes NaN; a clamp alone would turn an infinity into a plausible number.
     """
     bound = min(clamp, LARGEST_EXPONENT)
     shift_T = torch.where(mask_T, log_probs_T - old_log_probs_T, 0.0)
@@ -298,16 +198,16 @@ def log_prob_shift(log_probs_T: Tensor, old_log_probs_T: Tensor, mask_T: Tensor,
 def future_kl_weight(
     raw_weight_T: Tensor, ratio_T: Tensor, advantages_T: Tensor, config: PolicyLossConfig
 ) -> tuple[Tensor, Tensor]:
-    """f, and where the safety rule changed how it is bounded (Eq. 7 and the text below it).
+    """Computes the weight f and the tokens that the safety rule applies to (Eq. 7 and the text below it).
 
     Args:
         raw_weight_T: exp(F), ``[T]``.
         ratio_T: r, ``[T]``.
         advantages_T: A, ``[T]``.
-        config: The loss; the baselines have weight 1.
+        config: Configuration of the loss; the baselines have weight 1.
 
     Returns:
-        The weight, ``[T]``, and the tokens under the safety rule, ``[T]`` bool.
+        Weight, ``[T]``, and the tokens under the safety rule, ``[T]`` bool.
     """
     if config.kind != "fipo":
         return torch.ones_like(raw_weight_T), torch.zeros_like(raw_weight_T, dtype=torch.bool)
@@ -318,15 +218,15 @@ def future_kl_weight(
 
 
 def surrogate(ratio_T: Tensor, advantages_T: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
-    """``−min(r A, clip(r, 1−ε_low, 1+ε_high) A)``, capped at ``−c A`` for A < 0 (Eq. 8, dual clip of Table 2).
+    """Returns ``−min(r A, clip(r, 1−ε_low, 1+ε_high) A)``, capped at ``−c A`` for A < 0 (Eq. 8, dual clip of Table 2).
 
     Args:
         ratio_T: r with gradient, ``[T]``.
         advantages_T: f A, ``[T]``.
-        config: The loss.
+        config: Configuration of the loss.
 
     Returns:
-        The token losses, ``[T]``, and the tokens whose clipped branch is the larger, ``[T]`` bool.
+        Token losses, ``[T]``, and the tokens whose clipped branch is the larger, ``[T]`` bool.
     """
     plain_T = -advantages_T * ratio_T
     clipped_T = -advantages_T * ratio_T.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -339,7 +239,7 @@ def surrogate(ratio_T: Tensor, advantages_T: Tensor, config: PolicyLossConfig) -
 def truncated_importance_weights(
     old_log_probs_T: Tensor, behaviour_log_probs_T: Tensor, mask_T: Tensor, cap: float
 ) -> Tensor:
-    """``min(π_old / π_behaviour, cap)`` per token, 1 outside the mask, without gradient: ``[T]``."""
+    """Returns ``min(π_old / π_behaviour, cap)`` per token, ``[T]``, without gradient; 1 outside the mask."""
     gap_T = torch.where(mask_T, old_log_probs_T - behaviour_log_probs_T, 0.0).detach()
     return gap_T.exp().clamp(max=cap) + 0.0 * gap_T  # an infinite gap becomes NaN, not a plausible weight
 
@@ -356,36 +256,36 @@ def _check_present(inputs: LossInputs, config: PolicyLossConfig) -> None:
 
 
 def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None) -> _Weighting:
-    """Future-KL weights and the sequences to drop, with one exchange for both.
+    """Computes the Future-KL weights and the sequences to drop, with one exchange for both.
 
-    The message holds, per sequence, its dual-clipped tokens here, its tokens in the mask, and for FIPO the heads of
-    this rank's chunks: of the drift and, where the engine's log-probs are known, of the mismatch. Under zigzag context
-    parallelism that is four or six numbers.
+    The message holds, per sequence, this rank's counts of dual-clipped tokens and of tokens in the mask and, for FIPO,
+    the heads of its chunks: those of the drift and, if the engine's log-probs are known, those of the mismatch. Under
+    zigzag context parallelism that is four or six numbers.
     """
     shards, ratio_T = inputs.shards, shift_T.exp()
     dual_clipped_T = inputs.mask & (inputs.advantages < 0) & (ratio_T > config.dual_clip)
     message = [shards.count_by_sequence(flags_T).double()[:, None] for flags_T in (dual_clipped_T, inputs.mask)]
-    sums = [scan_chunks(values_T, shards, config.half_life) for values_T in _summed(shift_T, inputs, config)]
-    gathered = exchange_over_ranks(torch.cat(message + [heads_SK for _, heads_SK in sums], dim=1), shards, exchange)
+    scans = [scan_chunks(values_T, shards, config.half_life) for values_T in _scanned(shift_T, inputs, config)]
+    gathered = exchange_over_ranks(torch.cat(message + [heads_SK for _, heads_SK in scans], dim=1), shards, exchange)
     dual_clipped_S, tokens_S = gathered[:, :, :2].sum(0).unbind(1)
-    found = []
-    for number, (sums_T, _) in enumerate(sums):
+    suffix_sums = []
+    for number, (sums_T, _) in enumerate(scans):
         if len(shards.owners) > 1:
             first = 2 + number * shards.num_slots
             carries_SK = chunk_carries(gathered[:, :, first : first + shards.num_slots], shards, config.half_life)
             sums_T = add_carries(sums_T, carries_SK, shards, config.half_life)
-        found.append(sums_T.to(shift_T.dtype))
-    future_kl_T = found[0] if found else torch.zeros_like(shift_T)
+        suffix_sums.append(sums_T.to(shift_T.dtype))
+    future_kl_T = suffix_sums[0] if suffix_sums else torch.zeros_like(shift_T)
 
     raw_weight_T = future_kl_T.clamp(max=LARGEST_EXPONENT).exp()
     weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
     dropped_S = config.sequence_drop & (dual_clipped_S > config.sequence_drop_threshold)
-    mismatch_T = found[1] if len(found) > 1 else None
+    mismatch_T = suffix_sums[1] if len(suffix_sums) > 1 else None
     return _Weighting(future_kl_T, mismatch_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
 
 
-def _summed(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> list[Tensor]:
-    """What Future-KL sums up, ``[T]`` each: the drift, and what the engine's mismatch would be if it were drift."""
+def _scanned(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> list[Tensor]:
+    """Returns the values to scan, ``[T]`` each: the drift and, as if it were drift, the mismatch with the engine."""
     if config.kind != "fipo":
         return []
     shifts = [shift_T]
@@ -393,7 +293,7 @@ def _summed(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> li
         shifts.append(log_prob_shift(inputs.old_log_probs, inputs.behaviour_log_probs, inputs.mask, config.shift_clamp))
     if not config.future_kl_filter:
         return shifts
-    # "Not above the bound" and not "at most the bound": a NaN must stay visible in the sum.
+    # "Not above the bound" instead of "at most the bound": a NaN must stay in the sum.
     return [torch.where(values_T > math.log(config.dual_clip), 0.0, values_T) for values_T in shifts]
 
 
@@ -402,17 +302,17 @@ def _aggregate(
 ) -> tuple[Tensor, Tensor]:
     shards = inputs.shards
     kept_T = inputs.mask & ~shards.spread(weighting.dropped_S)
-    # 0 · NaN: a non-finite token is seen even where its response is dropped.
+    # 0 · NaN = NaN: a non-finite token reaches the numerator even if its response is dropped.
     loss_T = torch.where(kept_T, loss_T, torch.where(inputs.mask, 0.0 * loss_T.detach(), 0.0))
     if config.aggregation == "token_mean":
         return loss_T.sum(), kept_T.sum()
-    # Every rank adds its part of every sequence to the numerator; one rank alone may count the sequence.
+    # Every rank adds its part of every sequence to the numerator; a single rank counts the sequence.
     kept_S = (weighting.tokens_S > 0) & ~weighting.dropped_S
     return (loss_T / shards.spread(weighting.tokens_S.clamp(min=1)).to(loss_T.dtype)).sum(), shards.count_once(kept_S)
 
 
 def _statistics(
-    seen: dict[str, Tensor | None],
+    loss_means: dict[str, Tensor | None],
     shift_T: Tensor,
     weighting: _Weighting,
     inputs: LossInputs,
@@ -431,7 +331,7 @@ def _statistics(
         "dual_clip_fraction": weighting.dual_clipped_T,
         "advantage_mean": inputs.advantages,
         "entropy": inputs.entropy,
-    } | seen
+    } | loss_means
     extrema = {"shift_abs_max": shift_T.abs()}
     if config.kind == "fipo":
         low, high = config.weight_bounds
@@ -463,11 +363,6 @@ def _statistics(
             extrema |= {"mismatch_future_kl_abs_max": summed_T}
         if config.importance_cap is not None:
             means |= {"importance_truncated_fraction": gap_T > math.log(config.importance_cap)}
-    given = {name: value for name, value in means.items() if value is not None}
+    present = {name: value for name, value in means.items() if value is not None}
     histogram = shift_histogram(shift_T, inputs.advantages > 0, inputs.mask)
-    return LossStatistics.over_tokens(inputs.mask, counts, given, extrema, histogram)
-
-
-def loss_config(kind: str, **changes: Any) -> PolicyLossConfig:
-    """The configuration of a ``kind`` with its own defaults, and ``changes`` on top."""
-    return PolicyLossConfig(kind=kind, **(KIND_DEFAULTS[kind] | changes))  # type: ignore[arg-type]
+    return LossStatistics.over_tokens(inputs.mask, counts, present, extrema, histogram)

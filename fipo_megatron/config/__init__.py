@@ -1,7 +1,7 @@
 """The configuration of a run: typed dataclasses, one per room, from YAML and dotted overrides.
 
 A file may name another with ``base:`` (relative to itself) and then holds only what differs. ``algorithm.kind``
-chooses the defaults of its room (see :data:`.algorithm.policy_loss.KIND_DEFAULTS`); what the files and overrides say
+chooses the defaults of its room (see :data:`.policy_loss_config.KIND_DEFAULTS`); what the files and overrides say
 wins over them. Everything is checked before anything expensive starts: all keys, types and values at once, then how
 they go together.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import ActorConfig, Config, ParallelConfig, RolloutConfig

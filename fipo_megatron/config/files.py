@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fipo_megatron.algorithm.policy_loss import KIND_DEFAULTS
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 from fipo_megatron.config.schema import IMPORTANCE_CAP, Config
 
 

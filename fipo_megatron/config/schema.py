@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from fipo_megatron.algorithm.advantages import Baseline
-from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.config.checks import find_conflicts
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -38,7 +38,7 @@ class ModelConfig:
 
 @dataclass(config=_STRICT, frozen=True)
 class AlgorithmConfig(PolicyLossConfig):
-    """The loss (see :class:`.algorithm.policy_loss.PolicyLossConfig`) and the advantages that enter it.
+    """The loss (see :class:`.algorithm.policy_loss_config.PolicyLossConfig`) and the advantages that enter it.
 
     Attributes:
         advantage_baseline: What a response's reward is compared with.

@@ -1,1 +1,1 @@
-"""Plain data: trajectories, and how they are packed and sliced. No torch.distributed, no Megatron."""
+"""Plain data: prompts, trajectories, groups, and their packing and slicing. No torch.distributed, no Megatron."""

@@ -1,9 +1,8 @@
 """The zigzag layout of context parallelism as a value object.
 
 Under context parallelism of size R every sequence is cut into 2R chunks of equal length, and rank r holds the chunks r
-and 2R−1−r, so that causal attention costs every rank the same. This is the layout of Megatron-Core's and Transformer
-Engine's context parallelism for packed sequences. Rank and size are arguments: all ranks of a layout can be built, and
-checked, in one process.
+and 2R−1−r, so causal attention costs every rank the same. Megatron-Core and Transformer Engine use this layout for
+packed sequences. Rank and size are arguments, so one process can build and check all ranks of a layout.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class CpLayout:
-    """One rank's part of every sequence.
+    """The layout of one rank: its chunks of every sequence.
 
     Attributes:
-        size: R, ranks of the context-parallel group.
-        rank: This rank in the group.
+        size: R, the ranks of the context-parallel group.
+        rank: Rank of this process in the group.
     """
 
     size: int = 1
@@ -34,17 +33,17 @@ class CpLayout:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks a sequence is cut into; also what a padded length must be a multiple of."""
+        """Number of chunks of a sequence. A padded length must be a multiple of it."""
         return 2 * self.size if self.size > 1 else 1
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The chunks that this rank holds, in the order in which it holds them."""
+        """Chunks that this rank holds, in the order of its slots."""
         return (self.rank, self.num_chunks - 1 - self.rank) if self.size > 1 else (0,)
 
     @property
     def owners(self) -> tuple[tuple[int, int], ...]:
-        """``(rank, slot)`` of every chunk in time order: what ``SequenceShards`` needs."""
+        """``(rank, slot)`` of every chunk in time order, as :class:`.SequenceShards` takes it."""
         held = {
             chunk: (rank, slot)
             for rank in range(self.size)
@@ -53,21 +52,21 @@ class CpLayout:
         return tuple(held[chunk] for chunk in range(self.num_chunks))
 
     def padded_length(self, length: int, multiple_of: int = 1) -> int:
-        """The length rounded up so that every chunk is equally long and a multiple of ``multiple_of``.
+        """Rounds a length up so that all chunks have the same length, a multiple of ``multiple_of``.
 
-        Sequence parallelism needs ``multiple_of`` = tensor-parallel size; FP8 recipes need more.
+        Sequence parallelism requires ``multiple_of`` = tensor-parallel size; FP8 recipes require more.
         """
         step = self.num_chunks * multiple_of
         return -(-length // step) * step
 
     def chunk_lengths(self, cu_seqlens: Sequence[int] | NDArray[Any]) -> list[int]:
-        """Tokens in one chunk of each packed sequence.
+        """Returns the tokens in one chunk of each packed sequence.
 
         Args:
             cu_seqlens: Boundaries of the padded sequences, ``[S + 1]``, from 0.
 
         Raises:
-            ValueError: a sequence that is empty or cannot be cut into equal chunks.
+            ValueError: A sequence is empty or cannot be cut into equal chunks.
         """
         lengths = np.diff(np.asarray(cu_seqlens))
         for sequence, length in enumerate(lengths):
@@ -79,7 +78,7 @@ class CpLayout:
         return [int(length) // self.num_chunks for length in lengths]
 
     def indices(self, cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
-        """Indices into the packed tokens of the tokens that this rank holds, in its order: ``[T / R]``."""
+        """Returns the indices of this rank's tokens into the packed tokens, in this rank's order: ``[T / R]``."""
         starts = np.asarray(cu_seqlens)[:-1]
         return np.concatenate(
             [
@@ -90,11 +89,15 @@ class CpLayout:
         )
 
     def slice(self, packed: NDArray[Any], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
-        """This rank's part of a packed per-token array ``[T, ...]``: ``[T / R, ...]``."""
+        """Returns this rank's part ``[T / R, ...]`` of a packed per-token array ``[T, ...]``."""
         return packed[self.indices(cu_seqlens)]
 
     def unslice(self, parts: Sequence[NDArray[Any]], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
-        """The packed array ``[T, ...]`` from the parts of all ranks, in rank order: the inverse of :meth:`slice`."""
+        """Reassembles a packed array ``[T, ...]`` from the parts of all ranks in rank order: inverts :meth:`slice`.
+
+        Raises:
+            ValueError: There is not one part per rank.
+        """
         if len(parts) != self.size:
             raise ValueError(f"parts: expected one per rank, {self.size}, got {len(parts)}")
         packed = np.empty((int(np.asarray(cu_seqlens)[-1]), *parts[0].shape[1:]), dtype=parts[0].dtype)
@@ -103,6 +106,6 @@ class CpLayout:
         return packed
 
     def holder(self, position: int, padded_length: int) -> int:
-        """The rank that holds a position of a sequence of this padded length."""
+        """Returns the rank that holds a position of a sequence of this padded length."""
         chunk = position // (padded_length // self.num_chunks)
         return self.owners[chunk][0]

@@ -1,4 +1,4 @@
-"""The metadata of a group of responses, which every rank knows; no tokens."""
+"""The metadata of a group of responses, without tokens. Every rank has it for every group."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fipo_megatron.data.trajectory import Group
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What every rank knows of a group.
+    """The metadata of a scored group.
 
     Attributes:
         prompt: ``Prompt.id``.
-        leader: The rank that has it.
-        samples: Numbers of its responses.
-        prompt_tokens: Of the prompt.
-        response_tokens: Of each response.
-        rewards: Of each response.
-        accuracies: Of each response.
-        oldest: The oldest version of the weights that sampled any of it.
-        truncated: How many responses were cut off at the length limit.
+        leader: Rank that holds the tokens.
+        samples: Sample numbers of the responses.
+        prompt_tokens: Tokens of the prompt.
+        response_tokens: Tokens of each response.
+        rewards: Shaped reward of each response.
+        accuracies: Accuracy of each response, 0 or 1.
+        oldest: Oldest version of the weights that sampled any token of the group.
+        truncated: Responses that were cut off at the length limit.
     """
 
     prompt: str
@@ -36,23 +36,28 @@ class GroupRecord:
 
     @classmethod
     def of(cls, group: Group, leader: int) -> GroupRecord:
-        """Of a scored group."""
-        all_ = group.trajectories
+        """Returns the record of a scored group.
+
+        Args:
+            group: Group whose responses are scored.
+            leader: Rank that holds the tokens.
+        """
+        trajectories = group.trajectories
         return cls(
             prompt=group.prompt.id,
             leader=leader,
-            samples=tuple(t.sample for t in all_),
+            samples=tuple(t.sample for t in trajectories),
             prompt_tokens=len(group.prompt.tokens),
-            response_tokens=tuple(len(t.tokens) for t in all_),
-            rewards=tuple(float(t.reward or 0.0) for t in all_),
-            accuracies=tuple(int(t.accuracy or 0) for t in all_),
-            oldest=min(span.weight_version for t in all_ for span in t.spans),
-            truncated=sum(t.finish_reason == "length" for t in all_),
+            response_tokens=tuple(len(t.tokens) for t in trajectories),
+            rewards=tuple(float(t.reward or 0.0) for t in trajectories),
+            accuracies=tuple(int(t.accuracy or 0) for t in trajectories),
+            oldest=min(span.weight_version for t in trajectories for span in t.spans),
+            truncated=sum(t.finish_reason == "length" for t in trajectories),
         )
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> GroupRecord:
-        """Of JSON."""
+        """Returns the record that decoded JSON holds: lists become tuples."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -65,5 +70,5 @@ class GroupRecord:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each response with its prompt."""
+        """Tokens of each response, prompt included."""
         return [self.prompt_tokens + length for length in self.response_tokens]

@@ -1,8 +1,8 @@
-"""From trajectories to packed micro-batches.
+"""Packs trajectories into micro-batches.
 
-:func:`plan_micro_batches` decides from lengths alone, so that every rank computes the same plan from metadata:
-mini-batches first, then micro-batches under a token budget, balanced over data-parallel ranks and equal in number on
-all of them. :func:`pack` then lays the tokens of one micro-batch out, on the ranks that train on it.
+:func:`plan_micro_batches` uses lengths alone, so every rank computes the same plan from metadata: mini-batches first,
+then micro-batches under a token budget, balanced over data-parallel ranks and equal in number on all of them.
+:func:`pack` then packs the tokens of one micro-batch on the ranks that train on it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,29 @@ MicroBatch = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """One optimizer step.
+    """The micro-batches of one optimizer step.
 
     Attributes:
-        micro_batches: By data-parallel rank, then in the order in which they run: equally many on every rank.
+        micro_batches: Micro-batches of each data-parallel rank, in the order in which they run; the same number on
+            every rank.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
 
 
 def split_mini_batches(group_sizes: Sequence[int], groups_per_mini_batch: int, seed: int) -> list[list[int]]:
-    """Shuffles whole groups and deals them into mini-batches; the last may hold fewer.
+    """Shuffles whole groups and splits them into mini-batches; the last mini-batch may hold fewer groups.
 
     Args:
         group_sizes: Trajectories of each group; trajectories are numbered group by group.
         groups_per_mini_batch: Prompts per optimizer step.
-        seed: Of the shuffle; the same seed gives the same order.
+        seed: Seed of the shuffle; the same seed gives the same order.
 
     Returns:
-        The indices of the trajectories of each mini-batch.
+        Indices of the trajectories of each mini-batch.
+
+    Raises:
+        ValueError: ``groups_per_mini_batch`` is less than 1.
     """
     if groups_per_mini_batch < 1:
         raise ValueError(f"groups_per_mini_batch: must be >= 1, got {groups_per_mini_batch}")
@@ -65,19 +69,22 @@ def plan_micro_batches(
     """Assigns every trajectory of every mini-batch to a data-parallel rank and a micro-batch.
 
     The longest trajectories are placed first, each into the emptiest micro-batch; the number of micro-batches is the
-    smallest for which that fits. Those that run at the same time on different ranks are about equally full.
+    smallest for which all fit. Micro-batches that run at the same time on different ranks are about equally full.
 
     Args:
         padded_lengths: Tokens of each trajectory, padding included.
         mini_batches: Indices of the trajectories of each mini-batch.
-        token_budget: The most tokens in a micro-batch, over all ranks of its context-parallel group.
-        data_parallel_size: Ranks to share the trajectories among.
-        micro_batch_multiple: The number of micro-batches per rank is a multiple of this: the pipeline-parallel size
-            under interleaved schedules. Fillers make up the number.
+        token_budget: Largest number of tokens in a micro-batch, over all ranks of its context-parallel group.
+        data_parallel_size: Data-parallel ranks that share the trajectories.
+        micro_batch_multiple: Divisor of the number of micro-batches per rank: the pipeline-parallel size under
+            interleaved schedules. Fillers make up the number.
+
+    Returns:
+        One :class:`MiniBatch` per mini-batch.
 
     Raises:
-        ValueError: a trajectory longer than the budget, naming the first and counting them; an empty mini-batch; an
-            index that does not exist or occurs twice.
+        ValueError: Trajectories are longer than the budget (the message names the first and counts them), a mini-batch
+            is empty, or an index does not exist or occurs twice.
     """
     if min(token_budget, data_parallel_size, micro_batch_multiple) < 1:
         raise ValueError(
@@ -109,7 +116,7 @@ def plan_micro_batches(
 
 
 def _fill(lengths: Sequence[int], members: Sequence[int], num_bins: int, budget: int) -> list[MicroBatch] | None:
-    """Longest first into the emptiest bin; the bins by falling load, or None where one would overflow."""
+    """Places the longest first, into the emptiest bin. Returns the bins by falling load, or None if one overflows."""
     loads = [(0, number) for number in range(num_bins)]
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     for i in sorted(members, key=lambda i: (-lengths[i], i)):
@@ -123,21 +130,21 @@ def _fill(lengths: Sequence[int], members: Sequence[int], num_bins: int, budget:
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
-    """One micro-batch: sequences one after the other, each padded at its end.
+    """One packed micro-batch: sequences one after the other, each padded at its end.
 
     Every per-token array lives at the predicting position: entry p belongs to the label, which is token p + 1. Labels
     are shifted here, once, over whole sequences; slicing for context parallelism comes after.
 
     Attributes:
-        tokens: ``[T]`` int64; 0 in the padding.
-        labels: ``[T]`` int64: the next token of the same sequence; 0 at its last position and in the padding.
-        position_ids: ``[T]`` int64, from 0 in each sequence, counting on through the padding.
-        mask: ``[T]`` bool: the label is a response token to learn from.
-        advantages: ``[T]`` float32; 0 outside the mask.
-        behaviour_log_probs: ``[T]`` float32: the engine's log-prob of the label; 0 outside the response.
-        lengths: ``[S]`` int32 without padding.
-        cu_seqlens: ``[S + 1]`` int32: boundaries with padding. They stay those of the whole sequences when the
-            per-token arrays are sliced.
+        tokens: Token ids, ``[T]`` int64; 0 in the padding.
+        labels: Next token of the same sequence, ``[T]`` int64; 0 at the last position and in the padding.
+        position_ids: Positions from 0 in each sequence, continued through the padding, ``[T]`` int64.
+        mask: Positions whose label is a response token to learn from, ``[T]`` bool.
+        advantages: Advantage of the label, ``[T]`` float32; 0 outside the mask.
+        behaviour_log_probs: The engine's log-prob of the label, ``[T]`` float32; 0 outside the response.
+        lengths: Tokens of each sequence without padding, ``[S]`` int32.
+        cu_seqlens: Boundaries of the padded sequences, ``[S + 1]`` int32. They remain those of the whole sequences when
+            the per-token arrays are sliced.
     """
 
     tokens: NDArray[np.int64]
@@ -150,7 +157,7 @@ class PackedSequences:
     cu_seqlens: NDArray[np.int32]
 
     def slice(self, layout: CpLayout) -> PackedSequences:
-        """The part of every per-token array that a context-parallel rank holds."""
+        """Returns a context-parallel rank's part of every per-token array."""
         indices = layout.indices(self.cu_seqlens)
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         local = {name: array[indices] for name, array in arrays.items() if name not in ("lengths", "cu_seqlens")}
@@ -160,16 +167,17 @@ class PackedSequences:
 def pack(
     trajectories: Sequence[Trajectory], layout: CpLayout, *, multiple_of: int = 1, mask_truncated: bool = False
 ) -> PackedSequences:
-    """Lays the trajectories of one micro-batch out, whole; slice the result for a context-parallel rank.
+    """Packs the trajectories of one micro-batch, whole; slice the result for a context-parallel rank.
 
     Args:
-        trajectories: In order; none makes a filler, one fully masked sequence of the shortest valid length.
-        layout: Only its size matters here: it sets the padding.
-        multiple_of: See :meth:`.CpLayout.padded_length`.
-        mask_truncated: Do not learn from responses that were cut off at the length limit.
+        trajectories: Trajectories in packing order. An empty sequence makes a filler: one fully masked sequence of the
+            shortest valid length.
+        layout: Layout that sets the padding; only its size matters.
+        multiple_of: Divisor of the chunk lengths; see :meth:`.CpLayout.padded_length`.
+        mask_truncated: Whether responses that were cut off at the length limit are masked.
 
     Raises:
-        ValueError: a trajectory without an advantage.
+        ValueError: A trajectory has no advantage.
     """
     lengths = [len(trajectory) for trajectory in trajectories] or [1]
     cu_seqlens = np.cumsum([0] + [layout.padded_length(length, multiple_of) for length in lengths], dtype=np.int32)

@@ -1,8 +1,8 @@
-"""Prompts from files: parquet in the schema of DAPO-Math-17k and AIME, or jsonl; in a seeded order that can be resumed.
+"""Prompts from parquet files in the schema of DAPO-Math-17k and AIME, or from jsonl, in a seeded, resumable order.
 
-Parquet: ``prompt`` (messages with ``role`` and ``content``), ``reward_model.ground_truth``, and where they are there
-``data_source`` and ``extra_info.index``. jsonl: ``prompt`` (text or messages) and ``answer``; for
-``algorithm.kind = sft``, ``response``.
+Columns of parquet files: ``prompt`` (messages with ``role`` and ``content``), ``reward_model.ground_truth`` and,
+optional, ``data_source`` and ``extra_info.index``. Keys of jsonl files: ``prompt`` (text or messages) and ``answer``;
+for ``algorithm.kind = sft``, ``response`` instead of ``answer``.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Tokenize = Callable[[Messages], Sequence[int]]
-"""Token ids of a conversation that the model is to continue: chat template applied."""
+"""Tokenises a conversation for the model to continue, with the chat template applied."""
 
 
 class DataError(ValueError):
-    """A data file is not what it should be; the message names file, row and column."""
+    """An invalid data file; the message names file, row and column."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row of a file.
+    """One row of a data file.
 
     Attributes:
-        id: Unique among the files.
-        messages: What is asked.
-        answer: The right one; in data for ``algorithm.kind = sft``, the response.
-        data_source: The data set that it comes from.
+        id: Identifier, unique among the files.
+        messages: Conversation that poses the problem.
+        answer: Right answer; in data for ``algorithm.kind = sft``, the response.
+        data_source: Name of the data set.
     """
 
     id: str
@@ -50,16 +50,18 @@ class Problem:
 def read_problems(
     files: Sequence[str | Path], *, answer: str = "answer", once: bool = True, apart: bool = False
 ) -> list[Problem]:
-    """All rows of the files.
+    """Reads all rows of the files.
 
     Args:
-        files: ``.parquet`` or ``.jsonl``.
-        answer: The column of jsonl files that holds the answer.
-        once: Take rows that say the same once: DAPO-Math-17k has each a hundred times.
-        apart: Rows of different data sources do not say the same: every data set is evaluated whole.
+        files: Paths that end in ``.parquet`` or ``.jsonl``.
+        answer: Key of the answer in jsonl files.
+        once: Whether duplicates are dropped: rows with the same messages and answer. DAPO-Math-17k has each row a
+            hundred times.
+        apart: Whether rows of different data sources are never duplicates, so that every data set stays whole.
 
     Raises:
-        DataError: a file cannot be read, columns are missing (all are named), a row is not valid, or nothing is there.
+        DataError: A file cannot be read, columns are missing (the message names all), a row is invalid, or there are no
+            rows.
     """
     found: list[Problem] = []
     seen: set[tuple[str, str, str]] = set()
@@ -68,18 +70,18 @@ def read_problems(
     for file in files:
         for problem in _problems(Path(file), answer):
             rows += 1
-            said = json.dumps(problem.messages), problem.answer, problem.data_source if apart else ""
-            if once and said in seen:
+            content = json.dumps(problem.messages), problem.answer, problem.data_source if apart else ""
+            if once and content in seen:
                 continue
             if problem.id in ids:
                 problem = replace(problem, id=f"{problem.id}#{rows}")
-            seen.add(said)
+            seen.add(content)
             ids.add(problem.id)
             found.append(problem)
     if not found:
         raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no problems")
     if rows > len(found):
-        logger.info("%d rows, %d of them different", rows, len(found))
+        logger.info("%d rows, of which %d are distinct", rows, len(found))
     return found
 
 
@@ -157,35 +159,35 @@ def _messages(file: Path, row: int, value: Any) -> Messages:
 
 
 def tokenize(problems: Sequence[Problem], tokens_of: Tokenize, longest: int) -> list[Prompt]:
-    """Prompts of at most so many tokens; how many are longer is logged.
+    """Tokenises problems and drops prompts longer than ``longest`` tokens; logs the number of dropped prompts.
 
     Raises:
-        DataError: all are longer.
+        DataError: All prompts are longer.
     """
-    prompts, left_out = [], 0
+    prompts, dropped = [], 0
     for problem in problems:
         tokens = np.asarray(tokens_of(problem.messages), dtype=np.int32)
         if len(tokens) > longest:
-            left_out += 1
+            dropped += 1
         else:
             prompts.append(Prompt(problem.id, tokens, problem.answer, problem.data_source))
     if not prompts:
-        raise DataError(f"data.max_prompt_tokens = {longest}: all {left_out} prompts are longer")
-    if left_out:
-        logger.warning("%d of %d prompts are longer than data.max_prompt_tokens = %d", left_out, len(problems), longest)
+        raise DataError(f"data.max_prompt_tokens = {longest}: all {dropped} prompts are longer")
+    if dropped:
+        logger.warning("%d of %d prompts are longer than data.max_prompt_tokens = %d", dropped, len(problems), longest)
     return prompts
 
 
 class PromptStream:
-    """Prompts for ever, each epoch in an order of its own that only the seed decides.
+    """A stream of prompts in epochs. Each epoch has its own order, which depends on the seed alone.
 
-    From the second epoch on, ids end in ``~`` and the number of the epoch: they are unique in the run.
+    From the second epoch on, ids end in ``~`` and the number of the epoch, so they are unique in the run.
 
     Args:
-        prompts: In the order of the files.
-        seed: Of the run.
-        epochs: How often each prompt is given; None: for ever.
-        shuffle: False: the order of the files in every epoch.
+        prompts: Prompts in the order of the files.
+        seed: Seed of the run.
+        epochs: Number of epochs; None for no end.
+        shuffle: Whether epochs are shuffled; otherwise every epoch has the order of the files.
     """
 
     def __init__(
@@ -193,19 +195,19 @@ class PromptStream:
     ) -> None:
         self._prompts, self._seed, self._epochs, self._shuffle = tuple(prompts), seed, epochs, shuffle
         self.given = 0
-        """The cursor: prompts given so far. May be set."""
+        """Cursor: prompts returned so far. Setting it moves the stream."""
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __call__(self, count: int) -> list[Prompt]:
-        """The next prompts; fewer where there are no more."""
+        """Returns the next ``count`` prompts; fewer at the end of the last epoch."""
         found = []
         for number in range(self.given, self.given + count):
-            epoch, place = divmod(number, len(self._prompts))
+            epoch, position = divmod(number, len(self._prompts))
             if self._epochs is not None and epoch >= self._epochs:
                 break
             if self._order[0] != epoch:
                 self._order = epoch, self._order_of(epoch)
-            prompt = self._prompts[self._order[1][place]]
+            prompt = self._prompts[self._order[1][position]]
             found.append(replace(prompt, id=f"{prompt.id}~{epoch}") if epoch else prompt)
         self.given += len(found)
         return found

@@ -1,6 +1,6 @@
 """Prompts, sampled responses and groups, over numpy arrays (a Python list costs 69 bytes a token).
 
-They are checked once, where they enter the trainer; nothing after that looks for bad values again.
+They are checked once, where they enter the trainer. Later code does not check their values again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "abort"]
 
 _LOG_PROB_ROUNDING = 1e-3
-"""A log-prob may be above 0 by as much as this, as the rounding of an engine's softmax may leave it; it becomes 0."""
+"""Largest log-prob above 0 that counts as rounding of an engine's softmax; it becomes 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +23,10 @@ class Prompt:
     """A problem to answer.
 
     Attributes:
-        id: Unique in the run.
-        tokens: ``[P]`` int32, chat template applied.
-        ground_truth: What the verifier compares with.
-        data_source: The data set that it comes from.
+        id: Identifier, unique in the run.
+        tokens: Token ids with the chat template applied, ``[P]`` int32.
+        ground_truth: Right answer, for the verifier.
+        data_source: Name of the data set.
     """
 
     id: str
@@ -35,13 +35,22 @@ class Prompt:
     data_source: str = ""
 
     def __post_init__(self) -> None:
-        """Raises ValueError that names the prompt and the field."""
+        """Checks the tokens.
+
+        Raises:
+            ValueError: The tokens are invalid; the message names the prompt and the field.
+        """
         object.__setattr__(self, "tokens", _token_ids("tokens", self.tokens, f"prompt {self.id!r}"))
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Response tokens from ``start`` on, up to the next span, were sampled with these weights."""
+    """A span of response tokens, up to the start of the next span, that were sampled with the same weights.
+
+    Attributes:
+        start: Index of the first response token of the span.
+        weight_version: Version of the weights.
+    """
 
     start: int
     weight_version: int
@@ -49,20 +58,20 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One sampled response, with what the trainer needs to learn from it. The arrays are copies that cannot be written.
+    """One sampled response with all that training on it requires. The arrays are read-only copies.
 
     Attributes:
-        prompt: What was asked.
+        prompt: Prompt of the response.
         sample: Number of the response among those to its prompt.
-        tokens: Response, ``[R]`` int32, R ≥ 1; the end-of-sequence token included where it was sampled.
+        tokens: Response tokens, ``[R]`` int32, R ≥ 1, with the end-of-sequence token if it was sampled.
         behaviour_log_probs: The engine's log-probs of ``tokens``, ``[R]`` float32, ≤ 0 and finite; rounding above 0 is
             cut off.
-        mask: Tokens to learn from, ``[R]`` bool (0/1 integers are converted): 0 for text that was not sampled.
-        spans: Which weights sampled what; the first starts at 0.
+        mask: Tokens to learn from, ``[R]`` bool (0/1 integers are converted); 0 for text that was not sampled.
+        spans: Weight versions that sampled the tokens; the first span starts at 0.
         finish_reason: ``stop``: end of sequence; ``length``: cut off at the limit; ``abort``: stopped by the trainer.
-        reward: The shaped reward, once scored.
-        accuracy: The verifier's verdict, 0 or 1, once scored.
-        advantage: Once the group is complete.
+        reward: Shaped reward; None before scoring.
+        accuracy: The verifier's verdict, 0 or 1; None before scoring.
+        advantage: Advantage relative to the group; None until the group is complete.
     """
 
     prompt: Prompt
@@ -77,7 +86,11 @@ class Trajectory:
     advantage: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks everything that the step relies on. Raises ValueError that names the trajectory and the field."""
+        """Checks all values that a step relies on.
+
+        Raises:
+            ValueError: A field is invalid; the message names the trajectory, the field and the value.
+        """
         where = f"trajectory {self.name}"
         object.__setattr__(self, "tokens", _token_ids("tokens", self.tokens, where))
         log_probs = _float32("behaviour_log_probs", self.behaviour_log_probs, len(self.tokens), where)
@@ -103,11 +116,11 @@ class Trajectory:
 
     @property
     def name(self) -> str:
-        """The trajectory in messages and files: ``<prompt id>/<sample>``."""
+        """Name in messages and files: ``<prompt id>/<sample>``."""
         return f"{self.prompt.id}/{self.sample}"
 
     def __len__(self) -> int:
-        """Prompt and response tokens together."""
+        """Returns the number of prompt and response tokens together."""
         return len(self.prompt.tokens) + len(self.tokens)
 
 
@@ -116,8 +129,8 @@ class Score:
     """The score of one response.
 
     Attributes:
-        reward: The reward after shaping.
-        accuracy: 1 for a right answer, else 0; dynamic sampling reads it.
+        reward: Reward after shaping.
+        accuracy: 1 for a right answer, otherwise 0; dynamic sampling reads it.
     """
 
     reward: float
@@ -132,7 +145,11 @@ class Group:
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for responses to another prompt or a sample number that occurs twice."""
+        """Checks that the responses belong together.
+
+        Raises:
+            ValueError: A response is to another prompt, or the sample numbers do not increase.
+        """
         samples = [trajectory.sample for trajectory in self.trajectories]
         if any(trajectory.prompt.id != self.prompt.id for trajectory in self.trajectories):
             raise ValueError(f"group {self.prompt.id!r}: holds responses to another prompt")
@@ -141,11 +158,12 @@ class Group:
 
 
 def response_statistics(groups: Iterable[Group]) -> dict[str, float]:
-    """What a rollout step produced: response length, reward, accuracy, length-weighted mean advantage (Fig. 3).
+    """Computes the response length, reward, accuracy and length-weighted mean advantage of a rollout step (Fig. 3).
 
     Returns:
-        ``response_length_{min,q25,mean,median,q75,max}`` in tokens, ``truncated_fraction``, and where they are known
-        ``reward_mean``, ``accuracy_mean`` and ``advantage_length_weighted`` = Σ L_i A_i / Σ L_i. Empty for no response.
+        ``response_length_{min,q25,mean,median,q75,max}`` in tokens, ``truncated_fraction`` and, if they are known,
+        ``reward_mean``, ``accuracy_mean`` and ``advantage_length_weighted`` = Σ L_i A_i / Σ L_i. Empty without
+        responses.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     if not trajectories:
@@ -213,6 +231,6 @@ def _binary(field: str, value: Any, length: int, where: str) -> NDArray[np.bool_
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """What was checked stays as it was: the array is ours, and nobody may write to it."""
+    """Makes an array read-only, so that checked values cannot change."""
     array.flags.writeable = False
     return array

@@ -1,1 +1,1 @@
-"""How often a policy is right: answers and votes, avg@k, cons@k and pass@k with intervals, tables and files."""
+"""Evaluation of a policy: answers and votes, avg@k, cons@k and pass@k with intervals, tables and files."""

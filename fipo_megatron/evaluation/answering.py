@@ -1,4 +1,4 @@
-"""Problems are shared among the leaders, each is answered k times, and the answers are checked and counted."""
+"""Samples k answers to each problem, checks and counts them. The leaders share the problems."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 @dataclass(frozen=True)
 class Response:
-    """A response, checked.
+    """A checked response.
 
     Attributes:
         right: The verifier's verdict.
-        answer: The normalised answer that it votes for; None if it has none.
-        tokens: Its length.
-        truncated: Whether it was cut off at the length limit.
+        answer: Normalised answer that the response votes for; None without an answer.
+        tokens: Length in tokens.
+        truncated: Whether the response was cut off at the length limit.
     """
 
     right: bool
@@ -36,56 +36,60 @@ class Response:
 
 
 ResponseCallback = Callable[[Response], None]
-"""Is told of every response, as it is checked."""
+"""Receives every response once it is checked."""
 
 
 async def evaluate(
     problems: Sequence[Prompt],
     engine: RolloutEngine | None,
     coordinator: StoreCoordinator,
-    scoring: ResponseScorer,
+    scorer: ResponseScorer,
     config: Config,
     stop_token_ids: Sequence[int],
     progress: ResponseCallback = lambda response: None,
 ) -> Evaluation:
-    """On all ranks; every rank has the result.
+    """Evaluates the policy on a list of problems. Every rank calls it and returns the same result.
 
     Args:
-        problems: The same on every rank.
-        engine: Of this rank; None where it does not lead.
-        coordinator: Of the leaders.
-        scoring: Of this rank.
-        config: Of the run; ``evaluation``, ``rollout.max_response_tokens`` and ``reward.verifier`` are read.
-        stop_token_ids: Responses end with one of these.
-        progress: See :data:`ResponseCallback`; of this rank's responses.
+        problems: Problems, the same on every rank.
+        engine: Engine of this rank; None on ranks that do not lead.
+        coordinator: Coordinator of the leaders.
+        scorer: Scorer of this rank.
+        config: Configuration of the run; ``evaluation``, ``rollout.max_response_tokens`` and ``reward.verifier`` are
+            read.
+        stop_token_ids: Tokens that end a response.
+        progress: Callback for each of this rank's responses.
+
+    Returns:
+        Results in the order of ``problems``.
 
     Raises:
-        EngineError: of an engine.
+        EngineError: An engine failed.
     """
-    mine: list[ProblemResult] = []
+    results: list[ProblemResult] = []
     error = None
     if coordinator.rank in coordinator.leaders:
         assert engine is not None
         share = problems[coordinator.leaders.index(coordinator.rank) :: len(coordinator.leaders)]
         try:
             async with coordinator.alive():
-                mine = await _answer_all(share, engine, scoring, config, stop_token_ids, progress)
-        except Exception as failed:
-            error = failed
-    parts = await coordinator.gather([asdict(one) for one in mine], error)
-    found = {row["id"]: ProblemResult(**row) for part in parts for row in part}
-    return Evaluation(tuple(found[prompt.id] for prompt in problems))
+                results = await _answer_all(share, engine, scorer, config, stop_token_ids, progress)
+        except Exception as failure:
+            error = failure
+    parts = await coordinator.gather([asdict(result) for result in results], error)
+    by_id = {row["id"]: ProblemResult(**row) for part in parts for row in part}
+    return Evaluation(tuple(by_id[prompt.id] for prompt in problems))
 
 
 async def _answer_all(
     problems: Sequence[Prompt],
     engine: RolloutEngine,
-    scoring: ResponseScorer,
+    scorer: ResponseScorer,
     config: Config,
     stop_token_ids: Sequence[int],
     progress: ResponseCallback,
 ) -> list[ProblemResult]:
-    """Where one response fails, the others are given up."""
+    """Answers all problems concurrently. If one response fails, the others are cancelled."""
     settings = config.evaluation
     sampling = SamplingParameters(
         settings.temperature, config.rollout.max_response_tokens, settings.top_p, tuple(stop_token_ids)
@@ -93,7 +97,7 @@ async def _answer_all(
 
     async def answer(prompt: Prompt, sample: int) -> Response:
         seed = sampling_seed(config.seed, f"evaluation/{prompt.id}", sample, 0)
-        response = await _answer(prompt, sample, engine, scoring, sampling, seed, config.reward.verifier)
+        response = await _answer(prompt, sample, engine, scorer, sampling, seed, config.reward.verifier)
         progress(response)
         return response
 
@@ -105,46 +109,46 @@ async def _answer_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return [_counted(prompt, responses[k * i : k * (i + 1)]) for i, prompt in enumerate(problems)]
+    return [_count(prompt, responses[k * i : k * (i + 1)]) for i, prompt in enumerate(problems)]
 
 
 async def _answer(
     prompt: Prompt,
     sample: int,
     engine: RolloutEngine,
-    scoring: ResponseScorer,
+    scorer: ResponseScorer,
     sampling: SamplingParameters,
     seed: int,
     verifier: str,
 ) -> Response:
     group = f"evaluation/{prompt.id}"
-    found = await engine.generate(GenerationRequest(f"{group}/{sample}", group, prompt.tokens, sampling, seed))
-    verdict = await scoring.verdict(
+    completion = await engine.generate(GenerationRequest(f"{group}/{sample}", group, prompt.tokens, sampling, seed))
+    verdict = await scorer.verdict(
         Trajectory(
             prompt=prompt,
             sample=sample,
-            tokens=found.tokens,
-            behaviour_log_probs=found.log_probs,
-            mask=np.ones(len(found.tokens), np.bool_),
-            finish_reason=found.finish_reason,
+            tokens=completion.tokens,
+            behaviour_log_probs=completion.log_probs,
+            mask=np.ones(len(completion.tokens), np.bool_),
+            finish_reason=completion.finish_reason,
         )
     )
     return Response(
         verdict.correct,
         normalise_answer(verifier, verdict.extracted),
-        len(found.tokens),
-        found.finish_reason == "length",
+        len(completion.tokens),
+        completion.finish_reason == "length",
     )
 
 
-def _counted(prompt: Prompt, responses: Sequence[Response]) -> ProblemResult:
-    right = [one.right for one in responses]
+def _count(prompt: Prompt, responses: Sequence[Response]) -> ProblemResult:
+    right = [response.right for response in responses]
     return ProblemResult.of(
         data_set_name(prompt.data_source),
         prompt.id,
         prompt.ground_truth,
         right,
-        [one.tokens for one in responses],
-        sum(one.truncated for one in responses),
-        vote([one.answer for one in responses], right),
+        [response.tokens for response in responses],
+        sum(response.truncated for response in responses),
+        vote([response.answer for response in responses], right),
     )

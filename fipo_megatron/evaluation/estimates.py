@@ -1,6 +1,6 @@
 """The statistics of an evaluation: avg@k, pass@k, the vote of cons@k, and bootstrap intervals over problems.
 
-Numbers in, numbers out. docs/evaluation.md has the formulas.
+They are pure functions of numbers. docs/evaluation.md has the formulas.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-"""Of the intervals."""
+"""Confidence level of the intervals."""
 RESAMPLES = 10_000
 _BLOCK = 1 << 20
-"""Indices drawn at a time: bounds the memory."""
+"""Number of indices drawn at a time; bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Estimate:
     """A mean over problems.
 
     Attributes:
-        value: The mean; None: it does not exist.
-        low: Lower end of its interval; None: it does not exist, as for a single problem.
-        high: Upper end.
+        value: Mean; None if it does not exist.
+        low: Lower end of the confidence interval; None if it does not exist, as for a single problem.
+        high: Upper end of the confidence interval; None if it does not exist.
     """
 
     value: float | None
@@ -37,11 +37,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Vote:
-    """What the answers to a problem come to.
+    """The vote over the answers to one problem.
 
     Attributes:
-        counts: How often each answer was given, the most frequent first, ties in the order in which they came.
-        consensus: The most frequent answer; None where there is no answer.
+        counts: Number of votes of each answer, the most frequent first, ties in order of first occurrence.
+        consensus: Most frequent answer; None without answers.
         right: Whether the consensus is right.
     """
 
@@ -51,16 +51,15 @@ class Vote:
 
 
 def vote(answers: Sequence[str | None], right: Sequence[bool]) -> Vote:
-    """The majority of one problem's answers.
+    """Returns the most frequent of the answers to one problem.
 
-    Of answers that are given equally often, the one that was given first wins, by number of the response: responses
-    are exchangeable, so each of them is equally likely to be that one, and nothing is drawn. The consensus is right
-    where the responses that gave it are; where a verifier looks at more than the answer and they differ, where more
-    than half of them are.
+    If answers are equally frequent, the one of the lowest sample number wins. Responses are exchangeable, so each of
+    these answers is equally likely to win, and no random draw is needed. The consensus is right if more than half of
+    the responses with this answer are right; they can differ if a verifier reads more than the answer.
 
     Args:
-        answers: One per response, normalised; None has no vote.
-        right: One per response: the verifier's verdict.
+        answers: Normalised answer of each response; None does not vote.
+        right: The verifier's verdict on each response.
     """
     counts: dict[str, int] = {}
     verdicts: dict[str, int] = {}
@@ -68,70 +67,73 @@ def vote(answers: Sequence[str | None], right: Sequence[bool]) -> Vote:
         if answer is not None:
             counts[answer] = counts.get(answer, 0) + 1
             verdicts[answer] = verdicts.get(answer, 0) + bool(correct)
-    ordered = dict(sorted(counts.items(), key=lambda one: -one[1]))  # stable: ties stay in the order they came
+    ordered = dict(sorted(counts.items(), key=lambda item: -item[1]))  # stable: ties keep their order
     consensus = next(iter(ordered), None)
     return Vote(ordered, consensus, consensus is not None and 2 * verdicts[consensus] > counts[consensus])
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The unbiased estimate of the chance that at least one of k responses is right (Chen et al. 2021, eq. 1).
+    """Returns the unbiased estimate of the chance that one of k responses is right (Chen et al. 2021, eq. 1).
 
-    ``1 − C(n − c, k) / C(n, k)``: the share of the k-subsets of n responses with at least one of the c right ones.
+    ``1 − C(n − c, k) / C(n, k)`` is the fraction of the k-subsets of n responses that contain one of the c right ones.
 
     Args:
-        samples: n.
-        right: c.
-        k: At most n.
+        samples: n, the number of responses.
+        right: c, the number of right responses.
+        k: Size of the subsets, at most n.
 
     Raises:
-        ValueError: not 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+        ValueError: 0 ≤ c ≤ n or 1 ≤ k ≤ n does not hold.
     """
     if not (0 <= right <= samples and 1 <= k <= samples):
         raise ValueError(f"pass@{k} of {samples} responses, {right} right: must be 1 ≤ k ≤ n and 0 ≤ c ≤ n")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def ks(samples: int) -> list[int]:
-    """The k of pass@k that are reported: 1, 2, 4, … below n, and n."""
+def k_values(samples: int) -> list[int]:
+    """Returns the values of k for which pass@k is reported: 1, 2, 4, … below n, and n."""
     return [1 << i for i in range((samples - 1).bit_length())] + [samples]
 
 
 def estimate(columns: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Estimate]:
-    """Means over problems, with intervals that contain what they estimate in 95 % of data sets.
+    """Returns means over problems with 95 % confidence intervals.
 
-    The percentile bootstrap over problems: each resample draws as many problems as there are, with replacement. Its
-    quantiles are moved outwards for few problems, from those of a normal distribution with the plug-in deviation to
-    those of Student's t (Hesterberg 2015, section 5.3: "expanded percentile").
+    The intervals are percentile bootstrap intervals over problems: each resample draws as many problems as there are,
+    with replacement. For few problems the quantiles are moved outwards, from those of a normal distribution with the
+    plug-in deviation to those of Student's t (Hesterberg 2015, section 5.3: "expanded percentile").
 
     Args:
-        columns: One value per problem, for each statistic; all are computed on the same resamples.
-        resamples: How many.
-        seed: Of the resamples: equal input gives equal intervals.
+        columns: One value per problem, for each statistic. All statistics use the same resamples.
+        resamples: Number of resamples.
+        seed: Seed of the resamples; equal input gives equal intervals.
+
+    Returns:
+        One estimate per statistic; without an interval for a single problem.
     """
     count = len(columns[0])
     values = [math.fsum(column) / count for column in columns]
     if count < 2:
         return [Estimate(value) for value in values]
-    means = _resampled(np.array(columns, np.float64), resamples, seed)
+    means = _resampled_means(np.array(columns, np.float64), resamples, seed)
     tail = _tail(count)
     ends = np.quantile(means, [tail, 1 - tail], axis=1)
     return [Estimate(value, float(low), float(high)) for value, low, high in zip(values, *ends, strict=True)]
 
 
-def _resampled(columns: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """``[S, resamples]`` means of ``columns`` ``[S, P]``."""
-    random, count = np.random.default_rng(seed), columns.shape[1]
+def _resampled_means(columns: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Returns the means ``[S, resamples]`` of resamples of ``columns`` ``[S, P]``."""
+    generator, count = np.random.default_rng(seed), columns.shape[1]
     rows = max(1, _BLOCK // count)
-    found = np.empty((len(columns), resamples))
+    means = np.empty((len(columns), resamples))
     for start in range(0, resamples, rows):
-        drawn = random.integers(count, size=(min(rows, resamples - start), count))
+        drawn = generator.integers(count, size=(min(rows, resamples - start), count))
         for number, column in enumerate(columns):
-            found[number, start : start + rows] = column[drawn].mean(axis=1)
-    return found
+            means[number, start : start + rows] = column[drawn].mean(axis=1)
+    return means
 
 
 def _tail(count: int) -> float:
-    """The quantile of the resampled means that is the lower end, for so many problems."""
+    """Returns the quantile of the resampled means at the lower end of the interval for ``count`` problems."""
     z = NormalDist().inv_cdf((1 - LEVEL) / 2)
     nu = count - 1
     # Student's t by the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5).

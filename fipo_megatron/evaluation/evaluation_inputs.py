@@ -1,4 +1,4 @@
-"""All that an evaluation alone reads, read and checked before anything is loaded, converted or started."""
+"""The inputs of a standalone evaluation, read and checked before anything is loaded, converted or started."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from fipo_megatron.weights.hf_directory import HfDirectory, WeightsError
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What an evaluation reads.
+    """The inputs of a standalone evaluation.
 
     Attributes:
-        companions: The directory with config.json and tokenizer of the model.
-        architecture: Of the model.
-        tokenizer: Of the model.
-        stop_token_ids: Responses end with one of these.
-        problems: To evaluate with.
-        output: Where the results go.
+        companions: Directory with config.json and tokenizer of the model.
+        architecture: Architecture of the model.
+        tokenizer: Tokenizer of the model.
+        stop_token_ids: Tokens that end a response.
+        problems: Problems to answer.
+        output: Directory of the results.
     """
 
     companions: Path
@@ -50,18 +50,18 @@ class EvaluationInputs:
 
 
 def output_directory(config: Config) -> Path:
-    """Where the results of an evaluation alone go: ``evaluation-NAME`` in ``run.output``."""
+    """Returns the directory of the results: ``evaluation-NAME`` in ``run.output``."""
     path = Path(config.evaluation.checkpoint or config.model.path)
     name = config.evaluation.name or data_set_name(path.resolve().name)
     return Path(config.run.output) / f"evaluation-{name}"
 
 
 def read_evaluation_inputs(config: Config) -> EvaluationInputs:
-    """Reads and checks; imports no Megatron, starts nothing.
+    """Reads and checks the inputs without importing Megatron or starting anything.
 
     Raises:
-        InputError: with everything that is wrong.
-        ValueError: the model is not supported.
+        InputError: Inputs are missing or invalid; the message has one line per problem.
+        ValueError: The model is not supported.
     """
     companions = _companions(config)
     architecture = Architecture.from_directory(companions)
@@ -71,7 +71,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     output = output_directory(config)
     problems += output_problems(output, "auto")
     if (output / SUMMARY).exists():
-        problems.append(f"{output}: holds an evaluation already; choose another name with evaluation.name")
+        problems.append(f"{output}: already holds an evaluation; choose another name with evaluation.name")
     try:
         if config.evaluation.checkpoint is not None:
             torch_dist.check(Path(config.evaluation.checkpoint), architecture, companions)
@@ -97,7 +97,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 
 
 def _setting_problems(config: Config) -> list[str]:
-    """What cannot go together."""
+    """Describes settings that contradict each other or the launch, one line each."""
     problems = []
     ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
     if ranks != "1":
@@ -107,8 +107,8 @@ def _setting_problems(config: Config) -> list[str]:
     servers = config.rollout.servers
     if config.evaluation.checkpoint is not None and config.rollout.engine == "sglang" and servers.urls:
         problems.append(
-            f"evaluation.checkpoint = {config.evaluation.checkpoint}: must be null with rollout.servers.urls, whose "
-            "weights are evaluated as they are"
+            f"evaluation.checkpoint = {config.evaluation.checkpoint}: must be null with rollout.servers.urls, which "
+            "are evaluated with the weights that they serve"
         )
     if config.rollout.engine == "embedded" and servers.urls:
         problems.append(f"rollout.servers.urls = {list(servers.urls)}: needs rollout.engine = sglang")
@@ -120,10 +120,10 @@ def _setting_problems(config: Config) -> list[str]:
 
 
 def _companions(config: Config) -> Path:
-    """The directory with config.json.
+    """Returns the directory with config.json and tokenizer.
 
     Raises:
-        InputError: there is none; or the checkpoint is none.
+        InputError: There is no such directory, or ``evaluation.checkpoint`` is not a checkpoint.
     """
     path, checkpoint = Path(config.model.path), config.evaluation.checkpoint
     if checkpoint is None:
@@ -134,8 +134,8 @@ def _companions(config: Config) -> Path:
         return path
     directory = Path(checkpoint)
     if not (directory / torch_dist.METADATA).is_file():
-        below = [*directory.glob("step-*"), *directory.glob("checkpoints/step-*")]
-        hint = f"; there is {', '.join(str(one) for one in sorted(below))}" if below else ""
+        nested = [*directory.glob("step-*"), *directory.glob("checkpoints/step-*")]
+        hint = f"; there is {', '.join(map(str, sorted(nested)))}" if nested else ""
         raise InputError(
             f"evaluation.checkpoint = {checkpoint}: not a torch_dist checkpoint, it has no {torch_dist.METADATA}{hint}"
         )

@@ -1,4 +1,4 @@
-"""What an evaluation has found: of every problem, of every data set, and as the scalars of ``evaluation.jsonl``."""
+"""The results of an evaluation: per problem, per data set, and as the scalars of ``evaluation.jsonl``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, ks, pass_at_k
+from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, k_values, pass_at_k
 from fipo_megatron.storage.atomic import write_atomic
 
 
 def data_set_name(data_source: str) -> str:
-    """The name of a data set in tags and files: other characters than letters, digits, ``_``, ``.`` and ``-`` are _."""
+    """Returns the name of a data set in tags and files: all but letters, digits, ``.`` and ``-`` become ``_``."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", data_source) or "unnamed"
 
 
 def name_problems(data_sources: Iterable[str]) -> list[str]:
-    """Data sources that would be taken for one data set, a sentence each."""
+    """Describes, one line each, the data sources whose names as data sets are equal."""
     by_name: dict[str, str] = {}
     problems = []
     for source in dict.fromkeys(data_sources):
@@ -35,20 +35,20 @@ def name_problems(data_sources: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """What was answered to a problem: a row of ``evaluations/step-….jsonl`` and ``problems.jsonl``.
+    """The responses to one problem, counted: a row of ``evaluations/step-….jsonl`` and ``problems.jsonl``.
 
     Attributes:
-        data_set: That it belongs to.
-        id: Of the problem.
-        ground_truth: The right answer.
-        samples: Responses, k.
-        right: Right ones.
-        answered: Those with an answer that votes.
-        answers: How often each was given, normalised; the most frequent first.
-        response_tokens: Mean length of the responses.
-        truncated: Responses that were cut off at the length limit.
-        consensus: The answer that the vote has found; None without an answer.
-        consensus_right: Whether it is right.
+        data_set: Name of the data set.
+        id: Identifier of the problem.
+        ground_truth: Right answer.
+        samples: k, the number of responses.
+        right: Number of right responses.
+        answered: Number of responses with an answer that votes.
+        answers: Number of votes of each normalised answer, the most frequent first.
+        response_tokens: Mean length of the responses in tokens.
+        truncated: Number of responses that were cut off at the length limit.
+        consensus: Answer that won the vote; None without answers.
+        consensus_right: Whether the consensus is right.
     """
 
     data_set: str
@@ -67,43 +67,52 @@ class ProblemResult:
     def of(
         cls,
         data_set: str,
-        id_: str,
+        problem_id: str,
         ground_truth: str,
         right: Sequence[bool],
         lengths: Sequence[int],
-        cut: int,
-        v: Vote,
+        truncated: int,
+        voted: Vote,
     ) -> ProblemResult:
-        """Of the responses to a problem, their lengths, how many were cut off, and their vote."""
-        mean = math.fsum(lengths) / len(lengths)
+        """Returns the result of one problem.
+
+        Args:
+            data_set: Name of the data set.
+            problem_id: Identifier of the problem.
+            ground_truth: Right answer.
+            right: The verifier's verdict on each response.
+            lengths: Tokens of each response.
+            truncated: Number of responses that were cut off at the length limit.
+            voted: Vote over the answers.
+        """
         return cls(
             data_set,
-            id_,
+            problem_id,
             ground_truth,
             samples=len(right),
             right=sum(map(bool, right)),
-            answered=sum(v.counts.values()),
-            answers=v.counts,
-            response_tokens=mean,
-            truncated=cut,
-            consensus=v.consensus,
-            consensus_right=v.right,
+            answered=sum(voted.counts.values()),
+            answers=voted.counts,
+            response_tokens=math.fsum(lengths) / len(lengths),
+            truncated=truncated,
+            consensus=voted.consensus,
+            consensus_right=voted.right,
         )
 
 
 @dataclass(frozen=True)
 class DataSetResult:
-    """Of the problems of a data set.
+    """The statistics of one data set.
 
     Attributes:
-        name: Of the data set.
-        problems: How many.
-        samples: k.
+        name: Name of the data set.
+        problems: Number of problems.
+        samples: k, the number of responses to each problem.
         avg: avg@k.
-        cons: cons@k; does not exist where responses were right and none has an answer that votes.
+        cons: cons@k; has no value if some responses are right but none has an answer that votes.
         passes: pass@k for k = 1, 2, 4, … and n.
-        response_tokens: Mean length of a response.
-        truncated_fraction: Responses that were cut off at the length limit.
+        response_tokens: Mean length of a response in tokens.
+        truncated_fraction: Fraction of the responses that were cut off at the length limit.
     """
 
     name: str
@@ -117,13 +126,14 @@ class DataSetResult:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[ProblemResult]) -> DataSetResult:
-        """All of the same k."""
+        """Returns the statistics of the problems of a data set, all with the same number of responses."""
         samples = rows[0].samples
+        ks = k_values(samples)
         avg, cons, *passes = estimate(
             [
                 [row.right / samples for row in rows],
                 [float(row.consensus_right) for row in rows],
-                *([pass_at_k(samples, row.right, k) for row in rows] for k in ks(samples)),
+                *([pass_at_k(samples, row.right, k) for row in rows] for k in ks),
             ]
         )
         votes = any(row.answered for row in rows) or not any(row.right for row in rows)
@@ -133,26 +143,26 @@ class DataSetResult:
             samples,
             avg,
             cons if votes else Estimate(None),
-            dict(zip(ks(samples), passes, strict=True)),
+            dict(zip(ks, passes, strict=True)),
             math.fsum(row.response_tokens for row in rows) / len(rows),
             sum(row.truncated for row in rows) / (samples * len(rows)),
         )
 
     def scalars(self) -> dict[str, float | None]:
-        """By tag; see :data:`.observe.metrics.OF_DATA_SETS`."""
-        found: dict[str, float | None] = {}
-        for name, one in {"avg": self.avg, "cons": self.cons, "pass": self.passes[self.samples]}.items():
-            found |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
-        found |= {"response_tokens": self.response_tokens, "truncated_fraction": self.truncated_fraction}
-        return {f"evaluation/{self.name}/{tag}": value for tag, value in found.items()}
+        """Returns the metrics by tag; see :data:`.observe.metrics.OF_DATA_SETS`."""
+        values: dict[str, float | None] = {}
+        for name, mean in {"avg": self.avg, "cons": self.cons, "pass": self.passes[self.samples]}.items():
+            values |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
+        values |= {"response_tokens": self.response_tokens, "truncated_fraction": self.truncated_fraction}
+        return {f"evaluation/{self.name}/{tag}": value for tag, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """The result of an evaluation.
 
     Attributes:
-        problems: In the order of the files.
+        problems: Results of the problems, in the order of the files.
     """
 
     problems: tuple[ProblemResult, ...]
@@ -164,38 +174,38 @@ class Evaluation:
 
     @property
     def response_tokens(self) -> float:
-        """Mean length of a response."""
+        """Mean length of a response in tokens."""
         return math.fsum(row.response_tokens for row in self.problems) / len(self.problems)
 
     def data_sets(self) -> list[DataSetResult]:
-        """In the order in which the files name them."""
+        """Returns the statistics of each data set, in the order in which the files name them."""
         names = dict.fromkeys(row.data_set for row in self.problems)
         return [DataSetResult.of(name, [row for row in self.problems if row.data_set == name]) for name in names]
 
     def scalars(self) -> dict[str, float | None]:
-        """By tag: a row of ``evaluation.jsonl``."""
-        found: dict[str, float | None] = {
+        """Returns the metrics by tag: a row of ``evaluation.jsonl``."""
+        values: dict[str, float | None] = {
             "evaluation/accuracy": self.accuracy,
             "evaluation/response_tokens": self.response_tokens,
         }
         for data_set in self.data_sets():
-            found |= data_set.scalars()
-        return found
+            values |= data_set.scalars()
+        return values
 
 
 def write_problems(file: Path, problems: Iterable[ProblemResult]) -> None:
-    """One JSON object per line; the file appears whole."""
+    """Writes one JSON object per line; the file appears whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 
 
 def problems_file(output: Path, step: int) -> Path:
-    """Where a run has the rows of an evaluation."""
+    """Returns the file of a run that holds the rows of the evaluation at a step."""
     return output / "evaluations" / f"step-{step:06}.jsonl"
 
 
 def cut_problems(output: Path, step: int) -> None:
-    """Removes the rows of evaluations at this step and later ones, and what is not whole."""
+    """Removes the files of evaluations at this step and later, and partial files."""
     for file in (output / "evaluations").glob("step-*.jsonl"):
         if int(file.stem.rpartition("-")[2]) >= step:
             file.unlink()

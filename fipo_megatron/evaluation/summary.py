@@ -1,4 +1,4 @@
-"""The result of an evaluation for people, as a table, and for programs, as JSON."""
+"""The result of an evaluation as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from fipo_megatron.storage.atomic import write_atomic
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 
 
-def table(found: Evaluation) -> str:
-    """Aligned, one row per data set; percentages with their intervals, then pass@k by k."""
-    data_sets = found.data_sets()
+def table(evaluation: Evaluation) -> str:
+    """Formats one row per data set, aligned: percentages with their intervals, then pass@k by k."""
+    data_sets = evaluation.data_sets()
     k = data_sets[0].samples
     heads = ["data set", "problems", f"avg@{k}", f"cons@{k}", f"pass@{k}", "tokens", "truncated"]
     rows = [
         [
-            one.name,
-            str(one.problems),
-            *map(_percent, (one.avg, one.cons, one.passes[k])),
-            f"{one.response_tokens:.1f}",
-            f"{one.truncated_fraction:.1%}",
+            data_set.name,
+            str(data_set.problems),
+            *map(_percent, (data_set.avg, data_set.cons, data_set.passes[k])),
+            f"{data_set.response_tokens:.1f}",
+            f"{data_set.truncated_fraction:.1%}",
         ]
-        for one in data_sets
+        for data_set in data_sets
     ]
     text = _aligned([heads, *rows])
     if k > 1:
-        by_k = [[one.name, *map(_percent, one.passes.values())] for one in data_sets]
+        by_k = [[data_set.name, *map(_percent, data_set.passes.values())] for data_set in data_sets]
         text += "\n\n" + _aligned([["data set", *(f"pass@{k}" for k in data_sets[0].passes)], *by_k])
     return f"{text}\n\nIn brackets: {LEVEL:.0%} bootstrap intervals over problems."
 
 
-def _percent(one: Estimate) -> str:
-    if one.value is None:
+def _percent(mean: Estimate) -> str:
+    if mean.value is None:
         return "–"
-    if one.low is None or one.high is None:
-        return f"{one.value:.1%}"
-    return f"{one.value:.1%} ({100 * one.low:.1f}–{100 * one.high:.1f})"
+    if mean.low is None or mean.high is None:
+        return f"{mean.value:.1%}"
+    return f"{mean.value:.1%} ({100 * mean.low:.1f}–{100 * mean.high:.1f})"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -53,29 +53,29 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def summary(found: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``summary.json`` holds; nothing of it depends on time.
+def summary(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of ``summary.json``, none of which depends on time.
 
     Args:
-        found: The result.
-        settings: What was evaluated, and how.
+        evaluation: Result of the evaluation.
+        settings: Settings of the evaluation by name, copied into the summary.
     """
     return {
         **settings,
         "interval": LEVEL,
-        "scalars": found.scalars(),
-        "data_sets": {one.name: _of_data_set(one) for one in found.data_sets()},
+        "scalars": evaluation.scalars(),
+        "data_sets": {data_set.name: _data_set_values(data_set) for data_set in evaluation.data_sets()},
     }
 
 
-def _of_data_set(one: DataSetResult) -> dict[str, Any]:
-    values = asdict(one)
+def _data_set_values(data_set: DataSetResult) -> dict[str, Any]:
+    values = asdict(data_set)
     passes = {str(k): value for k, value in values.pop("passes").items()}
     del values["name"]
     return values | {"pass": passes}
 
 
-def write(directory: Path, found: Evaluation, settings: Mapping[str, Any]) -> None:
-    """``problems.jsonl``, then ``summary.json``: where there is a summary, the evaluation is whole."""
-    write_problems(directory / PROBLEMS, found.problems)
-    write_atomic(directory / SUMMARY, json.dumps(summary(found, settings), indent=2) + "\n")
+def write(directory: Path, evaluation: Evaluation, settings: Mapping[str, Any]) -> None:
+    """Writes ``problems.jsonl``, then ``summary.json``, so that a summary marks a complete evaluation."""
+    write_problems(directory / PROBLEMS, evaluation.problems)
+    write_atomic(directory / SUMMARY, json.dumps(summary(evaluation, settings), indent=2) + "\n")

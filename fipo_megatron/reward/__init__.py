@@ -1,1 +1,1 @@
-"""Whether a response is right: verifiers by name, run where a bad answer can do no harm."""
+"""Verifiers and scoring of responses. Verifiers run in bounded child processes or behind a URL."""

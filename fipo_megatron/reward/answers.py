@@ -1,4 +1,4 @@
-"""What a response gives as its answer, and whether that equals the right one. Runs in a bounded child process."""
+"""Extraction of the answer from a response and its comparison with the right one. Runs in a bounded child process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from fractions import Fraction
 
 MAX_ANSWER_CHARACTERS = 300
-"""A longer answer is wrong: no problem with a short solution has one, and symbolic algebra on it takes for ever."""
+"""Longest answer that is compared. A longer one is wrong: no short solution is that long, and symbolic algebra on it
+may not terminate."""
 
 _ANSWER_LINE = re.compile(r"answer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
@@ -18,7 +19,7 @@ _NOISE = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
 
 
 def extract(response: str) -> str | None:
-    r"""The text after the last ``Answer:``, else in the last ``\boxed{}``; without what is wrapped around it."""
+    r"""Returns the unwrapped text after the last ``Answer:`` or, without one, in the last ``\boxed{}``."""
     found = None
     for match in _ANSWER_LINE.finditer(response):
         if match[1].strip(" \t*$"):
@@ -31,20 +32,20 @@ def extract(response: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is in the last ``\boxed{...}`` whose braces are balanced."""
+    r"""Returns the content of the last ``\boxed{...}`` whose braces are balanced."""
     start = text.rfind(r"\boxed{")
     while start >= 0:
         depth = 0
-        for at in range(start + len(r"\boxed"), len(text)):
-            depth += (text[at] == "{") - (text[at] == "}")
+        for end in range(start + len(r"\boxed"), len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
             if depth == 0:
-                return text[start + len(r"\boxed{") : at]
+                return text[start + len(r"\boxed{") : end]
         start = text.rfind(r"\boxed{", 0, start)
     return None
 
 
 def unwrap(answer: str) -> str:
-    """Without dollar signs, emphasis and a full stop around it."""
+    """Removes the dollar signs, brackets, emphasis and full stop around an answer."""
     answer = answer.strip()
     changed = True
     while changed:
@@ -58,17 +59,17 @@ def unwrap(answer: str) -> str:
     return answer
 
 
-def normalised(answer: str) -> str:
-    """The answer without spaces and what changes its looks only."""
+def normalise(answer: str) -> str:
+    """Removes spaces, thousands separators and LaTeX commands that only change the appearance."""
     answer = _NOISE.sub("", answer).replace("dfrac", "frac").replace("tfrac", "frac").replace("−", "-")
     return _THOUSANDS.sub("", answer)
 
 
-def number(answer: str) -> Fraction | None:
-    """The value of a decimal number, a quotient of two or a LaTeX fraction of integers."""
+def parse_number(answer: str) -> Fraction | None:
+    """Returns the value of a decimal number, a quotient of two or a LaTeX fraction of integers; None for other text."""
     if match := _SIMPLE_FRACTION.fullmatch(answer):
-        bottom = int(match[3])
-        return Fraction(int(match[1] + match[2]), bottom) if bottom else None
+        denominator = int(match[3])
+        return Fraction(int(match[1] + match[2]), denominator) if denominator else None
     parts = answer.split("/")
     if len(parts) > 2 or not answer.isascii() or not all(_NUMBER.fullmatch(part) for part in parts):
         return None
@@ -79,33 +80,41 @@ def number(answer: str) -> Fraction | None:
 
 
 def exact(response: str, ground_truth: str) -> tuple[bool, str | None]:
-    """Whether the answer, or the whole response where it gives none, is the right one but for white space."""
-    found = extract(response)
-    answer = response if found is None else found
+    """Compares the answer with the right one up to white space; without an answer, compares the whole response.
+
+    Returns:
+        Whether they are equal, and the answer.
+    """
+    extracted = extract(response)
+    answer = response if extracted is None else extracted
     if len(answer) > MAX_ANSWER_CHARACTERS + len(ground_truth):
         return False, answer[:MAX_ANSWER_CHARACTERS]
     return " ".join(answer.split()) == " ".join(ground_truth.split()), answer
 
 
 def math(response: str, ground_truth: str) -> tuple[bool, str | None]:
-    """Whether the answer is equal to the right one: as text, as a number, or symbolically (math-verify)."""
+    """Compares the answer with the right one as text, as a number, and symbolically (math-verify).
+
+    Returns:
+        Whether they are equal, and the answer; None without an answer.
+    """
     answer = extract(response)
     if not answer:
         return False, None
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return False, answer[:MAX_ANSWER_CHARACTERS]
-    mine, right = normalised(answer), normalised(unwrap(ground_truth))
-    if mine == right:
+    given, expected = normalise(answer), normalise(unwrap(ground_truth))
+    if given == expected:
         return True, answer
-    values = number(mine), number(right)
+    values = parse_number(given), parse_number(expected)
     if None not in values:
         return values[0] == values[1], answer
     return _symbolic(answer, unwrap(ground_truth)), answer
 
 
 def _symbolic(answer: str, ground_truth: str) -> bool:
-    """Whether math-verify takes them for equal; its own time-outs are off, the child process is bounded."""
-    import math_verify  # type: ignore[import-untyped]
+    """Compares with math-verify. Its own time-outs are off because the child process is bounded."""
+    import math_verify  # type: ignore[import-untyped]  # the package ships no type information
 
     logging.disable(logging.WARNING)
     gold, found = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (ground_truth, answer))

@@ -1,9 +1,10 @@
-"""A process that checks one answer after the other.
+"""A bounded process that checks one answer at a time.
 
     python -m fipo_megatron.reward.child VERIFIER SECONDS MEBIBYTES
 
-Reads requests from stdin and writes verdicts to stdout, JSON with its length before it. It ends with its parent, and
-with an answer that takes more CPU time than SECONDS; memory above MEBIBYTES it does not get. It can write no files.
+It reads requests from stdin and writes verdicts to stdout, as length-prefixed JSON. It exits at the end of stdin, and
+the kernel kills it if an answer takes more CPU time than SECONDS. Its address space is limited to MEBIBYTES, and it
+cannot write files.
 """
 
 from __future__ import annotations
@@ -21,50 +22,52 @@ from fipo_megatron.reward import answers
 Check = Callable[[str, str], tuple[bool, str | None]]
 _OPEN_FILES = 64
 _LAST_CHARACTERS = 4000
-"""Of a response, in which its answer is looked for: bounds the time."""
+"""Length of the end of a response that is searched for its answer; bounds the time."""
 
 
 def main(verifier: str, seconds: str, mebibytes: str) -> None:
-    """Answers requests until stdin ends."""
+    """Checks requests until stdin ends."""
     check = load(verifier)
     if verifier == "math":
-        answers.math("Answer: $x+1$", "$1+x$")  # imports what takes a second
+        answers.math("Answer: $x+1$", "$1+x$")  # imports math-verify, which takes a second
     requests, verdicts = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a verifier prints is no verdict
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of the verifier must not mix with verdicts
     _limit(int(mebibytes) << 20)
-    verdicts.write(framed({"ready": True}))
+    verdicts.write(encode_frame({"ready": True}))
     verdicts.flush()
     while header := requests.read(4):
         request = json.loads(requests.read(int.from_bytes(header, "little")))
         _allow_cpu(float(seconds))
-        verdicts.write(framed(_verdict(check, request)))
+        verdicts.write(encode_frame(_verdict(check, request)))
         verdicts.flush()
 
 
 def load(verifier: str) -> Check:
-    """The function behind a verifier's name.
+    """Returns the function behind a verifier's name.
 
     Raises:
-        ImportError, AttributeError, TypeError: ``python:`` names no function.
+        ImportError: The module of a ``python:`` verifier cannot be imported.
+        AttributeError: The module has no such function.
+        TypeError: The name is not a function.
     """
     if verifier in ("math", "exact"):
-        found: Check = getattr(answers, verifier)
-        return found
+        builtin: Check = getattr(answers, verifier)
+        return builtin
     module, _, name = verifier.removeprefix("python:").rpartition(".")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
-        raise TypeError(f"{verifier}: is no function")
+        raise TypeError(f"{verifier}: is not a function")
     return lambda response, ground_truth: (float(function(response, ground_truth)) > 0, _last_answer(response))
 
 
 def _last_answer(response: str) -> str | None:
-    """What a response gives as its answer, where the verifier does not say: for the vote of an evaluation."""
-    found = answers.extract(response[-_LAST_CHARACTERS:])
-    return found and found[: answers.MAX_ANSWER_CHARACTERS]
+    """Returns the answer of a response for the vote of an evaluation, for verifiers that return none."""
+    answer = answers.extract(response[-_LAST_CHARACTERS:])
+    return answer and answer[: answers.MAX_ANSWER_CHARACTERS]
 
 
-def framed(message: dict[str, Any]) -> bytes:
-    """JSON with its length before it, four bytes, little-endian."""
+def encode_frame(message: dict[str, Any]) -> bytes:
+    """Encodes JSON with its length in front: four bytes, little-endian."""
     content = json.dumps(message).encode()
     return len(content).to_bytes(4, "little") + content
 
@@ -80,18 +83,18 @@ def _verdict(check: Check, request: dict[str, str]) -> dict[str, Any]:
 
 
 def _limit(memory: int) -> None:
-    for what, limit in (
+    for kind, limit in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_NPROC, 0),
     ):
-        resource.setrlimit(what, (limit, limit))
+        resource.setrlimit(kind, (limit, limit))
 
 
 def _allow_cpu(seconds: float) -> None:
-    """So much more CPU time from now on; the kernel ends the process after it."""
+    """Limits the CPU time from now on; the kernel kills the process after it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

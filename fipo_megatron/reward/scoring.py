@@ -1,4 +1,4 @@
-"""What a response is worth: the verifier's verdict, +1 or −1, and the length penalty."""
+"""The reward of a response: +1 or −1 by the verifier's verdict, minus the length penalty."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fipo_megatron.testing import fail_points
 
 
 class ResponseScorer:
-    """A :data:`.rollout.sampler.Scorer`.
+    """Scores responses with a verifier; a :data:`.rollout.sampler.Scorer`.
 
     Args:
-        config: Of the run; ``reward`` and ``rollout.max_response_tokens`` are read.
-        verifier: Checks answers.
-        tokenizer: Of the model.
+        config: Configuration of the run; ``reward`` and ``rollout.max_response_tokens`` are read.
+        verifier: Verifier of the answers.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(self, config: Config, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._verifier, self._tokenizer = config, verifier, tokenizer
-        self._open, self._since, self._seconds = 0, 0.0, 0.0
+        self._pending, self._since, self._seconds = 0, 0.0, 0.0
 
     async def __call__(self, trajectory: Trajectory) -> Score:
-        """Accuracy 0 or 1, and the reward: ±1 minus the penalty of a response that is nearly too long."""
+        """Returns the accuracy, 0 or 1, and the reward: ±1 plus the overlong penalty, which is ≤ 0."""
         fail_points.reach("reward")
         correct = (await self.verdict(trajectory)).correct
         reward = self._config.reward
@@ -43,7 +43,10 @@ class ResponseScorer:
         return Score((1.0 if correct else -1.0) + float(penalty), int(correct))
 
     async def verdict(self, trajectory: Trajectory) -> Verdict:
-        """The verifier's; wrong, and without an answer, where ``reward.truncated_is_wrong`` says so."""
+        """Returns the verdict of the verifier.
+
+        With ``reward.truncated_is_wrong`` a truncated response is wrong and has no answer; the verifier is not asked.
+        """
         if self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length":
             return Verdict(False)
         prompt = trajectory.prompt
@@ -53,26 +56,26 @@ class ResponseScorer:
             prompt=str(self._tokenizer.decode(prompt.tokens.tolist())),
             data_source=prompt.data_source,
         )
-        with self._busy():
+        with self._timed():
             return await self._verifier.verify(answer)
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
-        if not self._open:
+    def _timed(self) -> Iterator[None]:
+        if not self._pending:
             self._since = time.perf_counter()
-        self._open += 1
+        self._pending += 1
         try:
             yield
         finally:
-            self._open -= 1
-            if not self._open:
+            self._pending -= 1
+            if not self._pending:
                 self._seconds += time.perf_counter() - self._since
 
     def take_seconds(self) -> float:
-        """Seconds since the last call in which at least one answer was being checked."""
-        found, self._seconds = self._seconds, 0.0
-        return found
+        """Returns the seconds during which at least one answer was being checked, and resets them to 0."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def text(self, trajectory: Trajectory) -> str:
-        """Of the response, without special tokens."""
+        """Decodes the response without special tokens."""
         return str(self._tokenizer.decode(trajectory.tokens.tolist(), skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Verifiers by name. A verifier that dies or hangs costs one wrong answer and a count, never the step."""
+"""Verifiers by name. An answer whose verifier dies or hangs is wrong and counted as a failure; the step goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 import aiohttp
 
 from fipo_megatron.config import RewardConfig
-from fipo_megatron.reward.child import framed
+from fipo_megatron.reward.child import encode_frame
 
 _START_SECONDS = 120.0
 _VALID = "math, exact, python:MODULE.FUNCTION, or a URL that begins with http: or https:"
@@ -26,13 +26,13 @@ _VALID = "math, exact, python:MODULE.FUNCTION, or a URL that begins with http: o
 
 @dataclass(frozen=True)
 class Answer:
-    """What is checked.
+    """A response to check.
 
     Attributes:
-        response: The whole text.
-        ground_truth: The right answer.
-        prompt: What was asked.
-        data_source: The data set that it comes from.
+        response: Whole text of the response.
+        ground_truth: Right answer.
+        prompt: Text of the prompt.
+        data_source: Name of the data set.
     """
 
     response: str
@@ -43,13 +43,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says.
+    """The verdict of a verifier.
 
     Attributes:
         correct: Whether the answer is right.
-        extracted: What was taken for the answer, where the verifier says so.
-        failure: Why there is no verdict, and the answer counts as wrong: ``timeout``, ``memory``, ``crash``, ``error``
-            or ``unreachable``; empty where there is one.
+        extracted: Text that the verifier took for the answer; None if it names none.
+        failure: Reason for a missing verdict, which counts as a wrong answer: ``timeout``, ``memory``, ``crash``,
+            ``error`` or ``unreachable``; empty if there is a verdict.
     """
 
     correct: bool
@@ -62,17 +62,21 @@ class Verifier(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """``verified``, and every kind of failure, so far."""
+        """Number of answers so far: ``verified``, and every kind of failure."""
 
     async def verify(self, answer: Answer) -> Verdict:
-        """Never raises because of what an answer says."""
+        """Checks one answer. No content of an answer makes it raise."""
 
     async def close(self) -> None:
-        """Ends what the verifier has started."""
+        """Ends the processes and connections of the verifier."""
 
 
 def check_verifier(name: str) -> None:
-    """Raises ValueError that says what would be valid; imports nothing, starts nothing."""
+    """Checks the name of a verifier without importing or starting anything.
+
+    Raises:
+        ValueError: The name is invalid; the message says what is valid.
+    """
     if name in ("math", "exact"):
         return
     if name.startswith("python:"):
@@ -87,10 +91,10 @@ def check_verifier(name: str) -> None:
 
 
 def open_verifier(config: RewardConfig) -> Verifier:
-    """The verifier that the configuration names; it starts what it needs with the first answer.
+    """Returns the verifier that the configuration names. It starts processes with the first answer.
 
     Raises:
-        ValueError: see :func:`check_verifier`.
+        ValueError: The name is invalid; see :func:`check_verifier`.
     """
     check_verifier(config.verifier)
     if config.verifier.startswith(("http:", "https:")):
@@ -100,15 +104,15 @@ def open_verifier(config: RewardConfig) -> Verifier:
     )
 
 
-class _Counting:
-    """What all verifiers count."""
+class _CountingVerifier:
+    """The counts that all verifiers have."""
 
     def __init__(self) -> None:
         self._counts: collections.Counter[str] = collections.Counter(verified=0)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """See :class:`Verifier`."""
+        """Number of answers so far; see :class:`Verifier`."""
         return dict(self._counts)
 
     def _counted(self, verdict: Verdict) -> Verdict:
@@ -118,14 +122,15 @@ class _Counting:
         return verdict
 
 
-class ChildVerifier(_Counting):
+class ChildVerifier(_CountingVerifier):
     """Checks in child processes, each bounded in CPU time, wall time and memory.
 
     Args:
-        name: Of the verifier; see :mod:`.child`.
-        processes: Children, and answers at a time; others wait in order.
-        seconds: CPU time for one answer; twice that of wall time, from when a child begins with it.
-        memory_mib: Address space of a child.
+        name: Name of the verifier; see :mod:`.child`.
+        processes: Number of child processes, each with one answer at a time; other answers wait in order.
+        seconds: CPU seconds for one answer. The limit of wall time is twice this plus one second, from when a child
+            receives the answer.
+        memory_mib: Address space of a child in MiB.
     """
 
     def __init__(self, name: str, processes: int, seconds: float, memory_mib: int) -> None:
@@ -134,84 +139,84 @@ class ChildVerifier(_Counting):
         self._idle: asyncio.LifoQueue[asyncio.subprocess.Process | None] = asyncio.LifoQueue()
         self._processes = processes
         for _ in range(processes):
-            self._idle.put_nowait(None)  # started when it is needed
+            self._idle.put_nowait(None)  # started on demand
 
     async def verify(self, answer: Answer) -> Verdict:
-        """See :class:`Verifier`."""
+        """Checks one answer in an idle child; see :class:`Verifier`."""
         child = await self._idle.get()
         try:
             if child is None or child.returncode is not None:
                 child = await self._start()
-            verdict = await self._ask(child, answer)
+            verdict = await self._request(child, answer)
             if verdict.failure in ("timeout", "crash", "memory"):
-                await _end(child)
+                await _kill(child)
                 child = None
             return self._counted(verdict)
         except BaseException:
             if child is not None:
-                await _end(child)
+                await _kill(child)
                 child = None
             raise
         finally:
             self._idle.put_nowait(child)
 
     async def _start(self) -> asyncio.subprocess.Process:
-        """A child that is ready.
+        """Starts a child and waits until it is ready.
 
         Raises:
-            RuntimeError: it cannot be started at all, with what it said.
+            RuntimeError: The child does not start; the message holds the end of its stderr.
         """
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LC_ALL") if name in os.environ}
+        environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LC_ALL") if name in os.environ}
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fipo_megatron.reward.child"),
             *(self._name, str(self._seconds), str(self._memory)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
         try:
             async with asyncio.timeout(_START_SECONDS):
-                await _read(child)
+                await _read_frame(child)
         except (TimeoutError, EOFError):
-            await _end(child)
+            await _kill(child)
             assert child.stderr is not None
-            said = (await child.stderr.read())[-2000:].decode(errors="replace")
-            raise RuntimeError(f"reward.verifier = {self._name}: its process does not start:\n{said}") from None
+            output = (await child.stderr.read())[-2000:].decode(errors="replace")
+            raise RuntimeError(f"reward.verifier = {self._name}: its process does not start:\n{output}") from None
         return child
 
-    async def _ask(self, child: asyncio.subprocess.Process, answer: Answer) -> Verdict:
+    async def _request(self, child: asyncio.subprocess.Process, answer: Answer) -> Verdict:
         assert child.stdin is not None
         try:
             async with asyncio.timeout(2 * self._seconds + 1):
-                child.stdin.write(framed({"response": answer.response, "ground_truth": answer.ground_truth}))
+                child.stdin.write(encode_frame({"response": answer.response, "ground_truth": answer.ground_truth}))
                 await child.stdin.drain()
-                found = await _read(child)
+                reply = await _read_frame(child)
         except TimeoutError:
             return Verdict(False, failure="timeout")
         except (EOFError, ConnectionError):
             code = await child.wait()
             return Verdict(False, failure="timeout" if code == -signal.SIGXCPU else "crash")
-        return Verdict(found["correct"], found["extracted"], found["failure"])
+        return Verdict(reply["correct"], reply["extracted"], reply["failure"])
 
     async def close(self) -> None:
-        """See :class:`Verifier`."""
+        """Kills all children; see :class:`Verifier`."""
         for _ in range(self._processes):
             child = await self._idle.get()
             if child is not None:
-                await _end(child)
+                await _kill(child)
 
 
-async def _read(child: asyncio.subprocess.Process) -> dict[str, Any]:
+async def _read_frame(child: asyncio.subprocess.Process) -> dict[str, Any]:
     assert child.stdout is not None
     header = await child.stdout.readexactly(4)
-    found: dict[str, Any] = json.loads(await child.stdout.readexactly(int.from_bytes(header, "little")))
-    return found
+    message: dict[str, Any] = json.loads(await child.stdout.readexactly(int.from_bytes(header, "little")))
+    return message
 
 
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """Ends a child and all that it has started."""
+async def _kill(child: asyncio.subprocess.Process) -> None:
+    """Kills a child and its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     if child.stdin is not None:
@@ -219,17 +224,17 @@ async def _end(child: asyncio.subprocess.Process) -> None:
     await child.wait()
 
 
-class HttpVerifier(_Counting):
-    """Asks a service: POST of ``prompt``, ``response``, ``ground_truth`` and ``data_source``.
+class HttpVerifier(_CountingVerifier):
+    """Checks with a service: POST of ``prompt``, ``response``, ``ground_truth`` and ``data_source`` as JSON.
 
-    It answers ``{"correct": true}`` or ``{"score": 1.0}``, which is right above 0; beside it there may be
-    ``"extracted"``: what it took for the answer.
+    The service replies ``{"correct": true}`` or ``{"score": 1.0}``; a score above 0 is right. An optional
+    ``"extracted"`` is the text that it took for the answer.
 
     Args:
-        url: Of the service.
-        concurrency: Answers at a time.
-        seconds: For one answer.
-        attempts: How often an answer is sent where the service fails.
+        url: URL of the service.
+        concurrency: Number of answers at a time.
+        seconds: Time limit of one request in seconds.
+        attempts: Number of requests per answer if the service fails.
     """
 
     def __init__(self, url: str, concurrency: int, seconds: float, attempts: int = 3) -> None:
@@ -240,16 +245,16 @@ class HttpVerifier(_Counting):
         self._session: aiohttp.ClientSession | None = None
 
     async def verify(self, answer: Answer) -> Verdict:
-        """See :class:`Verifier`."""
+        """Checks one answer, with retries if the service fails; see :class:`Verifier`."""
         async with self._slots:
             for attempt in range(self._attempts):
-                verdict = await self._ask(answer)
+                verdict = await self._request(answer)
                 if not verdict.failure:
                     break
                 await asyncio.sleep(0.1 * 2**attempt)
         return self._counted(verdict)
 
-    async def _ask(self, answer: Answer) -> Verdict:
+    async def _request(self, answer: Answer) -> Verdict:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout)
         payload = {
@@ -259,10 +264,10 @@ class HttpVerifier(_Counting):
             "data_source": answer.data_source,
         }
         try:
-            async with self._session.post(self._url, json=payload) as found:
-                if found.status != 200:
+            async with self._session.post(self._url, json=payload) as reply:
+                if reply.status != 200:
                     return Verdict(False, failure="error")
-                content = await found.json(content_type=None)
+                content = await reply.json(content_type=None)
         except TimeoutError:
             return Verdict(False, failure="timeout")
         except (aiohttp.ClientError, OSError):
@@ -276,6 +281,6 @@ class HttpVerifier(_Counting):
         return Verdict(value > 0, extracted if isinstance(extracted, str) else None)
 
     async def close(self) -> None:
-        """See :class:`Verifier`."""
+        """Closes the connections; see :class:`Verifier`."""
         if self._session is not None:
             await self._session.close()

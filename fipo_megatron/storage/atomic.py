@@ -35,7 +35,7 @@ def set_aside(path: Path, reason: str) -> Path:
     """Renames a file or directory to the first free name ``REASON-NAME-N`` beside it; removes nothing.
 
     Args:
-        path: What to rename.
+        path: File or directory to rename.
         reason: One word that begins the new name, such as ``damaged``.
 
     Returns:

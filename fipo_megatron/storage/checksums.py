@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a directory, so that what was damaged since is not taken for weights."""
+"""SHA-256 checksums of the files of a directory, which detect damage after they were written."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 FILE = "checksums.json"
+"""Name of the file of checksums in its directory."""
 
 
 def compute(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """By file name, hexadecimal."""
-    found = {}
+    """Computes the checksums of files in a directory: hexadecimal digests by file name."""
+    sums = {}
     for name in names:
         with (directory / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def write(directory: Path, sums: Mapping[str, str]) -> None:
@@ -25,30 +26,39 @@ def write(directory: Path, sums: Mapping[str, str]) -> None:
 
 
 def read(directory: Path) -> dict[str, str]:
-    """What :func:`write` wrote; empty where the file does not exist, as in checkpoints of other programs.
+    """Reads the checksums that :func:`write` wrote; empty without the file, as in checkpoints of other programs.
 
     Raises:
-        ValueError: it is damaged itself.
+        ValueError: The file of checksums is damaged.
     """
     file = directory / FILE
     if not file.exists():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    sums = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise ValueError(f"{file}: expected the SHA-256 of every file by its name")
-    return found
+    return sums
 
 
 def problems(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Files that are not what they were, one line each; of every ``ranks`` files, this rank reads one."""
+    """Checks the files of a directory against its checksums.
+
+    Args:
+        directory: Directory with :data:`FILE`.
+        rank: Rank of this process; it checks every ``ranks``-th file, from ``rank`` on.
+        ranks: Number of processes that share the work.
+
+    Returns:
+        One line per file that is missing or corrupt.
+    """
     try:
         sums = read(directory)
     except ValueError as error:
         return [str(error)]
-    found = []
+    damaged = []
     for name in sorted(sums)[rank::ranks]:
         if not (directory / name).is_file():
-            found.append(f"{directory / name}: missing")
+            damaged.append(f"{directory / name}: missing")
         elif compute(directory, [name])[name] != sums[name]:
-            found.append(f"{directory / name}: corrupt: its SHA-256 is not the one in {FILE}")
-    return found
+            damaged.append(f"{directory / name}: corrupt: its SHA-256 is not the one in {FILE}")
+    return damaged

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their final place, synced and renamed."""
+"""Directories that appear whole or not at all: written beside their final path, synced and renamed."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from fipo_megatron.storage.atomic import partial_of
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises what :func:`begin` would, before anything expensive; makes nothing.
+    """Checks that a directory can be begun, without creating anything, before expensive work.
 
     Raises:
-        FileExistsError: the target exists.
-        FileNotFoundError: its parent does not.
+        FileExistsError: The target exists.
+        FileNotFoundError: The parent of the target does not exist.
     """
     if os.path.lexists(target):
         raise FileExistsError(f"{target}: exists; it is not overwritten")
     if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: is no directory; {target.name} cannot be written there")
+        raise FileNotFoundError(f"{target.parent}: is not a directory; {target.name} cannot be written there")
 
 
 def begin(target: Path) -> None:
-    """Makes the directory that :func:`publish` will rename.
+    """Creates the hidden directory that :func:`publish` renames.
 
     Raises:
-        FileExistsError: the target exists; or another run writes it, or was killed while it did.
-        FileNotFoundError: its parent does not.
+        FileExistsError: The target exists, or another run is writing it or was killed while it was.
+        FileNotFoundError: The parent of the target does not exist.
     """
     refuse_existing(target)
     try:
         partial_of(target).mkdir()
     except FileExistsError:
         raise FileExistsError(
-            f"{partial_of(target)}: another run writes {target.name}, or was killed while it did; then remove it"
+            f"{partial_of(target)}: another run is writing {target.name}; if that run was killed, remove this directory"
         ) from None
 
 
 def discard(target: Path) -> None:
-    """Removes what was written so far, if anything is there."""
+    """Removes the hidden directory, if it exists."""
     shutil.rmtree(partial_of(target), ignore_errors=True)
 
 
 def publish(target: Path) -> None:
-    """Makes sure that all is on disk, and gives the directory its name.
+    """Syncs all files to disk and renames the directory to the target.
 
     Raises:
-        OSError: the disk is full, or something has that name by now.
+        OSError: The disk is full, or the target exists by now.
     """
     partial = partial_of(target)
     refuse_existing(target)

@@ -1,4 +1,4 @@
-"""Places where a run can be made to die, for tests of what is left: ``FIPO_FAIL_AT=NAME:COUNT`` in the environment."""
+"""Points at which tests kill a run: ``FIPO_FAIL_AT=NAME:COUNT`` in the environment."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _reached: Counter[str] = Counter()
 
 
 def reach(name: str) -> None:
-    """Kills this process (SIGKILL) where it is the COUNT-th time that it gets to NAME, counted from 1.
+    """Kills this process (SIGKILL) when it reaches the fail point NAME for the COUNT-th time, counted from 1.
 
     Raises:
-        ValueError: there is no such place.
+        ValueError: There is no such fail point.
     """
     if name not in NAMES:
-        raise ValueError(f"{name}: is no fail point; there are {', '.join(NAMES)}")
-    wanted = os.environ.get("FIPO_FAIL_AT")
-    if not wanted:
+        raise ValueError(f"{name}: is not a fail point; valid: {', '.join(NAMES)}")
+    selected = os.environ.get("FIPO_FAIL_AT")
+    if not selected:
         return
     _reached[name] += 1
-    if wanted == f"{name}:{_reached[name]}":
+    if selected == f"{name}:{_reached[name]}":
         os.kill(os.getpid(), signal.SIGKILL)

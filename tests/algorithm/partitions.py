@@ -1,4 +1,4 @@
-"""A mini-batch split in every way the trainer may split it, against the loop of reference.py.
+"""Splits a mini-batch in every way the trainer may split it, and compares the result with the loop of reference.py.
 
 ``algorithm`` is a namespace with ``LossInputs``, ``SequenceShards`` and ``policy_loss``: the package itself, or a
 mutant of it (test_mutations.py). All ranks of a layout run in this process; their exchange is simulated.
@@ -25,7 +25,7 @@ PACKAGE = SimpleNamespace(
 
 
 def random_batch(seed, size=6, longest=40, spread=0.3, outliers=0.06):
-    """Responses with a few tokens far above any ratio bound, so that some responses are dropped and some are not."""
+    """Returns responses with a few tokens far above any ratio bound, so that some are dropped and some are kept."""
     rng = np.random.default_rng(seed)
     batch = []
     for index in range(size):
@@ -52,7 +52,7 @@ def random_batch(seed, size=6, longest=40, spread=0.3, outliers=0.06):
 
 
 def in_all_ranks(algorithm, inputs, config):
-    """The outputs of all context-parallel ranks, with the exchange that they would do."""
+    """Returns the outputs of all context-parallel ranks, with the exchange between them simulated."""
     messages = []
 
     def record(message):
@@ -67,7 +67,7 @@ def in_all_ranks(algorithm, inputs, config):
 
 
 def local_inputs(algorithm, packed, per_token, layout):
-    """The inputs of one rank from whole packed arrays."""
+    """Slices whole packed arrays to the inputs of one rank."""
     part = packed.slice(layout)
     indices = torch.from_numpy(layout.indices(packed.cu_seqlens))
     shards = algorithm.SequenceShards.build(layout.chunk_lengths(packed.cu_seqlens), layout.owners, layout.rank)
@@ -80,12 +80,12 @@ def local_inputs(algorithm, packed, per_token, layout):
 
 
 def split_gradient(algorithm, batch, config, *, dp=1, cp=1, budget=10_000, multiple_of=1, seed=0):
-    """Loss, gradients per response, denominator and statistics of the batch under one way to split it."""
+    """Returns loss, gradients per response, denominator and statistics of the batch under one split."""
     trajectories = [trajectory for trajectory, _ in batch]
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(batch))]
-    sizes = CpLayout(cp)
+    layout = CpLayout(cp)
     plan = plan_micro_batches(
-        [sizes.padded_length(len(t), multiple_of) for t in trajectories],
+        [layout.padded_length(len(t), multiple_of) for t in trajectories],
         [order],
         token_budget=budget,
         data_parallel_size=dp,
@@ -93,7 +93,7 @@ def split_gradient(algorithm, batch, config, *, dp=1, cp=1, budget=10_000, multi
     leaves = [torch.tensor(response.new, requires_grad=True) for _, response in batch]
     outputs = []
     for members in (members for rank in plan[0].micro_batches for members in rank):
-        packed = pack([trajectories[i] for i in members], sizes, multiple_of=multiple_of)
+        packed = pack([trajectories[i] for i in members], layout, multiple_of=multiple_of)
         total = int(packed.cu_seqlens[-1])
         per_token = {
             name: torch.full((total,), -0.5, dtype=torch.float64)
@@ -102,14 +102,14 @@ def split_gradient(algorithm, batch, config, *, dp=1, cp=1, budget=10_000, multi
         for start, i in zip(packed.cu_seqlens[:-1], members, strict=bool(members)):
             trajectory, response = batch[i]
             first = int(start) + len(trajectory.prompt.tokens) - 1
-            where = torch.arange(first, first + len(response.new))
-            per_token["log_probs"] = per_token["log_probs"].index_copy(0, where, leaves[i])
+            positions = torch.arange(first, first + len(response.new))
+            per_token["log_probs"] = per_token["log_probs"].index_copy(0, positions, leaves[i])
             for name, values in (
                 ("old", response.old),
                 ("reference", response.reference),
                 ("behaviour", response.behaviour),
             ):
-                per_token[f"{name}_log_probs"][where] = torch.from_numpy(values)
+                per_token[f"{name}_log_probs"][positions] = torch.from_numpy(values)
         layouts = [CpLayout(cp, rank) for rank in range(cp)]
         outputs += in_all_ranks(
             algorithm, [local_inputs(algorithm, packed, per_token, each) for each in layouts], config
@@ -125,7 +125,7 @@ def split_gradient(algorithm, batch, config, *, dp=1, cp=1, budget=10_000, multi
 
 
 def assert_split_matches(algorithm, batch, config, **split):
-    """The gradient, loss and denominator under a split equal those of the loop."""
+    """Checks that gradient, loss and denominator under a split equal those of the loop; returns the dropped count."""
     loss, gradients, denominator, statistics = split_gradient(algorithm, batch, config, **split)
     expected_loss, expected, expected_denominator, dropped = reference.mini_batch([r for _, r in batch], config)
     got, want = np.concatenate(gradients), np.concatenate(expected)

@@ -1,7 +1,7 @@
-"""The losses once more, as loops over one response at a time in float64, gradients by hand.
+"""A reference implementation of the losses: loops over one response at a time in float64, gradients by hand.
 
-Written from the formulas alone (arXiv 2603.19835, Eq. 5-8, Table 2; DAPO; GRPO) and sharing nothing with the package
-but the names of the configuration's fields.
+It is written from the formulas alone (arXiv 2603.19835, Eq. 5-8, Table 2; DAPO; GRPO) and shares nothing with the
+package but the names of the configuration's fields.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass
 class Response:
-    """One response: float64 arrays ``[R]`` and a bool mask."""
+    """The float64 arrays ``[R]`` and the bool mask of one response."""
 
     new: np.ndarray
     old: np.ndarray
@@ -34,8 +34,8 @@ def suffix_sum(x, half_life):
 
 
 def response_loss(r, c):
-    """Token losses, their gradients with respect to ``new``, the number of dual-clipped tokens, and what was seen."""
-    n, seen = len(r.new), []
+    """Returns token losses, their gradients w.r.t. ``new``, the number of dual-clipped tokens, and values per token."""
+    n, values = len(r.new), []
     shift = [max(-c.shift_clamp, min(c.shift_clamp, r.new[t] - r.old[t])) if r.mask[t] else 0.0 for t in range(n)]
     passed = [d if not c.future_kl_filter or d <= math.log(c.dual_clip) else 0.0 for d in shift]
     future = suffix_sum(passed, c.half_life)
@@ -56,7 +56,7 @@ def response_loss(r, c):
         inside = abs(r.new[t] - r.old[t]) <= c.shift_clamp
         plain = ratio * weight * advantage
         clipped = min(max(ratio, 1 - c.clip_low), 1 + c.clip_high) * weight * advantage
-        seen.append((shift[t], future[t], weight, advantage, ratio > c.dual_clip, unsafe, clipped < plain))
+        values.append((shift[t], future[t], weight, advantage, ratio > c.dual_clip, unsafe, clipped < plain))
         loss[t] = -min(plain, clipped)
         gradient[t] = -plain * inside if plain <= clipped else 0.0
         if advantage < 0 and ratio > c.dual_clip:
@@ -67,18 +67,18 @@ def response_loss(r, c):
             loss[t], gradient[t] = loss[t] * correction, gradient[t] * correction
         if c.kl_coef:
             gap = r.new[t] - r.reference[t]
-            value, slope = {
+            kl, slope = {
                 "k1": (gap, 1.0),
                 "k2": (gap * gap / 2, gap),
                 "k3": (math.exp(-gap) - 1 + gap, 1 - math.exp(-gap)),
             }[c.kl_estimator]
-            loss[t] += c.kl_coef * value
+            loss[t] += c.kl_coef * kl
             gradient[t] += c.kl_coef * slope
-    return loss, gradient, dual_clipped, seen
+    return loss, gradient, dual_clipped, values
 
 
 def mini_batch(responses, c):
-    """Loss of the mini-batch, its gradients per response, denominator, and the number of dropped responses."""
+    """Returns the loss of the mini-batch, its gradients per response, denominator and number of dropped responses."""
     numerator, denominator, dropped, gradients = 0.0, 0, 0, []
     for r in responses:
         loss, gradient, dual_clipped, _ = response_loss(r, c)

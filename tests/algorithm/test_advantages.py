@@ -15,7 +15,7 @@ groups_of_rewards = st.lists(st.lists(st.floats(-2, 2), min_size=2, max_size=9),
 
 @given(groups=groups_of_rewards, seed=st.integers(0, 2**32 - 1))
 def test_each_baseline_in_any_order(groups, seed):
-    """The ids say what belongs together: the order of the responses does not matter."""
+    """Ids alone define the groups: the order of the responses does not matter."""
     rewards = [reward for group in groups for reward in group]
     ids = [17 * number - 5 for number, group in enumerate(groups) for _ in group]
     expected = {"group_normalised": [], "group_mean": [], "leave_one_out": []}
@@ -72,7 +72,7 @@ def test_only_mixed_groups_are_informative():
 
 
 def test_overlong_penalty_of_the_paper():
-    """32B: limit 20480, buffer 4096."""
+    """The 32B recipe has a limit of 20,480 tokens and a buffer of 4,096."""
     lengths = torch.tensor([1, 16384, 16385, 18432, 20480])
     got = overlong_penalty(lengths, 20480, 4096, 1.0)
     assert got.tolist() == pytest.approx([0.0, 0.0, -1 / 4096, -0.5, -1.0])

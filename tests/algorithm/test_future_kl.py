@@ -1,4 +1,4 @@
-"""The scan against a float64 loop, and against itself under other layouts."""
+"""Compares the scan with a float64 loop, and with itself under other layouts."""
 
 import math
 
@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def random_values(seed, length, dtype=torch.float32):
-    """Shifts of either sign with about a fifth of the positions masked."""
+    """Returns shifts of either sign with about a fifth of the positions masked."""
     rng = np.random.default_rng(seed)
     values = rng.normal(0.01, 0.3, length) * (rng.random(length) < 0.8)
     return torch.from_numpy(values).to(dtype)
@@ -39,7 +39,7 @@ def assert_close(got, want, bound=1e-5):
 
 
 def in_simulated_ranks(values, lengths, half_life, size):
-    """Every rank's part of F for packed ``values`` of these padded lengths, put together, and the carries used."""
+    """Returns F of packed ``values`` of these padded lengths, assembled from every rank's part, and the carries."""
     cu_seqlens = np.cumsum([0, *lengths])
     layouts = [CpLayout(size, rank) for rank in range(size)]
     shards = [SequenceShards.build(each.chunk_lengths(cu_seqlens), each.owners, each.rank) for each in layouts]
@@ -98,7 +98,7 @@ def compare_layout(size, lengths, half_life, seed):
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("half_life", [32.0, 256.0, math.inf])
 def test_carries_matter_and_are_exact(size, half_life):
-    """In float64 the layouts agree to rounding, and what crosses each chunk boundary is not negligible."""
+    """The layouts agree to rounding in float64, and no carry across a chunk boundary is negligible."""
     values = random_values(7, 2 * 1280, torch.float64) + 0.1  # a drift in one direction, so that no carry is near 0
     got, carries = in_simulated_ranks(values, [1280, 1280], half_life, size)
     want = torch.cat([loop(part, half_life) for part in values.split(1280)])
@@ -156,7 +156,7 @@ def test_scan_sizes_around_a_block(size):
     assert suffix_scan(values, 0.97, torch.tensor(ends, dtype=torch.int64)).tolist() == pytest.approx(want)
 
 
-def test_refuses_what_cannot_be_right():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match=r"half_life must be > 0 tokens.*got 0"):
         future_kl(torch.ones(3), 0.0)
     with pytest.raises(ValueError, match="layout has 4 tokens on this rank, got 3"):

@@ -1,4 +1,4 @@
-"""The loss against values measured on the authors' release (tests/golden, see its README)."""
+"""Compares the loss with values measured on the authors' release (tests/golden, see its README)."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards
-from fipo_megatron.algorithm.policy_loss import LossInputs, PolicyLossConfig, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "fipo_loss.json").read_text())
@@ -45,6 +46,6 @@ def test_loss_gradient_and_every_scalar(case):
     assert torch.linalg.norm(new.grad - expected_grad.flatten()) <= 1e-5 * torch.linalg.norm(expected_grad)
     metrics = output.statistics.metrics() | {"loss": loss.item()}
     expected = CASES[case]["expected"]
-    # The release computed in float32: its largest raw weights are up to 6e-6 away from the exact ones, hence `rel`.
+    # The release computes in float32: its largest raw weights are off by up to 6e-6, hence `rel`.
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-6), name

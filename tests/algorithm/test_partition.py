@@ -1,4 +1,4 @@
-"""Partition invariance: the gradient of a mini-batch does not depend on how the work was split."""
+"""Partition invariance: the gradient of a mini-batch does not depend on the split of the work."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipo_megatron.algorithm.policy_loss import loss_config
+from fipo_megatron.algorithm.policy_loss_config import loss_config
 from tests.algorithm.partitions import PACKAGE, assert_split_matches, random_batch
 
 # A small ratio bound, so that some responses have dual-clipped tokens and some of those are dropped.

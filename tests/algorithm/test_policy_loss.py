@@ -1,4 +1,4 @@
-"""What the loss does with missing, non-finite and low-precision input, and what it says about itself."""
+"""The loss with missing, non-finite and low-precision input, and the values it reports."""
 
 import math
 from dataclasses import replace
@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
-from fipo_megatron.algorithm.policy_loss import (
-    KIND_DEFAULTS,
-    LossInputs,
-    PolicyLossConfig,
-    loss_config,
-    policy_loss,
-    truncated_importance_weights,
-)
+from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss, truncated_importance_weights
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS, PolicyLossConfig, loss_config
 from tests.algorithm import reference
 
 
@@ -34,7 +28,7 @@ def make_inputs(lengths=(50, 30), seed=0, dtype=torch.float64, **changes):
 
 
 def test_first_update_is_dapo():
-    """At equal weights d = 0, so every weight is exactly 1 and the loss is DAPO's, bit for bit."""
+    """The first update has d = 0, so every weight is exactly 1 and the loss is DAPO's, bit for bit."""
     inputs = make_inputs(dtype=torch.float32)
     inputs = replace(inputs, log_probs=inputs.old_log_probs.clone().requires_grad_())
     fipo, dapo = (policy_loss(inputs, loss_config(kind)) for kind in ("fipo", "dapo"))
@@ -100,7 +94,7 @@ def test_engine_mismatch_is_reported_apart_from_the_drift():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", KIND_DEFAULTS)
 def test_a_non_finite_token_reaches_the_numerator(field, bad, kind):
-    """Neither the clamp of d, nor the filter, nor the weight clip may turn it into a plausible number."""
+    """The clamp of d, the filter and the weight clip must not turn it into a plausible number."""
     inputs = make_inputs()
     values = getattr(inputs, field).detach().clone()
     values[int(inputs.mask.nonzero()[7])] = bad
@@ -146,8 +140,8 @@ def test_huge_shifts_without_a_clamp_keep_the_gradient_finite(advantage, sign):
     assert leaf.grad.isfinite().all()
 
 
-def test_the_kl_term_pulls_however_far_the_policy_went():
-    """shift_clamp bounds d, not the distance to the reference: there the penalty matters most."""
+def test_the_kl_term_pulls_at_any_distance():
+    """``shift_clamp`` bounds d, not the distance to the reference, where a large penalty matters most."""
     inputs = make_inputs()
     reference_log_probs = inputs.old_log_probs - 30.0
     moved = replace(inputs, reference_log_probs=reference_log_probs)
@@ -159,7 +153,7 @@ def test_the_kl_term_pulls_however_far_the_policy_went():
     assert torch.allclose(pull, 0.1 * gap)
 
 
-def test_what_is_outside_the_mask_has_no_influence():
+def test_tokens_outside_the_mask_have_no_influence():
     inputs = make_inputs()
     values = inputs.log_probs.detach().clone()
     values[~inputs.mask] = math.nan
@@ -180,7 +174,7 @@ def test_low_precision_log_probs_are_computed_in_float32():
 
 
 def test_a_filler_adds_nothing():
-    """A fully masked micro-batch: no token, no gradient, no statistic, and nothing non-finite."""
+    """A filler is fully masked: it adds no token, gradient or statistic, and nothing non-finite."""
     inputs = make_inputs()
     output = policy_loss(replace(inputs, mask=torch.zeros(80, dtype=torch.bool)), PolicyLossConfig())
     output.numerator.backward()
@@ -260,7 +254,7 @@ def test_all_bad_settings_are_named_at_once():
 
 
 def test_reference_of_one_token_by_hand():
-    """The loop itself, checked with a pencil: r = e^0.5 > 1.28, so A > 0 is clipped; f = min(e^0.5, 1.2)."""
+    """Checks the loop by hand: r = e^0.5 > 1.28, so A > 0 is clipped; f = min(e^0.5, 1.2)."""
     response = reference.Response(np.array([-0.5]), np.array([-1.0]), np.array([2.0]), np.array([True]))
     loss, gradients, denominator, _ = reference.mini_batch([response], PolicyLossConfig())
     assert (loss, gradients[0].tolist(), denominator) == (pytest.approx(-1.28 * 1.2 * 2.0), [0.0], 1)

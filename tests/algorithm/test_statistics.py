@@ -1,4 +1,4 @@
-"""Statistics merge to what the whole would have given, and their quantiles are those of the tokens."""
+"""Merged statistics equal those of the whole batch, and their quantiles are those of the tokens."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from fipo_megatron.algorithm.loss_statistics import (
     histogram_quantiles,
     shift_histogram,
 )
-from fipo_megatron.algorithm.policy_loss import loss_config
+from fipo_megatron.algorithm.policy_loss_config import loss_config
 from tests.algorithm import reference
 from tests.algorithm.partitions import PACKAGE, random_batch, split_gradient
 
@@ -37,7 +37,7 @@ def test_merge_over_micro_batches_and_ranks(seed, dp, cp):
 
 
 def expected_metrics(batch, config):
-    """Every metric of the loss by its definition, token by token."""
+    """Computes every metric of the loss by its definition, token by token."""
     tokens, gaps, kls, summed = [], [], [], []
     for _, r in batch:
         tokens += reference.response_loss(r, config)[3]
@@ -116,7 +116,7 @@ def test_every_listed_value_is_reported():
 
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1e-3, 3.0))
 def test_quantiles_of_the_shift(seed, scale):
-    """To the width of a bin: 2.9 % of the value."""
+    """Quantiles are exact to the width of a bin: 2.9 % of the value."""
     shift = torch.from_numpy(np.random.default_rng(seed).normal(0, scale, 20_001))
     ones = torch.ones(len(shift), dtype=torch.bool)
     counts = shift_histogram(shift, ones, ones)
@@ -127,7 +127,7 @@ def test_quantiles_of_the_shift(seed, scale):
 
 
 def test_quantiles_are_linear_within_a_bin():
-    """A fine grid inside one bin: its quantiles are those of the grid, far closer than the width of the bin."""
+    """The quantiles of a fine grid inside one bin are those of the grid, far closer than the width of the bin."""
     shift = torch.linspace(1.0001, 1.02, 10_000, dtype=torch.float64)
     ones = torch.ones(len(shift), dtype=torch.bool)
     counts = shift_histogram(shift, ones, ones)[0]

@@ -1,4 +1,4 @@
-"""The plan keeps its promises for any lengths, and packed arrays obey the position convention."""
+"""The plan holds its invariants for any lengths, and packed arrays obey the position convention."""
 
 import itertools
 
@@ -39,12 +39,12 @@ def test_every_trajectory_once_under_budget_and_equal_counts(lengths, dp, budget
 
 
 def test_balance_over_ranks():
-    """Per round, the fullest and the emptiest rank differ by less than the longest trajectory."""
+    """The loads of the ranks differ by less than 200 tokens in every round."""
     rng = np.random.default_rng(1)
     lengths = [int(x) for x in rng.lognormal(6, 0.7, 512).clip(32, 4000)]
     (mini_batch,) = plan_micro_batches(lengths, [range(512)], token_budget=8192, data_parallel_size=8)
-    for round_ in zip(*mini_batch.micro_batches, strict=True):
-        loads = [sum(lengths[i] for i in micro_batch) for micro_batch in round_]
+    for concurrent in zip(*mini_batch.micro_batches, strict=True):
+        loads = [sum(lengths[i] for i in micro_batch) for micro_batch in concurrent]
         assert max(loads) - min(loads) < 200
         assert min(loads) > 7000
 

@@ -1,4 +1,4 @@
-"""Prompts from real parquet and jsonl files: what is read, in which order, and what is refused."""
+"""Prompts from real parquet and jsonl files: the content read, its order, and the files refused."""
 
 import json
 
@@ -33,7 +33,7 @@ def jsonl(path, rows):
 
 
 def test_the_schema_of_dapo_math(tmp_path):
-    """As released, each problem a hundred times."""
+    """The released file repeats each problem a hundred times; here three times."""
     problems = read_problems([parquet(tmp_path / "dapo.parquet", ROWS * 3)])
     assert [p.id for p in problems] == [f"dapo:id-{n}" for n in range(5)]
     assert problems[2].messages == [{"role": "user", "content": "What is 2 + 1?"}]
@@ -59,7 +59,7 @@ def test_data_sets_that_share_a_problem_stay_whole(tmp_path):
     assert unnamed.data_source == "c"
 
 
-def test_examples_to_imitate_may_occur_twice(tmp_path):
+def test_sft_examples_may_occur_twice(tmp_path):
     file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "one"}] * 3)
     assert len(read_problems([file], answer="response", once=False)) == 3
 
@@ -86,7 +86,7 @@ def test_examples_to_imitate_may_occur_twice(tmp_path):
         (lambda p: jsonl(p / "f.jsonl", []), "no problems"),
     ],
 )
-def test_what_is_refused(make, message, tmp_path):
+def test_invalid_files_are_refused(make, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read_problems([make(tmp_path)])
 
@@ -119,7 +119,8 @@ def test_the_order_depends_on_the_seed_alone_and_can_be_resumed():
     assert sorted(whole[:7]) == [str(n) for n in range(7)]
     assert sorted(whole[7:14]) == [f"{n}~1" for n in range(7)]
     assert len({*whole}) == 21
-    assert [id_.partition("~")[0] for id_ in whole[:7]] != [id_.partition("~")[0] for id_ in whole[7:14]]
+    first, second = ([name.partition("~")[0] for name in epoch] for epoch in (whole[:7], whole[7:14]))
+    assert first != second
     for cursor in range(21):
         stream = PromptStream(prompts(7), seed=3)
         stream.given = cursor

@@ -1,4 +1,4 @@
-"""What enters the trainer is checked once, and the error names the trajectory, the field and the value."""
+"""Trajectories are checked when they enter the trainer; the error names the trajectory, the field and the value."""
 
 import numpy as np
 import pytest

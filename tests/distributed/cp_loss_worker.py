@@ -9,7 +9,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fipo_megatron.algorithm.future_kl import gather_over
-from fipo_megatron.algorithm.policy_loss import loss_config, policy_loss
+from fipo_megatron.algorithm.policy_loss import policy_loss
+from fipo_megatron.algorithm.policy_loss_config import loss_config
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import pack
 from tests.algorithm.partitions import PACKAGE, in_all_ranks, local_inputs, random_batch

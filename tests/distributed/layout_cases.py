@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.config import AlgorithmConfig
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from tests.algorithm import reference

@@ -1,4 +1,4 @@
-"""The program, on models of the quickstart's with random weights: alone and in training, by every way to a model."""
+"""The program on the quickstart's model with random weights: standalone, in training, from every source of weights."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Problems of two data sets, and a model."""
+    """Builds problems of two data sets, and a model."""
     directory = tmp_path_factory.mktemp("data")
     task.build(directory, seed=1)
     rows = [json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()[:PROBLEMS]]
@@ -47,7 +47,7 @@ def settings(data, output):
 
 
 def run(data, output, *overrides):
-    """In this process; the exit code."""
+    """Runs the program in this process and returns its exit code."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         return evaluate.main([str(CONFIG), *settings(data, output), *overrides])
@@ -57,7 +57,7 @@ def run(data, output, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """Two steps, evaluated before, between and after."""
+    """Trains two steps, with an evaluation before, between and after them."""
     output = tmp_path_factory.mktemp("runs") / "run"
     evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "checkpoint.save_every=1"]
     test_train.train(data, output, *evaluating)
@@ -78,17 +78,17 @@ def test_a_run_writes_tags_and_rows(trained):
     assert rows[-1]["evaluation/accuracy"] == right / (4 * PROBLEMS)
 
 
-def test_every_way_to_the_weights_gives_the_rows_of_the_run(data, trained, tmp_path, capsys):
-    """Its checkpoint, the model it exported, and that converted to a checkpoint: bit for bit."""
+def test_every_source_of_weights_gives_the_rows_of_the_run(data, trained, tmp_path, capsys):
+    """The run's checkpoint, its exported model and that model converted to a checkpoint have the same rows."""
     expected = (trained / "evaluations" / "step-000002.jsonl").read_bytes()
     hf_to_megatron(trained / "hf", tmp_path / "converted", Options())
-    ways = {
+    sources = {
         "trained": f"evaluation.checkpoint={trained}/checkpoints/step-000002",
         "hf": f"model.path={trained}/hf",
         "converted": f"evaluation.checkpoint={tmp_path}/converted",
     }
-    for name, way in ways.items():
-        assert run(data, tmp_path / "out", way, f"evaluation.name={name}") == 0
+    for name, source in sources.items():
+        assert run(data, tmp_path / "out", source, f"evaluation.name={name}") == 0
         output = tmp_path / "out" / f"evaluation-{name}"
         assert (output / "problems.jsonl").read_bytes() == expected
         assert sorted(file.name for file in output.iterdir()) == ["problems.jsonl", "summary.json"]
@@ -102,7 +102,7 @@ def test_every_way_to_the_weights_gives_the_rows_of_the_run(data, trained, tmp_p
 
 
 def test_a_hugging_face_model_needs_no_megatron(data, tmp_path):
-    """Neither do errors; progress is shown."""
+    """The evaluation of a Hugging Face model imports no Megatron and logs its progress."""
     code = (
         "import sys; from fipo_megatron import evaluate; code = evaluate.main(sys.argv[1:]); "
         "assert not [name for name in sys.modules if name.partition('.')[0] == 'megatron']; sys.exit(code)"
@@ -159,9 +159,9 @@ def test_nothing_is_overwritten_and_several_processes_are_refused(data, tmp_path
     (tmp_path / "evaluation-model" / "summary.json").write_text("{}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(data, tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "evaluation-model: holds an evaluation already" in said
-    assert "2 processes: an evaluation is one process" in said
+    error = capsys.readouterr().err
+    assert "evaluation-model: already holds an evaluation" in error
+    assert "2 processes: an evaluation is one process" in error
 
 
 def test_a_run_evaluates_no_checkpoint(data, tmp_path):
@@ -177,15 +177,15 @@ def test_weights_that_are_missing_are_noticed(data, tmp_path, capsys):
     assert "holds neither model.safetensors nor" in capsys.readouterr().err
 
 
-def test_servers_that_are_not_there_end_it(data, tmp_path, caplog):
+def test_unreachable_servers_end_the_evaluation(data, tmp_path, caplog):
     by_servers = ["rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:1']"]
     assert run(data, tmp_path, *by_servers) == 1
     assert "http://127.0.0.1:1" in caplog.text
     assert not list(tmp_path.rglob("*.json*"))
 
 
-def test_asked_to_end_it_leaves_no_model_behind(data, trained, tmp_path):
-    """SIGTERM while it samples from what a checkpoint was converted to."""
+def test_sigterm_leaves_no_converted_model_behind(data, trained, tmp_path):
+    """SIGTERM arrives while the program samples from a converted checkpoint."""
     longer = ["evaluation.samples_per_prompt=512", f"evaluation.checkpoint={trained}/checkpoints/step-000002"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fipo_megatron.evaluate", str(CONFIG), *settings(data, tmp_path), *longer],
@@ -201,8 +201,8 @@ def test_asked_to_end_it_leaves_no_model_behind(data, trained, tmp_path):
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert "ended, as asked" in said
-    assert "Traceback" not in said
+    output_text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output_text
+    assert "interrupted; there is no result" in output_text
+    assert "Traceback" not in output_text
     assert not list(output.iterdir())

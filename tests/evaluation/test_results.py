@@ -1,4 +1,4 @@
-"""Rows, tags, tables and files of an evaluation, by hand."""
+"""Rows, tags, tables and files of a small evaluation, by hand."""
 
 import json
 
@@ -12,24 +12,24 @@ from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
 from fipo_megatron.observe.run_log import RunLog
 
 
-def problem(data_set, id_, answers, truth="5", lengths=(10, 20, 30, 40), cut=0):
+def problem(data_set, problem_id, answers, truth="5", lengths=(10, 20, 30, 40), truncated=0):
     right = [answer == truth for answer in answers]
-    return ProblemResult.of(data_set, id_, truth, right, lengths, cut, vote(answers, right))
+    return ProblemResult.of(data_set, problem_id, truth, right, lengths, truncated, vote(answers, right))
 
 
 @pytest.fixture
-def found():
+def evaluation():
     return Evaluation(
         (
             problem("one", "1", ["5", "5", "7", None]),
-            problem("one", "2", ["7", "5", "7", "5"], cut=1),
+            problem("one", "2", ["7", "5", "7", "5"], truncated=1),
             problem("two", "3", [None] * 4, lengths=(1, 1, 1, 1)),
         )
     )
 
 
-def test_a_row(found):
-    assert summary.asdict(found.problems[1]) == {
+def test_a_row(evaluation):
+    assert summary.asdict(evaluation.problems[1]) == {
         "data_set": "one",
         "id": "2",
         "ground_truth": "5",
@@ -44,8 +44,8 @@ def test_a_row(found):
     }
 
 
-def test_scalars_are_the_tags_of_the_table_of_metrics(found):
-    scalars = found.scalars()
+def test_scalars_are_the_tags_of_the_table_of_metrics(evaluation):
+    scalars = evaluation.scalars()
     known = {metric.tag for metric in METRICS if metric.group == "evaluation"}
     assert {tag.replace("/one/", "/{data_set}/").replace("/two/", "/{data_set}/") for tag in scalars} == known
     assert len(scalars) == 2 + 2 * len(OF_DATA_SETS)
@@ -66,8 +66,8 @@ def test_where_a_verifier_names_no_answers_there_is_no_cons():
     assert [scalars[f"evaluation/one/cons{end}"] for end in ("", "_low", "_high")] == [None] * 3
 
 
-def test_the_table_is_aligned(found):
-    lines = summary.table(found).splitlines()
+def test_the_table_is_aligned(evaluation):
+    lines = summary.table(evaluation).splitlines()
     assert lines[0].split() == ["data", "set", "problems", "avg@4", "cons@4", "pass@4", "tokens", "truncated"]
     assert len({len(line) for line in lines[:3]}) == 1
     assert "50.0% (" in lines[1]
@@ -75,21 +75,21 @@ def test_the_table_is_aligned(found):
     assert lines[4].split() == ["data", "set", "pass@1", "pass@2", "pass@4"]
 
 
-def test_the_summary_can_be_read_again(found, tmp_path):
-    summary.write(tmp_path, found, {"model": "m"})
+def test_the_summary_can_be_read_again(evaluation, tmp_path):
+    summary.write(tmp_path, evaluation, {"model": "m"})
     read = json.loads((tmp_path / summary.SUMMARY).read_text())
     assert read["model"] == "m"
-    assert read["scalars"] == found.scalars()
+    assert read["scalars"] == evaluation.scalars()
     assert read["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
     rows = [json.loads(line) for line in (tmp_path / summary.PROBLEMS).read_text().splitlines()]
-    assert [ProblemResult(**row) for row in rows] == list(found.problems)
+    assert [ProblemResult(**row) for row in rows] == list(evaluation.problems)
     assert sorted(file.name for file in tmp_path.iterdir()) == [summary.PROBLEMS, summary.SUMMARY]
 
 
-def test_resume_cuts_evaluations(found, tmp_path):
+def test_resume_cuts_evaluations(evaluation, tmp_path):
     log = RunLog(Config(run=RunConfig(output=str(tmp_path))), writes=True)
     for step in (0, 10, 20):
-        log.evaluation(step, found)
+        log.evaluation(step, evaluation)
     (tmp_path / "evaluations" / ".step-000020.jsonl.partial").write_text("half")
     log.cut(10)
     assert [file.name for file in (tmp_path / "evaluations").iterdir()] == ["step-000000.jsonl"]

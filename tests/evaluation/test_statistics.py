@@ -1,4 +1,4 @@
-"""Statistics against values by hand; estimators against what they estimate, by simulation; each check can fail."""
+"""Statistics against values by hand, and estimators against the truth of simulations that also show a wrong one."""
 
 import math
 
@@ -7,23 +7,23 @@ import pytest
 
 from fipo_megatron.evaluation import estimates
 from fipo_megatron.evaluation.answer_normalisation import normalise_answer
-from fipo_megatron.evaluation.estimates import estimate, ks, pass_at_k, vote
+from fipo_megatron.evaluation.estimates import estimate, k_values, pass_at_k, vote
 
 RIGHT = (0, 1, 2, 4)
 """Right answers of four to each problem of the fixture."""
 
 
 def test_avg_and_pass_by_hand():
-    avg, *passes = estimate([[c / 4 for c in RIGHT], *([pass_at_k(4, c, k) for c in RIGHT] for k in ks(4))])
+    avg, *passes = estimate([[c / 4 for c in RIGHT], *([pass_at_k(4, c, k) for c in RIGHT] for k in k_values(4))])
     assert avg.value == (0 + 0.25 + 0.5 + 1) / 4
-    assert ks(4) == [1, 2, 4]
+    assert k_values(4) == [1, 2, 4]
     # k = 2: subsets of two of four without a right one are 6, 3, 1 and 0 of 6.
-    assert [one.value for one in passes] == pytest.approx([7 / 16, (0 + 3 / 6 + 5 / 6 + 1) / 4, 3 / 4])
-    assert [ks(1), ks(2), ks(3), ks(32)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32]]
+    assert [mean.value for mean in passes] == pytest.approx([7 / 16, (0 + 3 / 6 + 5 / 6 + 1) / 4, 3 / 4])
+    assert [k_values(n) for n in (1, 2, 3, 32)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8, 16, 32]]
 
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
-def test_what_pass_at_k_is_not_of(samples, right, k):
+def test_invalid_pass_at_k_is_refused(samples, right, k):
     with pytest.raises(ValueError, match="must be 1 ≤ k ≤ n and 0 ≤ c ≤ n"):
         pass_at_k(samples, right, k)
 
@@ -55,10 +55,10 @@ def test_a_tie_goes_to_the_answer_that_came_first():
 
 
 def test_ties_favour_nobody():
-    """Over shuffled responses, each of three tied answers wins a third of the time; so cons@2 has the mean of avg@2."""
-    random = np.random.default_rng(0)
+    """Each of three tied answers wins a third of the time over shuffled responses, so cons@2 has the mean of avg@2."""
+    generator = np.random.default_rng(0)
     answers = ["a", "a", "b", "b", "c", "c", "d"]
-    won = [vote([str(x) for x in random.permutation(answers)], [True] * 7).consensus for _ in range(6000)]
+    won = [vote([str(x) for x in generator.permutation(answers)], [True] * 7).consensus for _ in range(6000)]
     assert [won.count(x) / 6000 for x in "abc"] == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
@@ -83,22 +83,22 @@ def test_what_a_response_votes_for(verifier, extracted, expected):
 
 
 def coverage(problems, sets, interval):
-    """How often the interval of avg@8 contains the true mean; problems differ in how hard they are."""
-    random, found = np.random.default_rng(1), 0
+    """Returns the fraction of intervals of avg@8 that contain the true mean; problems differ in difficulty."""
+    generator, covered = np.random.default_rng(1), 0
     for _ in range(sets):
-        right = random.binomial(8, random.beta(1, 2, problems))
+        right = generator.binomial(8, generator.beta(1, 2, problems))
         low, high = interval(list(right / 8))
-        found += low <= 1 / 3 <= high
-    return found / sets
+        covered += low <= 1 / 3 <= high
+    return covered / sets
 
 
 def expanded(values):
-    (one,) = estimate([values], resamples=1000)
-    return one.low, one.high
+    (mean,) = estimate([values], resamples=1000)
+    return mean.low, mean.high
 
 
 def plain(values):
-    means = estimates._resampled(np.array([values]), 1000, 0)[0]
+    means = estimates._resampled_means(np.array([values]), 1000, 0)[0]
     return np.quantile(means, [0.025, 0.975])
 
 
@@ -109,21 +109,21 @@ def test_intervals_contain_the_truth_as_often_as_they_say():
 
 
 def test_the_interval_of_pass_at_k_contains_the_truth():
-    """pass@4 of eight responses each; the truth is 1 − E[(1 − p)⁴] = 1/3 for p of Beta(1, 8)."""
-    random, found = np.random.default_rng(2), 0
+    """The truth of pass@4 is 1 − E[(1 − p)⁴] = 1/3 for p of Beta(1, 8); each problem has eight responses."""
+    generator, covered = np.random.default_rng(2), 0
     table = [pass_at_k(8, c, 4) for c in range(9)]
     for _ in range(1500):
-        low, high = expanded([table[c] for c in random.binomial(8, random.beta(1, 8, 80))])
-        found += low <= 1 / 3 <= high
-    assert 0.93 <= found / 1500 <= 0.97
+        low, high = expanded([table[c] for c in generator.binomial(8, generator.beta(1, 8, 80))])
+        covered += low <= 1 / 3 <= high
+    assert 0.93 <= covered / 1500 <= 0.97
 
 
-def test_intervals_are_reproducible_and_of_one_problem_there_is_none():
+def test_intervals_are_reproducible_and_absent_for_one_problem():
     values = [list(np.random.default_rng(0).random(20))]
     assert estimate(values) == estimate(values)
     assert estimate(values) != estimate(values, seed=1)
-    (one,) = estimate([[0.25]])
-    assert (one.value, one.low, one.high) == (0.25, None, None)
+    (single,) = estimate([[0.25]])
+    assert (single.value, single.low, single.high) == (0.25, None, None)
     (all_right,) = estimate([[1.0] * 10])
     assert (all_right.low, all_right.high) == (1, 1)
 

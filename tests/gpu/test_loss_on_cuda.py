@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fipo_megatron.algorithm.future_kl import SequenceShards, discount, future_kl, suffix_scan
-from fipo_megatron.algorithm.policy_loss import LossInputs, PolicyLossConfig, loss_config, policy_loss
+from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig, loss_config
 from tests.algorithm.test_golden import CASES, GOLDEN, golden_config
 from tests.gpu.cuda_checks import no_sync
 

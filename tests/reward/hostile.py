@@ -1,4 +1,4 @@
-"""Answers that nobody should have to read: generated, the same for the same seed."""
+"""Hostile answers: fixed ones, then random ones, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ _PIECES = (
 
 
 def answers(count: int, seed: int = 0) -> Iterator[str]:
-    """``count`` responses: the fixed ones first, then random ones."""
-    source = random.Random(seed)
+    """Yields ``count`` responses: the fixed ones first, then random ones."""
+    generator = random.Random(seed)
     for number in range(count):
-        random_text = "".join(source.choices(_PIECES, k=source.randint(1, 40)))
+        random_text = "".join(generator.choices(_PIECES, k=generator.randint(1, 40)))
         text = FIXED[number] if number < len(FIXED) else random_text
         yield f"So it is.\nAnswer: {text}" if number % 2 else f"Then \\boxed{{{text}}}"

@@ -1,4 +1,4 @@
-"""Verifiers in real child processes and over real HTTP: whatever an answer says, the step goes on."""
+"""Verifiers in real child processes and over real HTTP. No content of an answer may stop the step."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ def config(name, **changes):
 
 
 def verify(name, answers, **changes):
-    """Verdicts in the order of the answers, and the counts."""
+    """Returns the verdicts in the order of the answers, and the counts."""
 
     async def run():
         verifier = open_verifier(config(name, **changes))
@@ -48,16 +48,20 @@ def test_right_and_wrong():
 def test_verifiers_of_users():
     verdicts, _ = verify("python:tests.reward.verifiers.contains", [Answer("it is 34", "34"), Answer("no", "34")])
     assert [verdict.correct for verdict in verdicts] == [True, False]
-    said = [Answer("Answer: 34", "34"), Answer("34" + r"\boxed{" * 20_000, "34"), Answer("Answer: " + "9" * 999, "34")]
-    verdicts, _ = verify("python:tests.reward.verifiers.contains", said)
+    answers = [
+        Answer("Answer: 34", "34"),
+        Answer("34" + r"\boxed{" * 20_000, "34"),
+        Answer("Answer: " + "9" * 999, "34"),
+    ]
+    verdicts, _ = verify("python:tests.reward.verifiers.contains", answers)
     assert [verdict.extracted for verdict in verdicts] == ["34", None, "9" * 300], "for votes, in bounded time"
     assert [verdict.correct for verdict in verdicts] == [True, True, False]
     verdicts, _ = verify("python:tests.reward.verifiers.score", [Answer("0.5", ""), Answer("0", ""), Answer("a", "")])
     assert [(verdict.correct, verdict.failure) for verdict in verdicts] == [(True, ""), (False, ""), (False, "error")]
 
 
-def test_what_a_verifier_does_costs_one_answer(tmp_path):
-    """Each failure is one wrong answer; those before and after it, in the same processes, are right."""
+def test_a_failing_verifier_costs_one_answer(tmp_path):
+    """Each failure is one wrong answer; the answers before and after it, in the same processes, are right."""
     kinds = {
         "hang": "timeout",
         "spin": "timeout",
@@ -80,7 +84,7 @@ def test_what_a_verifier_does_costs_one_answer(tmp_path):
 
 @pytest.mark.timeout(3600)
 def test_hostile_answers():
-    """None hangs, none executes anything, memory stays bounded, and a right answer among them is still right."""
+    """Hostile answers neither hang nor execute anything, memory stays bounded, and right answers stay right."""
     Path(hostile.MARK).unlink(missing_ok=True)
     peak = 0
 
@@ -118,11 +122,11 @@ def test_hostile_answers():
     assert sum(verdict.correct for verdict in verdicts) == 0
     assert peak < 1024 * 1024
     assert not Path(hostile.MARK).exists()
-    assert seconds < 3.0 * HOSTILE  # 2 × 1 s + 1 of wall time at most for each, and two at a time
+    assert seconds < 3.0 * HOSTILE  # each takes at most 2 × 1 s + 1 s of wall time, two at a time
 
 
 def test_a_service():
-    """A real server on this machine: right, wrong, a score, failing at first, and nonsense."""
+    """Asks a real server on this machine that is right, wrong, slow, returns a score, fails at first or sends HTML."""
     asked = Counter()
 
     async def handle(request):

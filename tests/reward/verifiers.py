@@ -1,4 +1,4 @@
-"""Verifiers of users: good ones, and ones that hang, crash, eat memory, print and write."""
+"""Verifiers of users: valid ones, and ones that hang, crash, exhaust memory, print and write files."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ def score(response, ground_truth):
 
 
 def by_command(response, ground_truth):
-    """Does what the response says, so that one verifier shows every kind of failure."""
+    """Executes the command in the response, so one verifier shows every kind of failure."""
     if response == "hang":
         time.sleep(1000)
     if response == "spin":

@@ -46,7 +46,7 @@ def test_servers_give_the_rows_of_the_embedded_engine(server, model_path, run, t
     assert len(expected.splitlines()) == 6
     caplog.set_level("INFO")
     assert run("running", "rollout.engine=sglang", f"rollout.servers.urls=['{server.url}']") == expected
-    assert f"{server.url}: SGLang 0.5.23, weights of version 0" in caplog.text
+    assert f"{server.url}: SGLang 0.5.23, weight version 0" in caplog.text
     hf_to_megatron(model_path, tmp_path / "checkpoint", Options())
     started = [
         *("rollout.engine=sglang", f"rollout.servers.python={ROOT}/.venv-sglang/bin/python"),

@@ -11,7 +11,9 @@ def test_directory_is_renamed_when_complete(tmp_path):
     publishing.begin(target)
     partial = partial_of(target)
     (partial / "of another run").touch()
-    with pytest.raises(FileExistsError, match=r"\.target\.partial: another run writes target, or was killed"):
+    with pytest.raises(
+        FileExistsError, match=r"\.target\.partial: another run is writing target; if that run was killed"
+    ):
         publishing.begin(target)
     assert [path.name for path in partial.iterdir()] == ["of another run"]
     (partial / "of another run").unlink()
@@ -38,7 +40,7 @@ def test_beginning_says_what_is_wrong(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="it is not overwritten"):
         publishing.begin(tmp_path / "there")
-    with pytest.raises(FileNotFoundError, match="no: is no directory; new cannot be written there"):
+    with pytest.raises(FileNotFoundError, match="no: is not a directory; new cannot be written there"):
         publishing.begin(tmp_path / "no" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     (tmp_path / "nowhere").symlink_to(tmp_path / "no")
