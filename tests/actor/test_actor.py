@@ -333,7 +333,7 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
     for setting in ("none", recompute):
         actor = build(recompute=setting)
         old = actor.log_probs(plan, trajectories)
-        actor._forward_backward(plan[0], trajectories, old[0], None)
+        actor.forward_backward(plan[0], trajectories, old[0])
         gradients.append([p.main_grad.clone() for p in actor._parameters()])
         parallel.destroy()
     assert equal(*gradients)
