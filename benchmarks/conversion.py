@@ -117,9 +117,9 @@ def measure(name: str, model: Path, scratch: Path, ranks: int) -> dict[str, Any]
     start_up, _ = run([sys.executable, "-c", "import fipo_megatron.actor.hf_conversion"])
     copying = copy_and_sync(model, scratch / "copy")
     there, back = scratch / "megatron", scratch / "hf"
-    python = [sys.executable, *launcher, "-m"]
-    seconds_there, peak_there = run([*python, "tools.convert_hf_to_megatron", str(model), str(there)])
-    seconds_back, peak_back = run([*python, "tools.convert_megatron_to_hf", str(there), str(back)])
+    convert = [sys.executable, *launcher, "-m", "fipo_megatron.convert"]
+    seconds_there, peak_there = run([*convert, "hf-to-megatron", str(model), str(there)])
+    seconds_back, peak_back = run([*convert, "megatron-to-hf", str(there), str(back)])
     result = {
         "model": name,
         "ranks": ranks,

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, choose_kernel, merge, wide_dtype
+from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, accumulation_dtype, choose_kernel, merge
 from fipo_megatron.algorithm.future_kl import Exchange, gather_over
 from fipo_megatron.data.context_parallel import CpLayout
 
@@ -70,7 +70,7 @@ def exchange_over(group: dist.ProcessGroup) -> KeyValueExchange:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _KeyRange:
     """Queries of this rank, ``[T]``, and a range of keys of the packed micro-batch, ``[P]``, that they see."""
 
     queries: slice
@@ -78,15 +78,15 @@ class _Part:
     causal: bool
 
 
-def _parts(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_Part]]:
+def _key_ranges(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_KeyRange]]:
     """For each chunk on this rank: its own keys, causally; then those of the earlier chunks of its sequence."""
     chunks, first = [], 0
     for start, length in zip(cu_seqlens[:-1], layout.chunk_lengths(cu_seqlens), strict=True):
         for chunk in layout.chunks:
             queries, own = slice(first, first + length), start + chunk * length
-            chunks.append([_Part(queries, slice(own, own + length), True)])
+            chunks.append([_KeyRange(queries, slice(own, own + length), True)])
             if chunk:
-                chunks[-1].append(_Part(queries, slice(start, own), False))
+                chunks[-1].append(_KeyRange(queries, slice(start, own), False))
             first += length
     return chunks
 
@@ -96,11 +96,11 @@ class _Attention:
     """One call's constants.
 
     Attributes:
-        chunks: See :func:`_parts`.
+        chunks: See :func:`_key_ranges`.
         rank_order: ``[P]`` int64: where in the packed micro-batch the gathered tokens belong; None for one rank.
     """
 
-    chunks: list[list[_Part]]
+    chunks: list[list[_KeyRange]]
     rank_order: NDArray[np.int64] | None
     scale: float
     kernel: Kernel
@@ -126,7 +126,7 @@ class _Attention:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, N, D]`` and the log-sum-exp ``[N, T]``."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[1::-1], dtype=wide_dtype(query.dtype))
+        lse = query.new_empty(query.shape[1::-1], dtype=accumulation_dtype(query.dtype))
         keys, values = self.gather(key, value)
         for parts in self.chunks:
             partial = None
@@ -144,7 +144,7 @@ class _Attention:
         """The gradients of the queries, keys and values of this rank."""
         keys, values = self.gather(key, value)
         # Without context parallelism every token is in one part: there is nothing to sum up, nor to round between.
-        summed = query.dtype if self.exchange is None else wide_dtype(query.dtype)
+        summed = query.dtype if self.exchange is None else accumulation_dtype(query.dtype)
         grad_query = torch.zeros_like(query, dtype=summed, memory_format=torch.contiguous_format)
         grads_P2GD = keys.new_zeros(len(keys), 2, *keys.shape[1:], dtype=summed)
         for part in (part for parts in self.chunks for part in parts):
@@ -158,7 +158,7 @@ class _Attention:
         grad_key, grad_value = self.scatter(grads_P2GD).to(key.dtype).unbind(1)
         return grad_query.to(query.dtype), grad_key, grad_value
 
-    def _inputs(self, part: _Part, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
+    def _inputs(self, part: _KeyRange, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
         rows, columns = part.queries, part.keys
         heads = (_heads_first(query[rows]), _heads_first(keys[columns]), _heads_first(values[columns]))
         return KernelInputs(*heads, part.causal, self.scale)
@@ -237,7 +237,7 @@ def packed_causal_attention(
         rank_order = np.concatenate([CpLayout(layout.size, rank).indices(cu_seqlens) for rank in range(layout.size)])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attention = _Attention(
-        _parts(cu_seqlens, layout),
+        _key_ranges(cu_seqlens, layout),
         rank_order,
         scale,
         kernel or choose_kernel(query),

@@ -124,7 +124,7 @@ class Blocked:
         """See :class:`Kernel`."""
         query, _, value, _, _ = inputs
         out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=wide_dtype(query.dtype))
+        lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
         for rows, key_blocks in self._blocks(inputs):
             partial = None
             for columns in key_blocks:
@@ -156,7 +156,7 @@ class Blocked:
         return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are accumulated in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -189,7 +189,7 @@ def _has_cuda_flash(device: torch.device) -> bool:
 def _scores(inputs: KernelInputs, rows: slice, columns: slice) -> Tensor:
     """The scores of one block, ``[1, G, N / G, Q, K]``, −∞ where a causal query does not see the key."""
     query, key, _, causal, scale = inputs
-    wide = wide_dtype(query.dtype)
+    wide = accumulation_dtype(query.dtype)
     scores = _by_group(query[:, :, rows].to(wide), key.shape[1]) @ key[:, :, None, columns].to(wide).mT
     scores.mul_(scale)
     if causal and columns.stop - 1 > rows.start:

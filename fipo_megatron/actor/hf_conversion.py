@@ -20,14 +20,10 @@ from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.storage import publishing
 from fipo_megatron.weights import tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.hf_directory import HfDirectory
+from fipo_megatron.weights.hf_directory import HfDirectory, VerificationError
 
 Phase = Callable[[str, int], AbstractContextManager[BytesCallback]]
 """Is told what begins, and how many bytes it will take on the first rank; gives what is told of bytes that are done."""
-
-
-class VerificationError(ValueError):
-    """What was written is not what was read; the message names every tensor that differs."""
 
 
 def _silent(what: str, total: int) -> AbstractContextManager[BytesCallback]:
@@ -82,13 +78,13 @@ def hf_to_megatron(source: Path, target: Path, options: Options) -> None:
     directory = HfDirectory(source)
     directory.check(architecture)
     publishing.refuse_existing(target)
-    with _built(architecture, options, options.dtype or directory.training_dtype) as model:
+    with _built_model(architecture, options, options.dtype or directory.training_dtype) as model:
         with _phase(options, model, "reading", model.bytes) as progress:
             load_hf(model.chunks, architecture, model.layout, source, progress=progress)
 
         def verify(written: Path) -> None:
-            with _as_difference(written):
-                _forget(model.chunks)
+            with _raise_verification_error(written):
+                _fill_with_nan(model.chunks)
                 load_weights(model.chunks, architecture, model.layout, written)
                 _compare(model, options, source, lambda mine, files: (mine, files.to(mine.dtype)))
 
@@ -116,17 +112,17 @@ def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None
         WeightsError: the checkpoint is not what the config.json says.
         ValueError, FileExistsError, OSError, VerificationError: see :func:`hf_to_megatron`.
     """
-    hf = torch_dist.companions_of(source, hf)
+    hf = torch_dist.companion_directory(source, hf)
     architecture = Architecture.from_directory(hf)
     held = torch_dist.check(source, architecture, hf)
     publishing.refuse_existing(target)
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else held
-    with _built(architecture, options, str(held).removeprefix("torch.")) as model:
-        _forget(model.chunks)
+    with _built_model(architecture, options, str(held).removeprefix("torch.")) as model:
+        _fill_with_nan(model.chunks)
         load_weights(model.chunks, architecture, model.layout, source)
 
         def verify(written: Path) -> None:
-            with _as_difference(written):
+            with _raise_verification_error(written):
                 with raise_on_all_ranks("reading the result again"):
                     HfDirectory(written).check(architecture)
                 _compare(model, options, written, lambda mine, files: (mine.to(dtype), files))
@@ -149,7 +145,7 @@ def _unverified(written: Path) -> None:
 
 
 @contextmanager
-def _as_difference(written: Path) -> Iterator[None]:
+def _raise_verification_error(written: Path) -> Iterator[None]:
     """Whatever goes wrong while the result is read again, on any rank, is a reason not to publish it."""
     try:
         with raise_on_all_ranks("reading the result again"):
@@ -167,7 +163,7 @@ def written_bytes(model: _Model, dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def _built(architecture: Architecture, options: Options, dtype: str) -> Iterator[_Model]:
+def _built_model(architecture: Architecture, options: Options, dtype: str) -> Iterator[_Model]:
     """The model with parameters that hold nothing yet."""
     actor = ActorConfig(
         dtype=dtype,  # type: ignore[arg-type]
@@ -186,7 +182,7 @@ def _phase(options: Options, model: _Model, what: str, total: int) -> AbstractCo
 
 
 @torch.no_grad()
-def _forget(chunks: Sequence[HiddenStateGPTModel]) -> None:
+def _fill_with_nan(chunks: Sequence[HiddenStateGPTModel]) -> None:
     """What is not read again will not compare equal."""
     for chunk in chunks:
         for parameter in chunk.parameters():

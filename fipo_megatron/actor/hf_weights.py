@@ -25,7 +25,7 @@ from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import DTYPES, HfDirectory
 from fipo_megatron.weights.hf_files import TensorFile
-from fipo_megatron.weights.placement import Chunk, Naming, Place
+from fipo_megatron.weights.placement import Chunk, Naming, ParameterPlacement
 from fipo_megatron.weights.tables import LocalWeight, Weight
 
 Bucket = list[tuple[str, Tensor | None]]
@@ -33,14 +33,14 @@ BytesCallback = Callable[[int], None]
 """Is told of bytes that are done, on each rank of its own."""
 
 
-def place_of(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> Place:
+def parameter_placement(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> ParameterPlacement:
     """What this rank holds, read from its chunks, so that any split of layers that Megatron made is the right one."""
     runs = []
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         run = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
         runs.append(Chunk(run, bool(chunk.pre_process), bool(chunk.post_process)))
-    return Place(
+    return ParameterPlacement(
         tuple(runs),
         chunks[0].vocab_size,
         layout.tensor_rank,
@@ -61,8 +61,8 @@ def local_parameters(
         RuntimeError: the table does not describe these chunks: names or shapes differ (all are listed).
     """
     found = [dict(chunk.named_parameters()) for chunk in chunks]
-    naming = Naming.of([name for parameters in found for name in parameters])
-    expected = list(tables.local_weights(architecture, place_of(chunks, layout), naming))
+    naming = Naming.from_parameter_names([name for parameters in found for name in parameters])
+    expected = list(tables.local_weights(architecture, parameter_placement(chunks, layout), naming))
     wanted = {(local.chunk, local.name): local for local in expected}
     present = {(index, name): p for index, parameters in enumerate(found) for name, p in parameters.items()}
     problems = [f"chunk {i}: {name}: in the table only" for i, name in wanted.keys() - present.keys()]
@@ -98,17 +98,17 @@ def load_hf(
     """
     directory = HfDirectory(path)
     directory.check(architecture)
-    padded_vocab, place = chunks[0].vocab_size, place_of(chunks, layout)
+    padded_vocab, placement = chunks[0].vocab_size, parameter_placement(chunks, layout)
     for local, parameter in list(local_parameters(chunks, architecture, layout)):
         if local.weight.entry.padded:
             parameter.zero_()
-        for piece in local.weight.pieces(*local.weight.share(place), padded_vocab):
+        for piece in local.weight.pieces(*local.weight.shard(placement), padded_vocab):
             parameter.narrow(piece.axis, piece.offset, piece.size).copy_(directory.read(piece))
         progress(parameter.nbytes)
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _GatherUnit:
     """What one gather brings together: a weight, or the experts that hold the same place on all expert ranks.
 
     Attributes:
@@ -130,25 +130,27 @@ class _Unit:
         return sum(weight.elements for weight in self.weights) * self.local.element_size()
 
 
-def _units(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> Iterator[_Unit]:
-    place = place_of(chunks, layout)
-    per_rank = len(tables.local_experts(architecture, place))
+def _units(
+    chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout
+) -> Iterator[_GatherUnit]:
+    placement = parameter_placement(chunks, layout)
+    per_rank = len(tables.local_experts(architecture, placement))
     for local, parameter in local_parameters(chunks, architecture, layout):
-        weight, (_, size) = local.weight, local.weight.share(place)
+        weight, (_, size) = local.weight, local.weight.shard(placement)
         if weight.copy:
             continue
         if weight.expert is None:
-            yield _Unit((weight,), parameter, size)
+            yield _GatherUnit((weight,), parameter, size)
         else:
             slot = weight.expert % per_rank
             experts = range(slot, per_rank * layout.expert_size, per_rank)
             everywhere = tuple(tables.expert_weight(architecture, weight, expert) for expert in experts)
-            yield _Unit(everywhere, parameter, size * layout.expert_size)
+            yield _GatherUnit(everywhere, parameter, size * layout.expert_size)
 
 
-def _buckets(units: Iterator[_Unit], bucket_bytes: int) -> Iterator[list[_Unit]]:
+def _buckets(units: Iterator[_GatherUnit], bucket_bytes: int) -> Iterator[list[_GatherUnit]]:
     """Runs of units of bounded size, unless one alone is larger."""
-    bucket: list[_Unit] = []
+    bucket: list[_GatherUnit] = []
     filled = 0
     for unit in units:
         if bucket and filled + unit.bytes > bucket_bytes:
@@ -201,7 +203,7 @@ def export_hf(
 
 
 def _gather_bucket(
-    bucket: list[_Unit], order: list[int] | None, on_ranks: Collection[int] | None
+    bucket: list[_GatherUnit], order: list[int] | None, on_ranks: Collection[int] | None
 ) -> list[list[Tensor]]:
     """The parts of every unit: one collective for those that are spread alike, where a rank of its group wants them."""
     kinds: dict[tuple[torch.dtype, bool, int], list[int]] = {}
@@ -249,7 +251,7 @@ def _gather(locals_: list[Tensor], group: dist.ProcessGroup, order: list[int] | 
     return [[rank[i].view(local.shape) for rank in ranks] for i, local in enumerate(locals_)]
 
 
-def _by_weight(unit: _Unit, gathered: list[Tensor]) -> Iterator[tuple[Weight, list[Tensor]]]:
+def _by_weight(unit: _GatherUnit, gathered: list[Tensor]) -> Iterator[tuple[Weight, list[Tensor]]]:
     each = len(gathered) // len(unit.weights)
     for index, weight in enumerate(unit.weights):
         yield weight, gathered[index * each : (index + 1) * each]
@@ -312,7 +314,7 @@ def save_hf(
     dtype = dtype or next(chunks[0].parameters()).dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, DTYPES.values()))}")
-    with begun(source, target, layout) as partial:
+    with published_directory(source, target, layout) as partial:
         files = _plan(chunks, architecture, layout, dtype, max_file_bytes)
         with raise_on_all_ranks("save_hf"):
             mine = [file for file in files if file.owner == layout.rank]
@@ -328,7 +330,9 @@ def save_hf(
 
 
 @contextmanager
-def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
+def published_directory(
+    source: Path, target: Path, layout: RankLayout, group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
     """Gives a directory that takes the target's name at the end, if nothing fails on any rank. A collective.
 
     Args:
@@ -360,7 +364,7 @@ def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGro
 def chunk_owners(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> dict[Chunk, int]:
     """The first rank that holds each chunk of the model. A collective of all ranks."""
     runs: list[tuple[Chunk, ...]] = [()] * layout.world_size
-    dist.all_gather_object(runs, place_of(chunks, layout).chunks)
+    dist.all_gather_object(runs, parameter_placement(chunks, layout).chunks)
     owners: dict[Chunk, int] = {}
     for rank, places in enumerate(runs):
         for chunk in places:

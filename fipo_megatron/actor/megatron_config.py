@@ -72,7 +72,7 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         problems += _field_problems(cls, name, getattr(actor, name), derived)
     if architecture.mixture and torch.cuda.is_available() and not _transformer_engine_used(actor):
         problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
-    if architecture.mixture and architecture.mixture.normalised and architecture.mixture.chosen == 1:
+    if architecture.mixture and architecture.mixture.normalised and architecture.mixture.top_k == 1:
         problems.append("config.json: norm_topk_prob = true: with one expert per token its weight has no gradient")
     if actor.distributed_optimizer and (kind := actor.megatron_optimizer.get("optimizer", "adam")) != "adam":
         problems.append(
@@ -157,9 +157,9 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
         "attention_dropout": 0.0,
         "num_moe_experts": mixture.experts if mixture else None,
         "moe_ffn_hidden_size": mixture.ffn if mixture else None,
-        "moe_router_topk": mixture.chosen if mixture else 2,
+        "moe_router_topk": mixture.top_k if mixture else 2,
         "moe_layer_freq": [int(sparse) for sparse in mixture.layers] if mixture else 1,
-        # Softmax over the chosen is softmax over all, normalised over the chosen.
+        # Softmax over the top k equals softmax over all experts, normalised over the top k.
         "moe_router_pre_softmax": bool(mixture and not mixture.normalised),
         "tensor_model_parallel_size": parallel.tensor_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_parallel,
@@ -256,12 +256,12 @@ def _fp8_problems(actor: ActorConfig) -> list[str]:
     return []
 
 
-def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> list[str]:
+def _field_problems(cls: type, section: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> list[str]:
     """Names that the installed class does not have, that we derive, or whose value has no meaning there."""
     names = [field.name for field in fields(cls)]
     problems = []
     for name, value in given.items():
-        where = f"actor.{room}.{name} = {value!r}"
+        where = f"actor.{section}.{name} = {value!r}"
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -272,18 +272,20 @@ def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Map
                 f"({derived[name]!r})"
             )
     try:
-        converted = _converted(cls, room, given)
+        converted = _converted(cls, section, given)
     except ValueError as error:
         return [*problems, str(error)]
-    return problems + _type_problems(cls, room, {k: v for k, v in converted.items() if k in names and k not in derived})
+    return problems + _type_problems(
+        cls, section, {k: v for k, v in converted.items() if k in names and k not in derived}
+    )
 
 
-def _type_problems(cls: type, room: str, given: Mapping[str, Any]) -> list[str]:
+def _type_problems(cls: type, section: str, given: Mapping[str, Any]) -> list[str]:
     """Values that are not of the annotated type; functions cannot be named in a configuration."""
     hints = get_type_hints(cls)
     problems = []
     for name, value in given.items():
-        where = f"actor.{room}.{name} = {value!r}"
+        where = f"actor.{section}.{name} = {value!r}"
         if "Callable" in str(hints[name]):
             problems.append(f"{where}: is a function of Megatron-Core's and cannot be set here")
             continue
@@ -296,7 +298,7 @@ def _type_problems(cls: type, room: str, given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _converted(cls: type, room: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _converted(cls: type, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Names of dtypes and of enum members, as YAML has them, by what the field's default is."""
     defaults = {field.name: field.default for field in fields(cls)}
     converted = dict(given)
@@ -309,5 +311,5 @@ def _converted(cls: type, room: str, given: Mapping[str, Any]) -> dict[str, Any]
             valid = list(type(default).__members__)
             converted[name] = type(default).__members__.get(value)
         if converted[name] is None and value is not None:
-            raise ValueError(f"actor.{room}.{name} = {value!r}: must be one of {', '.join(valid)}")
+            raise ValueError(f"actor.{section}.{name} = {value!r}: must be one of {', '.join(valid)}")
     return converted

@@ -28,7 +28,7 @@ class Offloaded:
                 self._storages.setdefault(storage.data_ptr(), (storage, storage.nbytes()))
         self._keep = keep
         self._copies: list[Tensor] = []
-        self.is_away = False
+        self.is_offloaded = False
 
     @property
     def num_bytes(self) -> int:
@@ -37,7 +37,7 @@ class Offloaded:
 
     def free(self) -> None:
         """Frees the storages; their tensors must not be touched until :meth:`restore`. Harmless if already away."""
-        if self.is_away:
+        if self.is_offloaded:
             return
         for storage, size in self._storages.values():
             if self._keep:
@@ -45,11 +45,11 @@ class Offloaded:
                 copy.copy_(_bytes_of(storage))
                 self._copies.append(copy)
             storage.resize_(0)
-        self.is_away = True
+        self.is_offloaded = True
 
     def restore(self) -> None:
         """Allocates the storages again, with their content or zeroed. Harmless if not away."""
-        if not self.is_away:
+        if not self.is_offloaded:
             return
         for index, (storage, size) in enumerate(self._storages.values()):
             storage.resize_(size)
@@ -58,7 +58,7 @@ class Offloaded:
             else:
                 _bytes_of(storage).zero_()
         self._copies.clear()
-        self.is_away = False
+        self.is_offloaded = False
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,66 +18,9 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import cpu_backend
+from fipo_megatron.actor.launch import Launch
 from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
-
-_PORT_BASE, _PORT_RANGE = 20000, 10000
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says about this process.
-
-    Attributes:
-        rank: Of all processes.
-        world_size: Number of processes.
-        local_rank: Of the processes on this host.
-        address: Host of rank 0; empty for one process alone.
-        port: Where rank 0 listens.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    address: str = ""
-    port: int = 0
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """Reads torchrun's variables, else Slurm's (``srun``), else stands for one process alone.
-
-        Raises:
-            ValueError: a variable that is missing or no number.
-        """
-        if "RANK" in environment:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        elif "SLURM_PROCID" in environment:
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        else:
-            return cls()
-        rank, world_size, local_rank = (_number(environment, name) for name in names)
-        address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", ""))
-        if not address:
-            raise ValueError(f"MASTER_ADDR: missing; {names[0]} = {rank} needs the host of rank 0")
-        if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
-            # Every task computes the same port, and two jobs that share a host most likely different ones.
-            return cls(
-                rank, world_size, local_rank, address, _PORT_BASE + _number(environment, "SLURM_JOB_ID") % _PORT_RANGE
-            )
-        return cls(rank, world_size, local_rank, address, _number(environment, "MASTER_PORT"))
-
-
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: ``node003`` of ``node[003-007,9],gpu1``; empty for an empty list."""
-    first_of_each_range = re.sub(r"\[(\w+)[^\]]*\]", r"\1", node_list)
-    return first_of_each_range.partition(",")[0].strip()
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name)
-    if value is None or not value.isdecimal():
-        raise ValueError(f"{name}: expected a number in the environment, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)

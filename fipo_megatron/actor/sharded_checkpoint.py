@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from fipo_megatron.actor.collectives import raise_on_all_ranks
-from fipo_megatron.actor.hf_weights import BytesCallback, begun, local_parameters, place_of
+from fipo_megatron.actor.hf_weights import BytesCallback, local_parameters, parameter_placement, published_directory
 from fipo_megatron.actor.model import HiddenStateGPTModel
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.storage import checksums
@@ -151,7 +151,7 @@ def write(
         OSError: the disk is full, and the like; on ranks where all went well, RuntimeError says what failed on which.
     """
     source, target = Path(source), Path(target)
-    with begun(source, target, layout, group) as partial:
+    with published_directory(source, target, layout, group) as partial:
         with raise_on_all_ranks("save_weights", group):
             if layout.rank == 0:
                 (partial / torch_dist.COMMON).write_bytes(staged.common)
@@ -244,10 +244,10 @@ def load(
 
 def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> None:
     """Rows of no token, which an equally padded checkpoint may hold anything in."""
-    place = place_of(chunks, layout)
+    placement = parameter_placement(chunks, layout)
     for local, parameter in local_parameters(chunks, architecture, layout):
         if local.weight.entry.padded:
-            pieces = local.weight.pieces(*local.weight.share(place), place.padded_vocab)
+            pieces = local.weight.pieces(*local.weight.shard(placement), placement.padded_vocab)
             parameter[max((piece.offset + piece.size for piece in pieces), default=0) :].zero_()
 
 

@@ -98,14 +98,14 @@ class Mixture:
 
     Attributes:
         experts: Experts of a layer.
-        chosen: Experts of a token.
+        top_k: Number of experts per token.
         ffn: Inner width of an expert.
         normalised: The weights of a token's experts sum to 1.
         layers: For every layer, whether it is a mixture.
     """
 
     experts: int
-    chosen: int
+    top_k: int
     ffn: int
     normalised: bool
     layers: tuple[bool, ...]
@@ -339,7 +339,7 @@ def _read_mixture(config: Mapping[str, Any]) -> Mixture:
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
     return Mixture(
         experts=config["num_experts"] if config.get("num_experts") is not None else config["num_local_experts"],
-        chosen=config["num_experts_per_tok"],
+        top_k=config["num_experts_per_tok"],
         ffn=config["moe_intermediate_size"],
         normalised=bool(config.get("norm_topk_prob", False)),
         layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(config["num_hidden_layers"])),

@@ -23,7 +23,11 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat1
 
 
 class WeightsError(ValueError):
-    """A model's files are not what its config.json says; the message names everything at fault, one line each."""
+    """Raised if a model's files do not match its config.json; the message lists every problem, one line each."""
+
+
+class VerificationError(ValueError):
+    """Raised if the weights that were written differ from those that were read; the message names every tensor."""
 
 
 class HfDirectory:

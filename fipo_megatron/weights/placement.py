@@ -20,7 +20,7 @@ class Naming:
     grouped_experts: bool = False
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Naming:
+    def from_parameter_names(cls, names: Sequence[str]) -> Naming:
         """Found from the names of some layer's parameters."""
         return cls(
             any(name.endswith(".layer_norm_weight") for name in names),
@@ -61,7 +61,7 @@ def even_chunks(layers: int, stage: int, stages: int, virtual: int = 1) -> tuple
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlacement:
     """What a rank holds a part of.
 
     Attributes:

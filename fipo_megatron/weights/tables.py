@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Literal
 
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, Piece, Place
+from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, ParameterPlacement, Piece
 
 Shape = tuple[int, ...]
 Where = Literal["first", "last", "layer", "dense", "mixture"]
@@ -222,13 +222,13 @@ class Weight:
         """Without padding."""
         return sum(math.prod(shape) for _, shape in self.tensors)
 
-    def share(self, place: Place) -> tuple[int, int]:
+    def shard(self, placement: ParameterPlacement) -> tuple[int, int]:
         """Which part of how many a rank holds, provided that it holds any."""
         if self.entry.axis is None:
             return 0, 1
         if self.expert is not None:
-            return place.expert_tensor_rank, place.expert_tensor_size
-        return place.tensor_rank, place.tensor_size
+            return placement.expert_tensor_rank, placement.expert_tensor_size
+        return placement.tensor_rank, placement.tensor_size
 
     def shape(self, padded_vocab: int, size: int = 1) -> Shape:
         """Of one part of ``size``.
@@ -241,11 +241,11 @@ class Weight:
             return first
         whole = padded_vocab if self.entry.padded else sum(shape[axis] for _, shape in self.tensors)
         blocks = self.blocks or size
-        if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded()):
+        if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded_tensors()):
             raise ValueError(f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be cut by {size}")
         return (*first[:axis], whole // size, *first[axis + 1 :])
 
-    def _unpadded(self) -> tuple[tuple[str, Shape], ...]:
+    def _unpadded_tensors(self) -> tuple[tuple[str, Shape], ...]:
         return () if self.entry.padded else self.tensors
 
     def pieces(self, part: int, size: int, padded_vocab: int) -> Iterator[Piece]:
@@ -276,7 +276,7 @@ class LocalWeight:
 
     Attributes:
         weight: Whole.
-        chunk: Index in ``Place.chunks``.
+        chunk: Index in ``ParameterPlacement.chunks``.
         name: In that chunk, with the numbers of the layer and the expert there.
         shape: Of the part.
     """
@@ -359,34 +359,36 @@ def hf_tensors(architecture: Architecture) -> dict[str, Shape]:
     return {name: shape for weight in all_weights(architecture) for name, shape in weight.tensors}
 
 
-def local_experts(architecture: Architecture, place: Place) -> range:
+def local_experts(architecture: Architecture, placement: ParameterPlacement) -> range:
     """The experts of every mixture that a rank holds.
 
     Raises:
         ValueError: they cannot be shared evenly.
     """
     experts = architecture.mixture.experts if architecture.mixture else 0
-    if experts % place.expert_size:
-        raise ValueError(f"{experts} experts cannot be shared by {place.expert_size} ranks")
-    count = experts // place.expert_size
-    return range(place.expert_rank * count, (place.expert_rank + 1) * count)
+    if experts % placement.expert_size:
+        raise ValueError(f"{experts} experts cannot be shared by {placement.expert_size} ranks")
+    count = experts // placement.expert_size
+    return range(placement.expert_rank * count, (placement.expert_rank + 1) * count)
 
 
-def local_weights(architecture: Architecture, place: Place, naming: Naming = PLAIN) -> Iterator[LocalWeight]:
+def local_weights(
+    architecture: Architecture, placement: ParameterPlacement, naming: Naming = PLAIN
+) -> Iterator[LocalWeight]:
     """What a rank holds, chunk by chunk.
 
     Raises:
         ValueError: a parameter cannot be cut as the place says.
     """
-    experts = local_experts(architecture, place)
-    for index, chunk in enumerate(place.chunks):
+    experts = local_experts(architecture, placement)
+    for index, chunk in enumerate(placement.chunks):
         for weight in chunk_weights(architecture, chunk, experts):
             name = weight.name(
                 naming,
                 layer=None if weight.layer is None else weight.layer - chunk.layers.start,
                 expert=None if weight.expert is None else weight.expert - experts.start,
             )
-            yield LocalWeight(weight, index, name, weight.shape(place.padded_vocab, weight.share(place)[1]))
+            yield LocalWeight(weight, index, name, weight.shape(placement.padded_vocab, weight.shard(placement)[1]))
 
 
 def parameter_count(architecture: Architecture) -> int:
@@ -394,9 +396,9 @@ def parameter_count(architecture: Architecture) -> int:
     return sum(weight.elements for weight in all_weights(architecture))
 
 
-def local_parameter_count(architecture: Architecture, place: Place) -> int:
+def local_parameter_count(architecture: Architecture, placement: ParameterPlacement) -> int:
     """Elements that a rank holds: padding, what other ranks hold too, and a tied output weight included."""
-    return sum(math.prod(local.shape) for local in local_weights(architecture, place))
+    return sum(math.prod(local.shape) for local in local_weights(architecture, placement))
 
 
 def check(architecture: Architecture, found: Mapping[str, Sequence[int]]) -> list[str]:

@@ -140,7 +140,9 @@ def check(path: Path, architecture: Architecture, companions: Path | None = None
         for key in found
         if key not in wanted and not key.startswith("optimizer.")
     ]
-    problems += [f"{key}: parts of it are missing" for key in found if key in wanted and not _whole(key, metadata)]
+    problems += [
+        f"{key}: parts of it are missing" for key in found if key in wanted and not _is_complete(key, metadata)
+    ]
     problems += tokenizer_problems((companions or path / HUGGING_FACE) / "tokenizer.json", architecture.vocab)
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
@@ -148,7 +150,7 @@ def check(path: Path, architecture: Architecture, companions: Path | None = None
     return torch.bfloat16 if {found[key].properties.dtype for key in wanted} == {torch.bfloat16} else torch.float32
 
 
-def _whole(key: str, metadata: Metadata) -> bool:
+def _is_complete(key: str, metadata: Metadata) -> bool:
     """Whether every element of a tensor is in some file."""
     tensor = metadata.state_dict_metadata[key]
     assert isinstance(tensor, TensorStorageMetadata)
@@ -167,7 +169,7 @@ def check_files(path: Path) -> None:
         raise WeightsError("\n".join(problems))
 
 
-def companions_of(checkpoint: Path, hf: Path | None) -> Path:
+def companion_directory(checkpoint: Path, hf: Path | None) -> Path:
     """Where config.json and all that belongs to it is for a checkpoint.
 
     Raises:

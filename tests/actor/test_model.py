@@ -321,7 +321,7 @@ def test_real_config_json_is_read(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
     read = Architecture.from_directory(tmp_path)
-    assert (read.mixture.experts, read.mixture.chosen, read.mixture.ffn) == (128, 8, 768)
+    assert (read.mixture.experts, read.mixture.top_k, read.mixture.ffn) == (128, 8, 768)
     assert read.mixture.layers == (True,) * 48
     assert (read.head_dim, read.kv_groups, read.rope.theta, read.tied) == (128, 4, 1e6, False)
     assert read.padded_vocab(128 * 8) == 152576
