@@ -243,7 +243,8 @@ def packed_causal_attention(
         kernel or choose_kernel(query),
         exchange if layout.size > 1 else None,
     )
-    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]  # torch's stub of apply has no types
+    # torch's stub of apply has no types.
+    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         _dense_rows(query), _dense_rows(key), _dense_rows(value), attention
     )
     return out

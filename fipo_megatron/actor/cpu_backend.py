@@ -88,7 +88,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _torch_on_cpu() -> Any:
-    """Returns ``torch`` for a Megatron module: the current CUDA device is the CPU, the CUDA generator that of the CPU."""
+    """Returns ``torch`` with the CPU as the current CUDA device and the CPU's generator as that of CUDA."""
 
     def get_rng_state(device: Any = None) -> Tensor:
         return torch.get_rng_state()

@@ -67,7 +67,7 @@ def token_log_probs(
     Args:
         hidden: ``[..., H]``, floating point; the same on all ranks of ``group``.
         weight: ``[V, H]``, the dtype of ``hidden``: rank r's rows r·V … (r+1)·V of the output layer.
-        labels: ``[...]`` int64, ids in the whole vocabulary; the same on all ranks. Any id is allowed for masked tokens.
+        labels: ``[...]`` int64, ids in the whole vocabulary; the same on all ranks. Masked tokens may have any id.
         temperature: Divisor of the logits before the softmax, > 0.
         chunk_tokens: Tokens per chunk, C.
         group: The tensor-parallel group; None if ``weight`` is the whole output layer.
@@ -88,7 +88,8 @@ def token_log_probs(
         raise ValueError(f"chunk_tokens: must be >= 1, got {chunk_tokens}")
     head = _Head.build(weight.shape[0], vocab_size, temperature, chunk_tokens, group)
     flat_TH = hidden.reshape(-1, hidden.shape[-1])
-    log_probs_T, entropy_T = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch's stub of apply has no types
+    # torch's stub of apply has no types.
+    log_probs_T, entropy_T = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
         flat_TH, weight, labels.reshape(-1), head, with_entropy
     )
     return TokenLogProbs(log_probs_T.view(labels.shape), None if entropy_T is None else entropy_T.view(labels.shape))
@@ -120,7 +121,7 @@ def megatron_token_log_probs(
         weight: This rank's ``[V, H]`` of the output layer (or the tied embedding).
         labels_BS: ``[B, S]`` int64, already shifted.
         group: The tensor-parallel group, also if it has one rank.
-        sequence_parallel: Split of ``hidden_SBH`` along S over ``group``.
+        sequence_parallel: Whether ``hidden_SBH`` is split along S over ``group``.
         temperature: Divisor of the logits, as in :func:`token_log_probs`.
         chunk_tokens: Tokens per chunk, C.
         vocab_size: True size of the vocabulary.
@@ -163,7 +164,7 @@ def chunk_tokens_within(budget_bytes: int, num_columns: int, dtype: torch.dtype,
         budget_bytes: Bytes for all copies of a chunk's logits together.
         num_columns: V, columns on this rank.
         dtype: Dtype of the weight.
-        with_entropy: The entropy is computed too.
+        with_entropy: Whether the entropy is computed too.
     """
     size = torch.promote_types(dtype, torch.float32).itemsize
     converted = dtype.itemsize if dtype.itemsize < size else 0
@@ -216,7 +217,7 @@ class _Head:
         return logits_CV if self.temperature == 1 else logits_CV.div_(self.temperature)
 
     def columns_of(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the column of each label, ``[C]`` (any valid one for labels of other ranks), and the mask of local labels."""
+        """Returns each label's column, ``[C]``, any valid one for other ranks' labels, and the mask of local labels."""
         column_C = labels_C - self.first_column
         here_C = (column_C >= 0) & (column_C < self.num_columns)
         return column_C.clamp(0, self.num_columns - 1), here_C
@@ -340,7 +341,7 @@ def _logits_gradient(
     Args:
         log_p_CV: log p of every local column.
         column_C: Column of the label if ``here_C``.
-        here_C: Mask of the labels on this rank.
+        here_C: Whether the label is on this rank.
         grad_log_probs_C: Upstream gradient of log π.
         entropy_terms: Upstream gradient of H, and H, ``[C]`` each; None if no gradient arrived for H.
     """

@@ -79,7 +79,9 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         )
     wanted = actor.transformer.get("transformer_impl")
     if wanted not in (None, "local") and not transformer_engine_found():
-        problems.append(f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not here; valid: local")
+        problems.append(
+            f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not available; valid: local"
+        )
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -247,7 +249,7 @@ def _fp8_problems(actor: ActorConfig) -> list[str]:
     if actor.fp8 == "off":
         return []
     if not transformer_engine_found():
-        return [f"actor.fp8 = {actor.fp8}: needs CUDA and Transformer Engine, which are not here; valid: off"]
+        return [f"actor.fp8 = {actor.fp8}: needs CUDA and Transformer Engine, which are not available; valid: off"]
     if (capability := torch.cuda.get_device_capability()) < _HOPPER:
         return [
             f"actor.fp8 = {actor.fp8}: needs Hopper (compute capability 9.0), this GPU has {capability}; valid: off"

@@ -225,7 +225,7 @@ def break_place(path):
     other = next(file for file in files if file != at)
     content["weight_map"]["model.norm.weight"] = other
     index.write_text(json.dumps(content))
-    return [f"model.norm.weight: the index says it is in {other}, which does not hold it"]
+    return [f"model.norm.weight: the index says it is in {other}, which does not have it"]
 
 
 def break_tokenizer(path):

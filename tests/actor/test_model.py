@@ -223,8 +223,14 @@ def test_layouts_that_do_not_fit_the_model(name, parallelism, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fp8": "hybrid"}, "actor.fp8 = hybrid: needs CUDA and Transformer Engine, which are not here; valid: off"),
-        ({"transformer": {"transformer_impl": "transformer_engine"}}, "Transformer Engine is not here; valid: local"),
+        (
+            {"fp8": "hybrid"},
+            "actor.fp8 = hybrid: needs CUDA and Transformer Engine, which are not available; valid: off",
+        ),
+        (
+            {"transformer": {"transformer_impl": "transformer_engine"}},
+            "Transformer Engine is not available; valid: local",
+        ),
     ],
 )
 def test_needs_transformer_engine(settings, message):
