@@ -1,4 +1,4 @@
-"""The model that Megatron builds from config.json is the one that transformers builds, and errors come before it."""
+"""The model that Megatron builds from config.json equals that of transformers; errors are raised before building."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.actor.models import MODELS, logits, random_model
 
 FLOAT32 = ActorConfig(dtype="float32")
 LENGTHS = (100, 7, 33)
-"""With an original context of 32, most positions of the first are beyond it."""
+"""Lengths of the sequences; most positions of the first exceed an original context of 32."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_rotary_frequencies_are_exactly_those_of_transformers(name):
     ],
 )
 def test_rope_of_real_models_as_transformers_4_wrote_it(theta, scaling):
-    """Head dimension 128, as the published config.json have it; transformers 5 reads the same file."""
+    """The head dimension is 128, as in the published config.json; transformers 5 reads the same file."""
     reference = random_model("llama2", head_dim=128, max_position_embeddings=32768)
     old = reference.config.to_dict()
     del old["rope_parameters"]
@@ -297,7 +297,7 @@ def test_token_multiple(fp8, recipe, tensor_parallel, multiple):
 
 
 def test_real_config_json_is_read(tmp_path):
-    """Qwen3-30B-A3B, as published."""
+    """Reads the published config.json of Qwen3-30B-A3B."""
     published = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,

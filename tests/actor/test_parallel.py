@@ -1,4 +1,4 @@
-"""Launchers' environments, and layouts that do not fit."""
+"""Environments of the launchers, and layouts that do not fit the world size."""
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def run_on_two_ranks(*command):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model with all that belongs to one, in several files."""
+    """Writes a complete model in several files."""
     path = tmp_path_factory.mktemp("convert") / "model"
     random_model("qwen3 moe").save_pretrained(path, max_shard_size=50_000)
     vocab = {f"t{i}": i for i in range(60)}
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_nothing(command, model, checkpoint, tmp_path):
 
 
 def test_differences_are_found_and_not_published(model, tmp_path, monkeypatch):
-    """The weights change between reading and writing: what was written is not what was read."""
+    """The weights change between reading and writing, so the result differs from the source."""
     load = converter.load_hf
 
     def load_wrong(chunks, *rest, **more):

@@ -1,4 +1,4 @@
-"""The tables against published sizes, transformers' files and Megatron's parameters; no weights are allocated."""
+"""The tables compared with published sizes, transformers' files and Megatron's names; no weights are allocated."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def tiny(name):
 
 
 def rank_placements(architecture, tensor, pipeline, virtual=1, expert=1, expert_tensor=None, vocab_multiple=1):
-    """Every rank's place once, in a world just large enough."""
+    """Yields every rank's placement once, in the smallest world."""
     expert_tensor = expert_tensor or (1 if expert > 1 else tensor)
     width = math.lcm(tensor, expert * expert_tensor)
     for stage in range(pipeline):
@@ -75,7 +75,7 @@ def test_totals_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name):
-    """Mixtures: transformers holds the experts of a layer in one tensor."""
+    """For mixtures, transformers holds the experts of a layer in one tensor."""
     import transformers
 
     config = json.loads(CONFIGS[name].read_text())
@@ -123,7 +123,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "sizes"), list(cases()))
 def test_ranks_add_up_to_the_model(name, sizes):
-    """What ranks hold = the model + whole copies of norms, routers + padding + experts' replicas + a tied output."""
+    """All ranks together hold the model, copies of norms and routers, padding, experts' replicas, a tied output."""
     architecture = real(name)
     everywhere = list(rank_placements(architecture, **sizes))
     held = sum(tables.local_parameter_count(architecture, placement) for placement in everywhere)
@@ -154,7 +154,7 @@ def test_ranks_add_up_to_the_model(name, sizes):
     ],
 )
 def test_every_row_of_every_tensor_is_on_some_rank(name, sizes):
-    """Pieces of one part do not overlap, and over all ranks each element of each tensor has its place."""
+    """Pieces of one shard do not overlap, and the ranks together hold every element of every tensor."""
     architecture = real(name)
     covered = {tensor: set() for tensor in tables.hf_tensors(architecture)}
     for placement in rank_placements(architecture, **sizes):
@@ -196,7 +196,7 @@ def test_padding_of_the_vocabulary_can_fill_a_rank():
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_names_with_transformer_engine(kind):
-    """As ``get_gpt_layer_with_transformer_engine_spec`` of Megatron-Core builds its layers."""
+    """Names follow ``get_gpt_layer_with_transformer_engine_spec`` of Megatron-Core."""
     architecture = tiny("qwen3 moe" if kind == "mixture" else "qwen3")
     placement = ParameterPlacement((Chunk(range(1, 2), first=False, last=False),), 64, expert_rank=1, expert_size=2)
     placement = placement if kind == "mixture" else ParameterPlacement(placement.chunks, 64)
