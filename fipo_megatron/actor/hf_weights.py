@@ -351,12 +351,12 @@ def published_directory(
         group: Process group of all ranks (:func:`.collectives.raise_on_all_ranks`).
     """
     partial = partial_of(target)
-    with raise_on_all_ranks("beginning to save", group):
+    with raise_on_all_ranks("preparing the directory", group):
         if layout.rank == 0:
             hf_files.check_source(source)
             publishing.begin(target)
     try:
-        with raise_on_all_ranks("beginning to save", group):
+        with raise_on_all_ranks("preparing the directory", group):
             if not partial.is_dir():
                 raise FileNotFoundError(
                     f"{partial}: not seen by rank {layout.rank}; all ranks must share a file system"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import cpu_backend
-from fipo_megatron.actor.launch import Launch
+from fipo_megatron.actor.launch import Launch as Launch  # also under this name
 from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
 

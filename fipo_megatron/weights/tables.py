@@ -242,7 +242,7 @@ class Weight:
         whole = padded_vocab if self.entry.padded else sum(shape[axis] for _, shape in self.tensors)
         blocks = self.blocks or size
         if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded_tensors()):
-            raise ValueError(f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be cut by {size}")
+            raise ValueError(f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be divided into {size} shards")
         return (*first[:axis], whole // size, *first[axis + 1 :])
 
     def _unpadded_tensors(self) -> tuple[tuple[str, Shape], ...]:
@@ -367,7 +367,7 @@ def local_experts(architecture: Architecture, placement: ParameterPlacement) -> 
     """
     experts = architecture.mixture.experts if architecture.mixture else 0
     if experts % placement.expert_size:
-        raise ValueError(f"{experts} experts cannot be shared by {placement.expert_size} ranks")
+        raise ValueError(f"{experts} experts cannot be divided evenly among {placement.expert_size} ranks")
     count = experts // placement.expert_size
     return range(placement.expert_rank * count, (placement.expert_rank + 1) * count)
 

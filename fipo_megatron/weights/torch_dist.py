@@ -81,7 +81,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return type(name, (), {})  # empty in Megatron-Core too
         if (module, name) == ("pathlib", "PosixPath"):
             return type(name, (), {"__init__": lambda self, *parts: None})  # path of the writer; unused
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the metadata of a checkpoint")
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -218,7 +218,7 @@ class Attack:
 
 def damage_code(path):
     (path / ".metadata").write_bytes(pickle.dumps(Attack()))
-    return [".metadata: truncated or corrupt", "has no place in the metadata of a checkpoint"]
+    return [".metadata: truncated or corrupt", "is not allowed in the metadata of a checkpoint"]
 
 
 def damage_code_by_attribute(path):
@@ -227,7 +227,7 @@ def damage_code_by_attribute(path):
     names = b"".join(b"\x8c" + bytes([len(text)]) + text for text in (module, name))
     target = pickle.dumps(Path("/tmp/fipo_megatron_was_here"), protocol=4)[2:-1]
     (path / ".metadata").write_bytes(b"\x80\x04" + names + b"\x93" + target + b"\x85R.")
-    return ["Path.touch has no place in the metadata of a checkpoint"]
+    return ["Path.touch is not allowed in the metadata of a checkpoint"]
 
 
 def damage_parts(path):
