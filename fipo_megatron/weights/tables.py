@@ -242,7 +242,9 @@ class Weight:
         whole = padded_vocab if self.entry.padded else sum(shape[axis] for _, shape in self.tensors)
         blocks = self.blocks or size
         if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded_tensors()):
-            raise ValueError(f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be divided into {size} shards")
+            raise ValueError(
+                f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be divided into {size} shards"
+            )
         return (*first[:axis], whole // size, *first[axis + 1 :])
 
     def _unpadded_tensors(self) -> tuple[tuple[str, Shape], ...]:

@@ -236,7 +236,9 @@ def test_check_lists_every_difference():
 
 def test_what_cannot_be_cut_is_refused():
     architecture = tiny("qwen3 moe")
-    with pytest.raises(ValueError, match=r"linear_qkv.weight: 128 along axis 0, in 2 blocks, cannot be divided into 4 shards"):
+    with pytest.raises(
+        ValueError, match=r"linear_qkv.weight: 128 along axis 0, in 2 blocks, cannot be divided into 4 shards"
+    ):
         tables.local_parameter_count(architecture, ParameterPlacement(even_chunks(2, 0, 1), 64, tensor_size=4))
     with pytest.raises(ValueError, match="4 experts cannot be divided evenly among 3 ranks"):
         tables.local_parameter_count(architecture, ParameterPlacement(even_chunks(2, 0, 1), 64, expert_size=3))
