@@ -250,7 +250,7 @@ class MegatronActor:
             mini_batch: Mini-batch of the plan.
             trajectories: Trajectories passed to :meth:`log_probs`.
             old: Log-probs under π_old of each micro-batch; None: those of the pass itself.
-            reference: Log-probs under the reference policy of each micro-batch; None: no KL term.
+            reference: Log-probs under the reference policy of each micro-batch; None if the loss has no KL term.
             algorithm: Loss; None: ``config.algorithm``.
             watch: Indices of the trajectories whose tokens are returned.
 

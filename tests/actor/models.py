@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fipo_megatron.actor.model import HiddenStateGPTModel
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -56,9 +56,9 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def random_model(name: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """Returns a model of ``MODELS`` in float32, with random norms and biases."""
     family, special = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | special | changes))
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **special, **changes})
     config.architectures = [f"{family}ForCausalLM"]
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model: transformers.PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
