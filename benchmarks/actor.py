@@ -1,11 +1,11 @@
 """The Megatron actor: memory by sequence length, a long sequence on two ranks, and step time by layout.
 
 A small random Qwen3 on this machine's CPU: float32, hidden 128, one thread per rank. Every row of the memory tables is
-a process of its own: one sequence, ``MegatronActor.log_probs`` and then ``update``, after a step of 64 tokens that
-makes the optimizer's state and loads what is loaded once. Memory is the kernel's resident peak (``VmHWM``), reset where
-a phase begins, above what was resident before the pass; freed memory goes back to the system at once.
+measured in its own process: one sequence, ``MegatronActor.log_probs`` and then ``update``, after a step of 64 tokens
+that creates the optimizer state and loads libraries. Memory is the kernel's resident peak (``VmHWM``), reset at the
+begin of a phase, above the resident memory before the pass; freed memory is returned to the system at once.
 
-The phases: the decoder up to the hidden states, then the head: log-probs, entropy and, in a training step, loss and
+The phases are the decoder up to the hidden states, then the head: log-probs, entropy and, in a training step, loss and
 backward down to the gradient of the hidden states. "all logits" is the same actor with a head that holds the float32
 logits of all tokens.
 
@@ -56,12 +56,12 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], bool]]] = {
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 PASSES = {"log_probs": "Log-prob pass", "update": "Training step"}
 
-# glibc would keep freed blocks, and the next phase would look smaller than it is.
+# glibc would keep freed blocks, and the next phase would appear smaller than it is.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def worker(arguments: tuple[Any, ...], ranks: int | None = None, environment: dict[str, str] | None = None) -> Any:
-    """What ``benchmarks.actor_worker`` found, run as one process or under torchrun on so many ranks."""
+    """Runs ``benchmarks.actor_worker``, in one process or under torchrun on ``ranks`` ranks, and returns its result."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     launcher = () if ranks is None else (*TORCHRUN, f"--nproc-per-node={ranks}")
     with tempfile.TemporaryDirectory() as directory:
@@ -72,12 +72,12 @@ def worker(arguments: tuple[Any, ...], ranks: int | None = None, environment: di
 
 
 def chunk_bytes(columns: int) -> int:
-    """The logits of one chunk."""
+    """Returns the bytes of one chunk's logits."""
     return 4 * CHUNK_TOKENS * columns
 
 
 def measure_memory(tokens: int, columns: int) -> dict[str, Any]:
-    """``plain`` is None where it would need more than ``PLAIN_LIMIT``."""
+    """Measures one sequence; ``plain`` is None if it would need more than ``PLAIN_LIMIT``."""
     fits = plain_bytes(tokens, columns) <= PLAIN_LIMIT
     return {
         "tokens": tokens,
@@ -95,8 +95,10 @@ def mib(count: float) -> str:
 
 
 def head_beyond_hidden(case: dict[str, Any], name: str) -> int:
-    """Peak of the head above the decoder's output and, in a training step, above the gradient of the same size."""
-    return case["chunked"][name]["head_peak_bytes"] - (case["hidden_bytes"] if name == "update" else 0)
+    """Returns the head's peak above the decoder's output and, in a training step, above the gradient of that size."""
+    peak: int = case["chunked"][name]["head_peak_bytes"]
+    hidden: int = case["hidden_bytes"]
+    return peak - (hidden if name == "update" else 0)
 
 
 def memory_row(case: dict[str, Any], name: str) -> dict[str, str]:
@@ -120,7 +122,7 @@ def memory_row(case: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def print_memory(cases: list[dict[str, Any]]) -> dict[str, int]:
-    """Returns by how many bytes the head grew from the shortest to the longest sequence over one vocabulary."""
+    """Prints the tables; returns the growth of the head in bytes from the shortest to the longest sequence."""
     growth = {}
     for name, title in PASSES.items():
         print_table(f"{title}, chunks of {CHUNK_TOKENS}: MiB above before", [memory_row(case, name) for case in cases])
@@ -170,7 +172,7 @@ def print_context(cases: list[dict[str, Any]]) -> None:
 
 
 def measure_layouts() -> list[dict[str, Any]]:
-    """All layouts of one world size in one job."""
+    """Measures all layouts of each world size in one job."""
     found = [{"ranks": ranks, **case} for ranks in LAYOUTS for case in worker(("layouts",), ranks=ranks)]
     base = {case["model"]: case["median_s"] for case in found if case["ranks"] == 1}
     return [case | {"relative_to_one_rank": base[case["model"]] / case["median_s"]} for case in found]

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks.actor, in processes of their own: rank 0 writes what was found as JSON.
+"""The measurements of benchmarks.actor, in their own processes; rank 0 writes the result as JSON.
 
 python -m benchmarks.actor_worker OUT.json memory PATH TOKENS COLUMNS
 torchrun --nproc-per-node 2 -m benchmarks.actor_worker OUT.json context TOKENS COLUMNS
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ PROMPT_TOKENS = 16
 
 
 def architecture(columns: int, layers: int, mixture: bool = False) -> Architecture:
-    """A small Qwen3; as a mixture, 2 of 4 experts per token, each of half the dense width: the same work per token."""
+    """Returns a small Qwen3; as a mixture, 2 of 4 experts of half the dense width per token, for equal work."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM"],
         "hidden_size": WIDTH,
@@ -57,9 +58,9 @@ def architecture(columns: int, layers: int, mixture: bool = False) -> Architectu
 
 
 def trajectory(number: int, tokens: int, columns: int) -> Trajectory:
-    """Random tokens, of which the first are the prompt."""
+    """Returns a trajectory of random tokens, of which the first are the prompt."""
     rng = np.random.default_rng(number)
-    ids, response = rng.integers(0, columns, tokens), tokens - PROMPT_TOKENS
+    ids, response = rng.integers(0, columns, tokens).astype(np.int32), tokens - PROMPT_TOKENS
     log_probs = np.full(response, -np.log(columns), np.float32)
     prompt = Prompt(f"p{number}", ids[:PROMPT_TOKENS], "")
     mask = np.ones(response, np.bool_)
@@ -68,7 +69,7 @@ def trajectory(number: int, tokens: int, columns: int) -> Trajectory:
 
 @dataclass
 class Setup:
-    """A random actor in its layout; process groups are up."""
+    """A random actor in its layout, with process groups initialised."""
 
     layout: parallel.RankLayout
     actor: MegatronActor
@@ -76,14 +77,18 @@ class Setup:
 
     @classmethod
     def build(cls, shape: Architecture, sizes: dict[str, Any], changes: dict[str, Any]) -> Setup:
-        """Of the parallel sizes and the settings of the actor that differ from float32, one process."""
-        settings = {"dtype": "float32", "distributed_optimizer": False, "parallel": ParallelConfig(**sizes)}
+        """Builds an actor from parallel sizes and changes to the default settings: float32, one process."""
+        settings: dict[str, Any] = {
+            "dtype": "float32",
+            "distributed_optimizer": False,
+            "parallel": ParallelConfig(**sizes),
+        }
         config = Config(actor=ActorConfig(**(settings | changes)))
         layout = parallel.initialize(config.actor.parallel, seed=3)
         return cls(layout, MegatronActor(config, shape, layout, load=lambda chunks: None), shape.vocab)
 
     def batch(self, lengths: Sequence[int], budget: int) -> tuple[list[Trajectory], tuple[MiniBatch, ...]]:
-        """Trajectories of these lengths as one mini-batch."""
+        """Returns trajectories of these lengths and their plan as one mini-batch."""
         trajectories = [trajectory(number, length, self.columns) for number, length in enumerate(lengths)]
         settings = self.actor.config.actor
         plan = plan_micro_batches(
@@ -96,13 +101,13 @@ class Setup:
         return trajectories, plan
 
     def warm_up(self) -> None:
-        """A small step: loads what is loaded once and makes the optimizer's state."""
+        """Takes a small step, which loads libraries and creates the optimizer state."""
         trajectories, plan = self.batch([WARM_UP_TOKENS] * self.layout.data_size, WARM_UP_TOKENS)
         self.actor.update(plan, trajectories, self.actor.log_probs(plan, trajectories))
 
 
 class Phases:
-    """Peak and final resident memory of consecutive phases; the kernel keeps the peak, so that none is missed."""
+    """Peak and final resident memory of consecutive phases, as counted by the kernel."""
 
     def __init__(self) -> None:
         self.peak_bytes: dict[str, int] = {}
@@ -110,7 +115,7 @@ class Phases:
         self.end("start")
 
     def end(self, phase: str) -> None:
-        """The phase that began where the last one ended."""
+        """Ends the current phase and records its memory."""
         self.peak_bytes[phase], self.level_bytes[phase] = resident_bytes("VmHWM"), resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -119,7 +124,7 @@ Head = Callable[[torch.Tensor, LocalMicroBatch, bool], TokenLogProbs]
 
 
 def plain_head(actor: MegatronActor) -> Head:
-    """Log-probs and entropy from float32 logits of all tokens at once."""
+    """Returns a head that computes log-probs and entropy from float32 logits of all tokens at once."""
 
     def head(hidden_SBH: torch.Tensor, micro: LocalMicroBatch, with_entropy: bool) -> TokenLogProbs:
         log_p_TV = torch.log_softmax(hidden_SBH[:, 0] @ actor.chunks[-1].output_weight().t(), dim=-1)
@@ -130,12 +135,13 @@ def plain_head(actor: MegatronActor) -> Head:
 
 
 def watched(head: Head, phases: Phases) -> Head:
-    """Ends the phase ``decoder`` where the head begins, and ``head`` where it has returned the hidden's gradient."""
+    """Wraps a head to end the phase ``decoder`` at its begin and ``head`` once it returned its input's gradient."""
 
     def watch(hidden_SBH: torch.Tensor, micro: LocalMicroBatch, with_entropy: bool) -> TokenLogProbs:
         phases.end("decoder")
         if hidden_SBH.requires_grad:
-            hidden_SBH.register_hook(lambda grad: phases.end("head"))
+            # torch's stub of register_hook has no types.
+            hidden_SBH.register_hook(lambda grad: phases.end("head"))  # type: ignore[no-untyped-call]
         found = head(hidden_SBH, micro, with_entropy)
         if not hidden_SBH.requires_grad:
             phases.end("head")
@@ -145,7 +151,7 @@ def watched(head: Head, phases: Phases) -> Head:
 
 
 def memory(path: str, tokens: str, columns: str) -> dict[str, Any]:
-    """Log-prob pass and training step of one sequence, by phase, in bytes above the level before."""
+    """Measures log-prob pass and training step of one sequence, in bytes per phase above the level before."""
     setup = Setup.build(architecture(int(columns), layers=2), {}, {})
     setup.warm_up()
     trajectories, plan = setup.batch([int(tokens)], int(tokens))
@@ -155,8 +161,8 @@ def memory(path: str, tokens: str, columns: str) -> dict[str, Any]:
 
     def measure(name: str, function: Callable[[], Any]) -> Any:
         phases, start = Phases(), time.perf_counter()
-        actor._token_log_probs = watched(head, phases)
-        found = function()
+        with mock.patch.object(actor, "_token_log_probs", watched(head, phases)):
+            found = function()
         seconds = time.perf_counter() - start
         phases.end("rest")
         before = phases.level_bytes["start"]
@@ -177,7 +183,7 @@ def memory(path: str, tokens: str, columns: str) -> dict[str, Any]:
 
 
 def context(tokens: str, columns: str) -> dict[str, Any]:
-    """Most memory ever resident in each rank that trains on one sequence, everything counted."""
+    """Measures the peak resident memory of each rank that trains on one sequence, everything included."""
     setup = Setup.build(architecture(int(columns), layers=2), {"context_parallel": dist_size()}, {})
     at_start = resident_bytes("VmRSS")
     trajectories, plan = setup.batch([int(tokens)], int(tokens))
@@ -194,7 +200,7 @@ def context(tokens: str, columns: str) -> dict[str, Any]:
 
 
 def layouts() -> list[dict[str, Any]]:
-    """Seconds of an update of the same mini-batch in every layout of this world size."""
+    """Measures the seconds of an update of the same mini-batch in every layout of this world size."""
     results = []
     for name, (sizes, changes, mixture) in LAYOUTS[dist_size()].items():
         setup = Setup.build(architecture(LAYOUT_COLUMNS, layers=4, mixture=mixture), sizes, changes)
@@ -216,13 +222,14 @@ def layouts() -> list[dict[str, Any]]:
 
 
 def dist_size() -> int:
-    """Ranks of the job; 1 without torchrun."""
+    """Returns the number of ranks of the job; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def main(out: str, what: str, *arguments: str) -> None:
     warnings.simplefilter("ignore")
-    result = {"memory": memory, "context": context, "layouts": layouts}[what](*arguments)
+    measurements: dict[str, Callable[..., Any]] = {"memory": memory, "context": context, "layouts": layouts}
+    result = measurements[what](*arguments)
     parallel.destroy()
     if os.environ.get("RANK", "0") == "0":
         Path(out).write_text(json.dumps(result))

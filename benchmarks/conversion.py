@@ -1,7 +1,7 @@
-"""HF → Megatron and back: anonymous memory of all processes together, saving included, and speed beside a plain copy.
+"""HF → Megatron and back: anonymous memory of all processes, saving included, and speed compared with a plain copy.
 
-With SmolLM2-135M (``make test-pretrained`` has it ready) and a synthetic model of about 2 GB. The bound is the size of
-the model, twice the largest tensor and 1 GiB for processes; a plain copy of the same file is timed in the same run.
+The models are SmolLM2-135M (prepared by ``make test-pretrained``) and a synthetic one of about 2 GB. The bound is the
+size of the model, twice the largest tensor and 1 GiB for processes. A plain copy of the same file is timed in the run.
 
     python -m benchmarks.conversion
 """
@@ -47,7 +47,7 @@ OVERHEAD = 1 << 30
 
 
 def write_synthetic(directory: Path) -> None:
-    """Random bfloat16 weights, a tensor at a time."""
+    """Writes random bfloat16 weights, tensor by tensor."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SYNTHETIC))
     wanted = tables.hf_tensors(Architecture.from_directory(directory))
@@ -67,7 +67,7 @@ def descendants(root: int) -> Iterable[int]:
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the most that all its processes had at a time, looked up every 10 ms."""
+    """Runs a command; returns its seconds and the peak memory of all its processes, sampled every 10 ms."""
     start = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     peak, done = 0, threading.Event()
@@ -78,7 +78,7 @@ def run(command: list[str]) -> tuple[float, int]:
             try:
                 peak = max(peak, sum(map(anonymous, descendants(process.pid))))
             except OSError:
-                continue  # a process ended while it was looked at
+                continue  # a process ended during sampling
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -92,7 +92,7 @@ def run(command: list[str]) -> tuple[float, int]:
 
 
 def copy_and_sync(source: Path, target: Path) -> float:
-    """Seconds of a plain copy that is on disk at the end, as the converters' files are."""
+    """Returns the seconds of a plain copy that is synced to disk, like the converters' files."""
     start = time.perf_counter()
     for file in source.glob("*.safetensors"):
         shutil.copyfile(file, target)
@@ -117,9 +117,9 @@ def measure(name: str, model: Path, scratch: Path, ranks: int) -> dict[str, Any]
     start_up, _ = run([sys.executable, "-c", "import fipo_megatron.actor.hf_conversion"])
     copying = copy_and_sync(model, scratch / "copy")
     there, back = scratch / "megatron", scratch / "hf"
-    python = [sys.executable, *launcher, "-m"]
-    seconds_there, peak_there = run([*python, "tools.convert_hf_to_megatron", str(model), str(there)])
-    seconds_back, peak_back = run([*python, "tools.convert_megatron_to_hf", str(there), str(back)])
+    convert = [sys.executable, *launcher, "-m", "fipo_megatron.convert"]
+    seconds_there, peak_there = run([*convert, "hf-to-megatron", str(model), str(there)])
+    seconds_back, peak_back = run([*convert, "megatron-to-hf", str(there), str(back)])
     result = {
         "model": name,
         "ranks": ranks,

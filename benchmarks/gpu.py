@@ -1,15 +1,15 @@
 """The actor and the Future-KL scan on one GPU: time, model FLOP/s against the device's peak, peak memory.
 
-Random Qwen2.5 models in bfloat16 with the distributed optimizer, one packed micro-batch of sequences of uneven lengths:
-``MegatronActor.log_probs`` and ``update`` (forward, backward, optimizer step) by the wall clock with the device idle at
-both ends, so that packing on the host counts. The layers of torch, and, where Transformer Engine is installed, its own
-and FP8.
+Random Qwen2.5 models in bfloat16 with the distributed optimizer, one packed micro-batch of sequences of uneven lengths.
+``MegatronActor.log_probs`` and ``update`` (forward, backward, optimizer step) are timed by the wall clock with the
+device idle at both ends, so packing on the host is included. The layers are torch's and, if Transformer Engine is
+installed, its own, also in FP8.
 
-Model FLOPs count what the mathematics needs, not what is computed again: forward 2 · N · T for the N weights in matrix
-products (the output layer among them, the embedding not) and T tokens, as in Kaplan et al. (arXiv 2001.08361, Sec.
-2.1), plus per layer 4 · ℓ² · heads · head dimension for the scores and the weighted values of a sequence of ℓ tokens,
-halved as attention is causal. Backward is twice forward: 6 · N · T and 12 · L · h · d · ℓ² / 2 in all, as in PaLM
-(arXiv 2204.02311, App. B) but for the half. MFU is that over the time and the peak of dense bfloat16, also for FP8.
+Model FLOPs exclude recomputation. Forward takes 2 · N · T for the N weights in matrix products (with the output layer,
+without the embedding) and T tokens, as in Kaplan et al. (arXiv 2001.08361, Sec. 2.1), plus per layer 4 · ℓ² · heads ·
+head dimension for the scores and weighted values of a sequence of ℓ tokens, halved since attention is causal. Backward
+is twice forward: 6 · N · T and 12 · L · h · d · ℓ² / 2 in all, as in PaLM (arXiv 2204.02311, App. B) except for the
+half. MFU divides these by the time and by the peak of dense bfloat16, also for FP8.
 
     python -m benchmarks.gpu [LIMIT_SECONDS]
 """
@@ -42,8 +42,8 @@ PEAK_BF16 = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
 }
-"""Dense bfloat16 FLOP/s by the name of the device, from NVIDIA's data sheets (which for Hopper give twice that, "with
-sparsity"). No MFU for a device that is not here."""
+"""Dense bfloat16 FLOP/s by the name of the device, from NVIDIA's data sheets (which for Hopper list twice that, "with
+sparsity"). Other devices get no MFU."""
 
 LOCAL, FUSED = {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}
 LAYERS: dict[str, dict[str, Any]] = {"torch": {"transformer": LOCAL}}
@@ -55,7 +55,7 @@ WITH_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
 }
 BUDGETS = (16_384, 32_768)
 PARTS = (2, 4, 8, 16, 16)
-"""A micro-batch holds sequences of these parts of its tokens."""
+"""Divisors of a micro-batch's tokens: the lengths of its sequences."""
 REPEATS, SCAN_REPEATS = 5, 21
 SCANS = ((8, 20_480), (1, 131_072))
 LIMIT_SECONDS = 300.0
@@ -63,12 +63,12 @@ LIMIT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and how many of its layers are built.
+    """A model, possibly with fewer layers.
 
     Attributes:
-        name: Of the model.
-        built: Layers; fewer than the model has where all would not fit beside their optimizer state.
-        config: As config.json has it.
+        name: Name of the model.
+        built: Number of layers built; fewer than the model has if all would not fit with their optimizer state.
+        config: Contents of config.json.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Shape:
     config: dict[str, Any]
 
     def architecture(self) -> Architecture:
-        """Of what is built."""
+        """Returns the architecture with the layers that are built."""
         return Architecture.from_hf(COMMON | self.config | {"num_hidden_layers": self.built})
 
     @property
     def title(self) -> str:
-        """With the number of layers where it is not the model's."""
+        """Name of the model, with the number of layers if it is reduced."""
         layers = self.config["num_hidden_layers"]
         return self.name if self.built == layers else f"{self.name}, {self.built} of {layers} layers"
 
@@ -120,20 +120,20 @@ SHAPES = (
 
 
 def matrix_weights(shape: Architecture) -> int:
-    """N: the weights that every token is multiplied with."""
+    """Returns N, the number of weights that every token is multiplied with."""
     width = shape.heads * shape.head_dim
     attention = shape.hidden * (2 * width + 2 * shape.kv_groups * shape.head_dim)
     return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.hidden * shape.vocab
 
 
 def forward_flops(shape: Architecture, lengths: Sequence[int]) -> float:
-    """Model FLOPs of one forward pass over packed sequences; a training step is three times that."""
+    """Returns the model FLOPs of one forward pass over packed sequences; a training step takes three times that."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * sum(length**2 for length in lengths) / 2
     return 2.0 * matrix_weights(shape) * sum(lengths) + attention
 
 
 def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Median seconds, and the most memory ever allocated during one call."""
+    """Measures the median seconds and the peak memory allocated during one call."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -147,7 +147,7 @@ def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def passes(setup: Setup, shape: Architecture, budget: int) -> dict[str, dict[str, float]]:
-    """The log-prob pass and the training step of one micro-batch, with tokens and FLOPs per second."""
+    """Measures log-prob pass and training step of one micro-batch, with tokens and FLOPs per second."""
     lengths = [budget // part for part in PARTS]
     trajectories, plan = setup.batch(lengths, budget)
     old = setup.actor.log_probs(plan, trajectories)
@@ -169,7 +169,7 @@ def passes(setup: Setup, shape: Architecture, budget: int) -> dict[str, dict[str
 
 
 def measure_model(shape: Shape, layers: str, changes: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
-    """Every budget that memory and time allow; what could not be measured says why under ``left_out``."""
+    """Measures every budget that memory and time allow; others have the reason under ``left_out``."""
     architecture, results = shape.architecture(), []
     common = {"model": shape.title, "layers": layers, "weights_in_products": matrix_weights(architecture)}
     setup, left_out = None, ""
@@ -185,7 +185,7 @@ def measure_model(shape: Shape, layers: str, changes: dict[str, Any], deadline: 
             except torch.OutOfMemoryError:
                 left_out = "out of memory"
             except (RuntimeError, ValueError, AssertionError) as error:
-                # One kind of layers that fails should not cost the rest of a run on a lent machine.
+                # A failure with one kind of layers must not end the rest of the run.
                 left_out = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         results.append(result | ({"left_out": left_out} if left_out else {}))
     del setup
@@ -196,12 +196,12 @@ def measure_model(shape: Shape, layers: str, changes: dict[str, Any], deadline: 
 
 
 def measure_scan(batch: int, length: int) -> dict[str, float]:
-    """Future-KL of packed sequences by the scan, and of the same rows by the paper's chunked product."""
+    """Measures Future-KL of packed sequences by the scan, and of the same rows by the paper's chunked product."""
     values = 0.1 * torch.randn(batch, length, device="cuda")
     packed, shards = values.flatten(), SequenceShards.build([length] * batch, device="cuda")
 
     def product() -> torch.Tensor:
-        with torch.device("cuda"):  # it was written for the CPU
+        with torch.device("cuda"):  # it creates tensors on the default device
             return chunked_product(values, HALF_LIFE)
 
     scan, plain = measure(lambda: future_kl(packed, HALF_LIFE, shards), SCAN_REPEATS), measure(product, 3)
@@ -219,17 +219,17 @@ def measure_scan(batch: int, length: int) -> dict[str, float]:
 
 
 def mfu(flops_per_s: float) -> float | None:
-    """Of the peak of this device, if it is known."""
+    """Returns the fraction of the device's peak; None if the peak is unknown."""
     peak = PEAK_BF16.get(torch.cuda.get_device_name())
     return flops_per_s / peak if peak else None
 
 
 def rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row for each pass."""
+    """Returns a row of the table for each pass."""
     table = []
     for result in results:
         for name, found in result.get("passes", {"-": None}).items():
-            share = mfu(found["flops_per_s"]) if found else None
+            fraction = mfu(found["flops_per_s"]) if found else None
             table.append(
                 {
                     "model": result["model"],
@@ -239,7 +239,7 @@ def rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
                     "ms": f"{1e3 * found['seconds']:.1f}" if found else result["left_out"],
                     "tokens/s": f"{found['tokens_per_s']:,.0f}" if found else "-",
                     "TFLOP/s": f"{found['flops_per_s'] / 1e12:.0f}" if found else "-",
-                    "MFU": f"{share:.1%}" if share else "-",
+                    "MFU": f"{fraction:.1%}" if fraction else "-",
                     "peak": f"{found['peak_bytes'] / 2**30:.1f} GiB" if found else "-",
                 }
             )
@@ -247,7 +247,7 @@ def rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main(limit_seconds: str = str(LIMIT_SECONDS)) -> int:
-    """Prints the tables and writes the result; exit code 2 without CUDA, 1 where something failed."""
+    """Prints the tables and writes the result; returns 2 without CUDA, 1 if a measurement failed."""
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device was found", file=sys.stderr)
         return 2
@@ -265,15 +265,15 @@ def main(limit_seconds: str = str(LIMIT_SECONDS)) -> int:
     print_table(f"One packed micro-batch on {device}", rows(results))
     if device not in PEAK_BF16:
         print(f"no MFU: the peak of {device} is not in PEAK_BF16")
-    shares = {"peak_bf16_flops_per_s": PEAK_BF16.get(device), "parts": PARTS}
+    settings = {"peak_bf16_flops_per_s": PEAK_BF16.get(device), "parts": PARTS}
     shapes = [asdict(shape) for shape in SHAPES]
     slug = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
-    write_result(f"gpu_{slug}", shares | {"shapes": shapes, "future_kl": scans, "actor": results})
+    write_result(f"gpu_{slug}", settings | {"shapes": shapes, "future_kl": scans, "actor": results})
     return int(any(result.get("left_out", "").startswith("failed") for result in results))
 
 
 def scan_row(scan: dict[str, float]) -> dict[str, str]:
-    """Of the table."""
+    """Returns a row of the table."""
     return {
         "B x L": f"{scan['batch']:.0f} x {scan['length']:.0f}",
         "scan": f"{1e3 * scan['scan_s']:.2f}",

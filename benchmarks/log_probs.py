@@ -1,7 +1,7 @@
 """Log-probs of the labels: in chunks with recomputed logits, against all logits at once.
 
-Forward and backward of the output layer and the softmax, float32, one tensor-parallel rank. Every measurement is a
-process of its own: seconds, and the largest resident memory above that of the inputs (the gradients are part of it).
+Forward and backward of the output layer and the softmax, float32, one tensor-parallel rank. Every measurement runs in
+its own process and records seconds and peak resident memory above that of the inputs (gradients are included).
 
     python -m benchmarks.log_probs
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,12 +28,12 @@ PLAIN_LIMIT = 6e9
 
 
 def plain_bytes(tokens: int, columns: int) -> int:
-    """Log-probs, their gradient and that of the logits: three times tokens × columns in float32."""
+    """Returns the bytes of log-probs, their gradient and that of the logits: 3 · tokens · columns in float32."""
     return 3 * 4 * tokens * columns
 
 
 def chunk_bytes(columns: int, with_entropy: bool) -> int:
-    """By formula: the logits of a chunk, once or twice, and the gradient of the weight."""
+    """Returns the bytes of a chunk's logits, once or twice, and of the gradient of the weight."""
     return 4 * CHUNK_TOKENS * columns * (1 + with_entropy) + 4 * columns * WIDTH
 
 
@@ -46,6 +47,7 @@ def chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
 
 def chunked_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     result = token_log_probs(hidden, weight, labels, chunk_tokens=CHUNK_TOKENS, with_entropy=True)
+    assert result.entropy is not None
     return result.log_probs.sum() + result.entropy.sum()
 
 
@@ -53,13 +55,13 @@ PATHS = {"plain": plain, "chunked": chunked, "chunked_entropy": chunked_entropy}
 
 
 def resident_bytes(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since it was reset) of this process."""
+    """Returns ``VmRSS`` (current) or ``VmHWM`` (peak since its reset) of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def measure(path: str, tokens: int, columns: int) -> dict[str, float]:
-    """One forward and backward in this process, after a small one that loads what is loaded once."""
+    """Measures one forward and backward pass in this process, after a small one that loads libraries."""
 
     def run(tokens: int, columns: int) -> tuple[float, int, int]:
         generator = torch.Generator().manual_seed(0)
@@ -68,7 +70,7 @@ def measure(path: str, tokens: int, columns: int) -> dict[str, float]:
         labels = torch.randint(columns, (tokens,), generator=generator)
         Path("/proc/self/clear_refs").write_text("5")
         before, start = resident_bytes("VmRSS"), time.perf_counter()
-        PATHS[path](hidden, weight, labels).backward()
+        torch.autograd.backward(PATHS[path](hidden, weight, labels))
         return time.perf_counter() - start, resident_bytes("VmHWM"), before
 
     run(64, 512)
@@ -77,16 +79,17 @@ def measure(path: str, tokens: int, columns: int) -> dict[str, float]:
 
 
 def measure_in_child(path: str, tokens: int, columns: int) -> dict[str, float] | None:
-    """None where the plain path would need more than ``PLAIN_LIMIT``."""
+    """Measures in a child process; returns None if the plain path would need more than ``PLAIN_LIMIT``."""
     if path == "plain" and plain_bytes(tokens, columns) > PLAIN_LIMIT:
         return None
     arguments = ["--measure", path, str(tokens), str(columns)]
     command = [sys.executable, "-m", "benchmarks.log_probs", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
-def row(case: dict) -> dict[str, str]:
+def row(case: dict[str, Any]) -> dict[str, str]:
     def cell(path: str, field: str, unit: float, digits: int) -> str:
         return f"{case[path][field] / unit:,.{digits}f}" if case[path] else "-"
 
@@ -101,10 +104,12 @@ def row(case: dict) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", nargs=3, metavar=("PATH", "TOKENS", "COLUMNS"), help="used by itself")
-    chosen = parser.parse_args().measure
-    if chosen:
-        print(json.dumps(measure(chosen[0], int(chosen[1]), int(chosen[2]))))
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("PATH", "TOKENS", "COLUMNS"), help="used by the benchmark itself"
+    )
+    case = parser.parse_args().measure
+    if case:
+        print(json.dumps(measure(case[0], int(case[1]), int(case[2]))))
         return
     cases = [
         {

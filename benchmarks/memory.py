@@ -1,4 +1,4 @@
-"""What a process has in memory that is its own."""
+"""Private memory of a process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def anonymous(process_id: int) -> int:
-    """RssAnon, bytes: neither files that are mapped nor what is shared by them; 0 where the process is gone."""
+    """Returns RssAnon in bytes, which counts neither mapped files nor shared memory; 0 if the process has ended."""
     try:
         status = Path(f"/proc/{process_id}/status").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,1 +1,1 @@
-"""All that touches Megatron."""
+"""The actor: the policy on Megatron-Core."""

@@ -1,12 +1,12 @@
-"""Core attention of packed sequences under context parallelism in plain torch, for where Transformer Engine is absent.
+"""Core attention of packed sequences under context parallelism in plain torch, used without Transformer Engine.
 
-A query chunk attends to all earlier chunks of its sequence and, causally, to itself: at most two ranges of keys, the
-first without a mask and the second with the plain causal one, for every chunk of the zigzag layout. Each range is one
-call of a kernel that also returns the log-sum-exp of its scores; the results of the two are merged by it. Nothing of
-size L × L exists, in forward or backward.
+A query chunk attends to all earlier chunks of its sequence and, causally, to itself. For every chunk of the zigzag
+layout these are at most two ranges of keys, one without a mask and one with the plain causal mask. Each range is one
+call of a kernel that also returns the log-sum-exp of its scores, by which the two results are merged. Nothing of size
+L × L exists, in forward or backward.
 
-Keys and values of the other ranks are gathered once in forward and again in backward, so that what is kept between the
-two is this rank's share alone; their gradients are summed over the ranks in float32.
+Keys and values of the other ranks are gathered once in forward and again in backward, so only this rank's part is kept
+between the two. Their gradients are summed over the ranks in float32.
 
 Logical shapes, as suffixes of names: T tokens on this rank, P tokens of the whole packed micro-batch, R ranks of the
 context-parallel group (P = R·T), N query heads, G key/value heads (N is a multiple of G), D head dimension.
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, choose_kernel, merge, wide_dtype
+from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, accumulation_dtype, choose_kernel, merge
 from fipo_megatron.algorithm.future_kl import Exchange, gather_over
 from fipo_megatron.data.context_parallel import CpLayout
 
@@ -47,11 +47,11 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class KeyValueExchange:
-    """What moves keys, values and their gradients between the ranks of a context-parallel group.
+    """Collectives for keys, values and their gradients over a context-parallel group.
 
     Attributes:
         gather: All-gather, ``[...]`` to ``[R, ...]`` in rank order.
-        reduce_scatter: ``[R, ...]`` to ``[...]``: the sum over all ranks of the part that is for this one.
+        reduce_scatter: Reduce-scatter, ``[R, ...]`` to ``[...]``: the sum over all ranks of this rank's part.
     """
 
     gather: Exchange
@@ -59,7 +59,7 @@ class KeyValueExchange:
 
 
 def exchange_over(group: dist.ProcessGroup) -> KeyValueExchange:
-    """The exchange over a process group: one collective each way."""
+    """Returns the collectives of a process group, one each for forward and backward."""
 
     def reduce_scatter(message: Tensor) -> Tensor:
         mine = torch.empty_like(message[0], memory_format=torch.contiguous_format)
@@ -70,44 +70,44 @@ def exchange_over(group: dist.ProcessGroup) -> KeyValueExchange:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Queries of this rank, ``[T]``, and a range of keys of the packed micro-batch, ``[P]``, that they see."""
+class _KeyRange:
+    """Queries of this rank, ``[T]``, and a range of keys of the packed micro-batch, ``[P]``, that they attend to."""
 
     queries: slice
     keys: slice
     causal: bool
 
 
-def _parts(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_Part]]:
-    """For each chunk on this rank: its own keys, causally; then those of the earlier chunks of its sequence."""
+def _key_ranges(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_KeyRange]]:
+    """Returns for each chunk on this rank its own keys, causal, then those of the earlier chunks of its sequence."""
     chunks, first = [], 0
     for start, length in zip(cu_seqlens[:-1], layout.chunk_lengths(cu_seqlens), strict=True):
         for chunk in layout.chunks:
             queries, own = slice(first, first + length), start + chunk * length
-            chunks.append([_Part(queries, slice(own, own + length), True)])
+            chunks.append([_KeyRange(queries, slice(own, own + length), True)])
             if chunk:
-                chunks[-1].append(_Part(queries, slice(start, own), False))
+                chunks[-1].append(_KeyRange(queries, slice(start, own), False))
             first += length
     return chunks
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """One call's constants.
+    """Constants of one call.
 
     Attributes:
-        chunks: See :func:`_parts`.
-        rank_order: ``[P]`` int64: where in the packed micro-batch the gathered tokens belong; None for one rank.
+        chunks: Key ranges of each chunk (:func:`_key_ranges`).
+        rank_order: ``[P]`` int64, positions of the gathered tokens in the packed micro-batch; None for one rank.
     """
 
-    chunks: list[list[_Part]]
+    chunks: list[list[_KeyRange]]
     rank_order: NDArray[np.int64] | None
     scale: float
     kernel: Kernel
     exchange: KeyValueExchange | None
 
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, G, D]`` of this rank to ``[P, G, D]`` in packed order."""
+        """Gathers ``[T, G, D]`` of this rank to ``[P, G, D]`` in packed order."""
         if self.exchange is None or self.rank_order is None:
             return key, value
         gathered = self.exchange.gather(torch.stack([key, value], dim=1)).flatten(0, 1)
@@ -116,7 +116,7 @@ class _Attention:
         return packed[:, 0], packed[:, 1]
 
     def scatter(self, grads_P2GD: Tensor) -> Tensor:
-        """The reverse: ``[P, 2, G, D]``, this rank's contribution to all, to ``[T, 2, G, D]``, all to this rank's."""
+        """Sums the gradients ``[P, 2, G, D]`` of all ranks and returns this rank's tokens, ``[T, 2, G, D]``."""
         if self.exchange is None or self.rank_order is None:
             return grads_P2GD
         in_rank_order = grads_P2GD[torch.from_numpy(self.rank_order).to(grads_P2GD.device)]
@@ -124,16 +124,16 @@ class _Attention:
         return self.exchange.reduce_scatter(in_rank_order.view(-1, tokens, *grads_P2GD.shape[1:]))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, N, D]`` and the log-sum-exp ``[N, T]``."""
+        """Computes the output ``[T, N, D]`` and the log-sum-exp ``[N, T]``."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[1::-1], dtype=wide_dtype(query.dtype))
+        lse = query.new_empty(query.shape[1::-1], dtype=accumulation_dtype(query.dtype))
         keys, values = self.gather(key, value)
-        for parts in self.chunks:
+        for spans in self.chunks:
             partial = None
-            for part in parts:
-                partial = merge(partial, self.kernel.forward(self._inputs(part, query, keys, values)))
+            for span in spans:
+                partial = merge(partial, self.kernel.forward(self._inputs(span, query, keys, values)))
             if partial is not None:
-                rows = parts[0].queries
+                rows = spans[0].queries
                 _heads_first(out[rows]).copy_(partial[0])
                 lse[:, rows] = partial[1][0]
         return out, lse
@@ -141,36 +141,36 @@ class _Attention:
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of the queries, keys and values of this rank."""
+        """Computes the gradients of the queries, keys and values of this rank."""
         keys, values = self.gather(key, value)
-        # Without context parallelism every token is in one part: there is nothing to sum up, nor to round between.
-        summed = query.dtype if self.exchange is None else wide_dtype(query.dtype)
+        # Without context parallelism every token is in one range: nothing is summed, so nothing is rounded in between.
+        summed = query.dtype if self.exchange is None else accumulation_dtype(query.dtype)
         grad_query = torch.zeros_like(query, dtype=summed, memory_format=torch.contiguous_format)
         grads_P2GD = keys.new_zeros(len(keys), 2, *keys.shape[1:], dtype=summed)
-        for part in (part for parts in self.chunks for part in parts):
-            inputs, rows = self._inputs(part, query, keys, values), part.queries
+        for span in (span for spans in self.chunks for span in spans):
+            inputs, rows = self._inputs(span, query, keys, values), span.queries
             of_query, of_key, of_value = self.kernel.backward(
                 inputs, _heads_first(grad[rows]), _heads_first(out[rows]), lse[None, :, rows]
             )
             _heads_first(grad_query[rows]).add_(of_query)
-            _heads_first(grads_P2GD[part.keys, 0]).add_(of_key)
-            _heads_first(grads_P2GD[part.keys, 1]).add_(of_value)
+            _heads_first(grads_P2GD[span.keys, 0]).add_(of_key)
+            _heads_first(grads_P2GD[span.keys, 1]).add_(of_value)
         grad_key, grad_value = self.scatter(grads_P2GD).to(key.dtype).unbind(1)
         return grad_query.to(query.dtype), grad_key, grad_value
 
-    def _inputs(self, part: _Part, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
-        rows, columns = part.queries, part.keys
+    def _inputs(self, span: _KeyRange, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
+        rows, columns = span.queries, span.keys
         heads = (_heads_first(query[rows]), _heads_first(keys[columns]), _heads_first(values[columns]))
-        return KernelInputs(*heads, part.causal, self.scale)
+        return KernelInputs(*heads, span.causal, self.scale)
 
 
 def _heads_first(rows: Tensor) -> Tensor:
-    """``[Q, N, D]`` to ``[1, N, Q, D]``, as a view."""
+    """Returns a view of ``[Q, N, D]`` as ``[1, N, Q, D]``."""
     return rows.transpose(0, 1)[None]
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values and outputs of this rank, and one float per query and head."""
+    """Autograd function that keeps queries, keys, values and outputs of this rank and one float per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: _Attention) -> Tensor:
@@ -186,7 +186,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, which the kernels rely on; else a copy."""
+    """Returns the tensor if its last dimension is contiguous, as the kernels require, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -200,27 +200,27 @@ def packed_causal_attention(
     exchange: KeyValueExchange | None = None,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """Causal softmax attention within each packed sequence, exact, with grouped queries.
+    """Computes exact causal softmax attention within each packed sequence, with grouped queries.
 
-    Padding is the end of its sequence and an ordinary token: no real token sees it. Every rank of the group must call
-    this, and its backward, with the same ``cu_seqlens``: the former gathers once, the latter gathers once and
-    reduce-scatters once. A layout of one rank does no collective.
+    Padding is at the end of its sequence and computed like any token; no real token attends to it. A collective: every
+    rank of the group must call this function, and its backward, with the same ``cu_seqlens``. Forward gathers once;
+    backward gathers once and reduce-scatters once. A layout of one rank uses no collective.
 
     Args:
         query: ``[T, N, D]``, the tokens of this rank in the order of ``layout.indices``.
         key: ``[T, G, D]``.
         value: ``[T, G, D]``.
         cu_seqlens: Boundaries ``[S + 1]`` of the whole padded sequences, on the host.
-        layout: This rank and the size of the context-parallel group; one rank if None.
-        scale: Of the scores; ``D ** -0.5`` if None.
-        exchange: Over the context-parallel group; needed for a layout of several ranks.
-        kernel: :func:`choose_kernel`'s if None.
+        layout: Rank and size of the context-parallel group; None: one rank.
+        scale: Factor on the scores; None: ``D ** -0.5``.
+        exchange: Collectives of the context-parallel group; required for a layout of several ranks.
+        kernel: Attention kernel; None: that of :func:`choose_kernel`.
 
     Returns:
-        ``[T, N, D]``, the dtype of ``query``.
+        Output ``[T, N, D]`` in the dtype of ``query``.
 
     Raises:
-        ValueError: shapes that do not go together or with the layout, or an exchange missing.
+        ValueError: the shapes do not match each other or the layout, or ``exchange`` is missing.
     """
     layout = layout or CpLayout()
     if query.shape[0] * layout.size != cu_seqlens[-1]:
@@ -237,20 +237,24 @@ def packed_causal_attention(
         rank_order = np.concatenate([CpLayout(layout.size, rank).indices(cu_seqlens) for rank in range(layout.size)])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attention = _Attention(
-        _parts(cu_seqlens, layout),
+        _key_ranges(cu_seqlens, layout),
         rank_order,
         scale,
         kernel or choose_kernel(query),
         exchange if layout.size > 1 else None,
     )
-    return _PackedAttention.apply(_dense_rows(query), _dense_rows(key), _dense_rows(value), attention)  # type: ignore
+    # torch's stub of apply has no types.
+    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
+        _dense_rows(query), _dense_rows(key), _dense_rows(value), attention
+    )
+    return out
 
 
 class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
-    """:func:`packed_causal_attention` where Megatron-Core asks for a ``core_attention``.
+    """:func:`packed_causal_attention` as a ``core_attention`` module of Megatron-Core.
 
-    Takes the arguments of ``megatron/core/transformer/dot_product_attention.py``, and raises for all that it would have
-    to ignore. ``cp_comm_type`` has no effect.
+    Takes the arguments of ``megatron/core/transformer/dot_product_attention.py`` and raises on those that it does not
+    support. ``cp_comm_type`` has no effect.
 
     Raises:
         ValueError: dropout, a window, a mask that is not causal, cross attention, or a softmax other than plain.
@@ -298,25 +302,25 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Packed or dense attention.
+        """Computes attention of packed or dense input.
 
         Args:
             query: Packed ``[T, N, D]``, or dense ``[s, b, N, D]`` without ``packed_seq_params``.
             key: ``[T, G, D]`` or ``[s, b, G, D]``.
             value: Like ``key``.
-            attention_mask: None.
-            attn_mask_type: Causal, or None for that of the constructor.
-            attention_bias: None.
-            packed_seq_params: Boundaries of the whole sequences, padded where both are set. They are copied to the
-                host, which waits for the device, unless the object has an attribute ``cu_seqlens_host`` with the same
-                numbers as a sequence of int.
+            attention_mask: Must be None.
+            attn_mask_type: Causal mask type; None: that of the constructor.
+            attention_bias: Must be None.
+            packed_seq_params: Boundaries of the whole sequences; the padded ones if both are set. They are copied to
+                the host, which waits for the device, unless the object has an attribute ``cu_seqlens_host`` with the
+                same numbers as a sequence of int.
 
         Returns:
-            ``[T, N·D]`` or ``[s, b, N·D]``.
+            Output ``[T, N·D]`` or ``[s, b, N·D]``.
 
         Raises:
-            ValueError: a mask, a bias, a packed format other than thd, a context-parallel group for this micro-batch
-                alone, or dense input under context parallelism.
+            ValueError: a mask, a bias, a packed format other than thd, a context-parallel group of this micro-batch
+                only, or dense input under context parallelism.
         """
         self._check_mask_type(attn_mask_type)
         for name, given in (("attention_mask", attention_mask), ("attention_bias", attention_bias)):
@@ -335,7 +339,7 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
         return packed_causal_attention(query, key, value, cu_seqlens, self.layout, self.scale, exchange)
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Every entry of the batch is a sequence of a packed micro-batch."""
+        """Treats every entry of the batch as a sequence of a packed micro-batch."""
         if self.layout.size > 1:
             raise ValueError("packed_seq_params: needed under context parallelism")
         length, batch = query.shape[:2]
@@ -345,7 +349,7 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
 
 
 def _boundaries(packed_seq_params: PackedSeqParams) -> Sequence[int]:
-    """The padded boundaries on the host."""
+    """Returns the padded boundaries on the host."""
     on_host: Sequence[int] | None = getattr(packed_seq_params, "cu_seqlens_host", None)
     if on_host is not None:
         return on_host

@@ -1,7 +1,7 @@
-"""Attention of some queries to some keys that also returns the log-sum-exp of the scores.
+"""Attention kernels that also return the log-sum-exp of the scores.
 
-Two results over different keys merge into one by their log-sum-exps, and the gradients over different keys add up: so a
-kernel needs to know no mask but the plain causal one.
+Results over different keys merge by their log-sum-exps, and gradients over different keys add up. A kernel therefore
+needs no mask except the plain causal one.
 
 Logical shapes, as suffixes of names: N query heads, G key/value heads (N is a multiple of G), Q queries, K keys, D head
 dimension.
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of query, key and value."""
+"""Gradients of query, key and value."""
 
 
 class KernelInputs(NamedTuple):
-    """What a kernel attends from and to. The last dimension of the tensors is contiguous; the others need not be.
+    """Inputs of a kernel. The last dimension of each tensor is contiguous; the others need not be.
 
     Attributes:
         query: ``[1, N, Q, D]``.
         key: ``[1, G, K, D]``.
         value: ``[1, G, K, D]``.
-        causal: Query i sees keys up to i, and Q = K; else it sees all.
-        scale: Of the scores.
+        causal: Whether query i attends to keys up to i, with Q = K; else it attends to all keys.
+        scale: Factor on the scores.
     """
 
     query: Tensor
@@ -43,11 +43,22 @@ class Kernel(Protocol):
     """Exact softmax attention, computed in at least float32, in memory linear in Q and K."""
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-        """The output ``[1, N, Q, D]`` and the log-sum-exp ``[1, N, Q]``: float32, or float64 for float64 inputs."""
+        """Computes the attention of the queries.
+
+        Returns:
+            The output ``[1, N, Q, D]`` and the log-sum-exp ``[1, N, Q]``, float32 (float64 for float64 inputs).
+        """
         ...
 
     def backward(self, inputs: KernelInputs, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """The gradients, given output and log-sum-exp over *all* keys that the queries see, here or in other calls."""
+        """Computes the gradients of the inputs.
+
+        Args:
+            inputs: Inputs of the forward call.
+            grad: Gradient of the output.
+            out: Output over *all* keys that the queries attend to, in this and other calls.
+            lse: Log-sum-exp over the same keys.
+        """
         ...
 
 
@@ -56,7 +67,7 @@ class CpuFlash:
     """PyTorch's flash attention for CPU, the operator under ``scaled_dot_product_attention``: any floating dtype."""
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.forward`."""
         query, key, value, causal, scale = inputs
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale
@@ -64,7 +75,7 @@ class CpuFlash:
         return out, lse
 
     def backward(self, inputs: KernelInputs, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.backward`."""
         query, key, value, causal, scale = inputs
         grads: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
@@ -77,18 +88,18 @@ class CudaFlash:
     """PyTorch's flash attention for CUDA: float16 and bfloat16, head dimensions that are multiples of 8 up to 256."""
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.forward`."""
         query, key, value, causal, scale = inputs
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
         return out, lse
 
     def backward(self, inputs: KernelInputs, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.backward`."""
         query, key, value, causal, scale = inputs
         no_boundaries = (None, None, query.shape[2], key.shape[2])
-        random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout, which is 0
+        random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # for dropout, which is off
         no_dropout = (0.0, causal, random_state, random_state)
-        # The kernel takes the log-sum-exp for contiguous, whatever its strides.
+        # The kernel ignores the strides of the log-sum-exp and expects it to be contiguous.
         tensors = (grad, query, key, value, out, lse.contiguous())
         grads: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             *tensors, *no_boundaries, *no_dropout, scale=scale
@@ -101,8 +112,8 @@ class Blocked:
     """Attention in matrix products of bounded size: any device and dtype.
 
     Attributes:
-        queries: In one block.
-        keys: In one block; a multiple of ``queries``, so that every query of a block on the diagonal sees a key of it.
+        queries: Queries per block.
+        keys: Keys per block; a multiple of ``queries``, so that every query of a diagonal block attends to a key of it.
     """
 
     queries: int = 512
@@ -113,7 +124,7 @@ class Blocked:
             raise ValueError(f"keys: must be a multiple of queries, {self.queries}, got {self.keys}")
 
     def _blocks(self, inputs: KernelInputs) -> Iterator[tuple[slice, list[slice]]]:
-        """Ranges of queries, each with the ranges of keys that it sees any of."""
+        """Yields blocks of queries, each with the blocks of keys that any of its queries attends to."""
         num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
         for first in range(0, num_queries, self.queries):
             last = min(first + self.queries, num_queries)
@@ -121,10 +132,10 @@ class Blocked:
             yield slice(first, last), [slice(k, min(k + self.keys, num_keys)) for k in range(0, seen, self.keys)]
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.forward`."""
         query, _, value, _, _ = inputs
         out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=wide_dtype(query.dtype))
+        lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
         for rows, key_blocks in self._blocks(inputs):
             partial = None
             for columns in key_blocks:
@@ -137,7 +148,7 @@ class Blocked:
         return out, lse
 
     def backward(self, inputs: KernelInputs, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """See :class:`Kernel`."""
+        """Implements :meth:`Kernel.backward`."""
         query, key, value, _, scale = inputs
         wide, groups = lse.dtype, key.shape[1]
         grad_query, grad_key, grad_value = (torch.zeros_like(t, dtype=wide) for t in (query, key, value))
@@ -156,13 +167,13 @@ class Blocked:
         return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are accumulated in: float32, or float64 for float64."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of sums: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def merge(first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Output ``[..., D]`` and log-sum-exp ``[...]`` over the keys of both, in the dtype of the log-sum-exp."""
+    """Merges outputs ``[..., D]`` and log-sum-exps ``[...]`` over different keys, in the dtype of the log-sum-exp."""
     if first is None:
         return second
     (first_out, first_lse), (second_out, second_lse) = first, second
@@ -172,7 +183,7 @@ def merge(first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor]) ->
 
 
 def choose_kernel(query: Tensor) -> Kernel:
-    """The fastest kernel that is valid for these queries ``[..., D]``."""
+    """Returns the fastest kernel that supports these queries ``[..., D]``."""
     if query.device.type == "cpu":
         return CpuFlash()
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -187,9 +198,9 @@ def _has_cuda_flash(device: torch.device) -> bool:
 
 
 def _scores(inputs: KernelInputs, rows: slice, columns: slice) -> Tensor:
-    """The scores of one block, ``[1, G, N / G, Q, K]``, −∞ where a causal query does not see the key."""
+    """Computes the scores of one block, ``[1, G, N / G, Q, K]``; −∞ for keys after a causal query."""
     query, key, _, causal, scale = inputs
-    wide = wide_dtype(query.dtype)
+    wide = accumulation_dtype(query.dtype)
     scores = _by_group(query[:, :, rows].to(wide), key.shape[1]) @ key[:, :, None, columns].to(wide).mT
     scores.mul_(scale)
     if causal and columns.stop - 1 > rows.start:
@@ -199,5 +210,5 @@ def _scores(inputs: KernelInputs, rows: slice, columns: slice) -> Tensor:
 
 
 def _by_group(heads: Tensor, groups: int) -> Tensor:
-    """``[1, N, ...]`` to ``[1, G, N / G, ...]``."""
+    """Reshapes ``[1, N, ...]`` to ``[1, G, N / G, ...]``."""
     return heads.reshape(1, groups, -1, *heads.shape[2:])

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank goes wrong on all: none waits for ever in a collective that another has left."""
+"""Error propagation between ranks, so that no rank waits forever in a collective that another rank has left."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ T = TypeVar("T")
 
 @contextmanager
 def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Raises on every rank what the block raised on any: its own error there, RuntimeError elsewhere. A collective.
+    """Raises on all ranks if the block raises on any. A collective.
 
     Args:
-        what: Is being done.
-        group: Of all ranks; None: the default one. A thread beside the main one needs its own.
+        what: Name of the operation, for the message.
+        group: Process group of all ranks; None: the default group. A thread beside the main thread needs its own.
+
+    Raises:
+        Exception: the error of the block, on the ranks where it was raised.
+        RuntimeError: the errors of the other ranks, on all other ranks.
     """
     own: Exception | None = None
     try:

@@ -1,10 +1,10 @@
-"""The one place that adapts Megatron-Core 0.16.1 to a machine without CUDA.
+"""Adaptations of Megatron-Core 0.16.1 to a machine without CUDA. All of them are in this module.
 
-Megatron-Core's sources stay unmodified. Each entry of :data:`ADAPTATIONS` replaces one thing, says which lines of
-Megatron need it and why; ``docs/upstream.md`` is generated from the list, and for every entry a test shows that
-upstream still needs it. Where a Megatron module asks ``torch`` for CUDA, that module alone sees another ``torch``.
-``Tensor.type`` and ``Tensor.cuda`` have to be replaced for all, and do what they always did unless the named Megatron
-module calls them.
+Megatron-Core's sources stay unmodified. Each entry of :data:`ADAPTATIONS` replaces one attribute and cites the lines of
+Megatron that need it. ``docs/upstream.md`` is generated from the list, and a test shows for every entry that upstream
+still needs it. A Megatron module that asks ``torch`` for CUDA sees another ``torch``; other modules do not.
+``Tensor.type`` and ``Tensor.cuda`` are replaced globally, but behave differently only when the named Megatron module
+calls them.
 
     python -m fipo_megatron.actor.cpu_backend
 
@@ -36,10 +36,10 @@ class Adaptation:
     Attributes:
         name: ``module:attribute`` under ``megatron.core``, or the method of ``torch.Tensor`` and the module that calls
             it.
-        effect: What happens instead.
-        needed_by: ``file:line`` under ``megatron/core``.
-        why: What goes wrong without it.
-        apply: Makes the change.
+        effect: Behaviour with the change.
+        needed_by: Lines that need the change, ``file:line`` under ``megatron/core``.
+        why: Failure without the change.
+        apply: Function that makes the change.
     """
 
     name: str
@@ -60,7 +60,7 @@ class _Overlay:
 
 
 class _Stream:
-    """A CUDA stream where all work is done by the time a call returns: every stream is the current one."""
+    """A CUDA stream on which all work is done when a call returns: every stream is the current one."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
@@ -76,7 +76,7 @@ class _Stream:
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A tensor factory that takes ``device="cuda"`` for the CPU."""
+    """Wraps a tensor factory so that ``device="cuda"`` means the CPU."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> Tensor:
@@ -88,7 +88,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _torch_on_cpu() -> Any:
-    """``torch`` as a Megatron module should see it: the current CUDA device is the CPU, its generator the CPU's."""
+    """Returns ``torch`` with the CPU as the current CUDA device and the CPU's generator as that of CUDA."""
 
     def get_rng_state(device: Any = None) -> Tensor:
         return torch.get_rng_state()
@@ -111,7 +111,7 @@ def _torch_on_cpu() -> Any:
 
 
 def _set(module: str, attribute: str, value: Callable[[Any], Any]) -> Callable[[], None]:
-    """Sets ``megatron.core.<module>.<attribute>`` to ``value(what it was)``."""
+    """Returns a function that sets ``megatron.core.<module>.<attribute>`` to ``value(<its old value>)``."""
 
     def apply() -> None:
         target = importlib.import_module(f"megatron.core.{module}")
@@ -280,19 +280,19 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _set("transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", lambda _: _host_tensor),
     ),
 )
-"""Every change, in the order in which :func:`install` makes them."""
+"""All changes, in the order in which :func:`install` makes them."""
 
 _installed = False
 
 
 def install(without: Collection[str] = ()) -> None:
-    """Makes all adaptations, once per process.
+    """Applies all adaptations, once per process.
 
     Args:
-        without: Names of adaptations to leave out: for the tests that show that they are needed.
+        without: Names of adaptations to leave out, for the tests that show that they are needed.
 
     Raises:
-        RuntimeError: CUDA is available: Megatron-Core needs none of this there.
+        RuntimeError: CUDA is available, where Megatron-Core needs no adaptation.
     """
     global _installed
     if torch.cuda.is_available():
@@ -306,7 +306,7 @@ def install(without: Collection[str] = ()) -> None:
 
 
 def table() -> str:
-    """The adaptations as the Markdown table of ``docs/upstream.md``."""
+    """Returns the adaptations as the Markdown table of ``docs/upstream.md``."""
     rows = [
         f"| `{a.name}` | {a.effect} | {', '.join(f'`{line}`' for line in a.needed_by)} | {a.why} |" for a in ADAPTATIONS
     ]

@@ -1,11 +1,11 @@
-"""What Transformer Engine keeps between passes in FP8: scales and maxima of delayed scaling, copies of the weights.
+"""State that Transformer Engine keeps between FP8 passes: scales and amax history of delayed scaling, weight copies.
 
-Delayed scaling takes a tensor's scale from the maxima of earlier passes. Transformer Engine's kernels note maxima in
-every pass (row 0 of ``amax_history``), but make scales of them only at the end of a forward region that records
-gradients (``FP8GlobalStateManager``, in ``quantization.py``; ``fp8.py`` before 2.9). So a log-prob pass changes no
-scale by itself, yet what it saw, other weights included, would enter the scales of the next training pass.
+Delayed scaling derives a tensor's scale from the maxima of earlier passes. Transformer Engine's kernels record maxima
+in every pass (row 0 of ``amax_history``), but compute scales from them only at the end of a forward region that records
+gradients (``FP8GlobalStateManager``, in ``quantization.py``; ``fp8.py`` before 2.9). A log-prob pass therefore changes
+no scale, but its maxima, possibly under other weights, would enter the scales of the next training pass.
 
-Modules are recognised by what they keep, not by class: nothing here imports Transformer Engine.
+Modules are recognised by their attributes, not by class: nothing here imports Transformer Engine.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 _KEYS = ("scaling_fwd", "scaling_bwd")
-"""Of ``fp8_meta`` of Transformer Engine's modules; each holds the state of one module's tensors."""
+"""Keys of ``fp8_meta`` of Transformer Engine's modules; each holds the state of one module's tensors."""
 
 
 @contextmanager
 def frozen_scaling(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Puts every scale and every history of maxima back at the end; state that is made inside is as new.
+    """Restores every scale and amax history at the end of the block; state created in the block is reset.
 
-    Without delayed scaling there is no such state, and nothing happens.
+    Does nothing without delayed scaling, which alone has such state.
 
     Args:
-        chunks: Of the model, wrapped or not.
+        chunks: Chunks of the model, wrapped or not.
     """
     modules = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
     saved = {id(state): [each.clone() for each in _tensors(state)] for state in _states(modules)}
@@ -44,13 +44,13 @@ def frozen_scaling(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 def scaling_state(chunks: Iterable[torch.nn.Module]) -> list[Tensor]:
-    """Scale and history of maxima of every tensor under delayed scaling, as they are now: views, not copies."""
+    """Returns scale and amax history of every tensor under delayed scaling: the tensors themselves, not copies."""
     modules = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
     return [tensor for state in _states(modules) for tensor in _tensors(state)]
 
 
 def drop_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """Frees the FP8 copies of the weights, which the first micro-batch of the next pass makes again."""
+    """Frees the FP8 copies of the weights; the first micro-batch of the next pass creates them again."""
     for chunk in chunks:
         for module in chunk.modules():
             if copies := getattr(module, "_fp8_workspaces", None):
@@ -58,8 +58,9 @@ def drop_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def _states(modules: Iterable[torch.nn.Module]) -> list[Any]:
-    """The states under delayed scaling; those of other recipes keep nothing between passes."""
-    states = [module.fp8_meta.get(key) for module in modules for key in _KEYS]
+    """Returns the states under delayed scaling; other recipes keep nothing between passes."""
+    metas: list[dict[str, Any]] = [getattr(module, "fp8_meta") for module in modules]  # noqa: B009 - no typed attribute
+    states = [meta.get(key) for meta in metas for key in _KEYS]
     return [state for state in states if hasattr(state, "amax_history")]
 
 

@@ -1,4 +1,4 @@
-"""Converts whole models, Hugging Face directory to ``torch_dist`` checkpoint and back: calls that all ranks make."""
+"""Converts whole models between Hugging Face directories and ``torch_dist`` checkpoints, on all ranks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.storage import publishing
 from fipo_megatron.weights import tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.hf_directory import HfDirectory
+from fipo_megatron.weights.hf_directory import HfDirectory, VerificationError
 
 Phase = Callable[[str, int], AbstractContextManager[BytesCallback]]
-"""Is told what begins, and how many bytes it will take on the first rank; gives what is told of bytes that are done."""
-
-
-class VerificationError(ValueError):
-    """What was written is not what was read; the message names every tensor that differs."""
+"""Callback at the begin of a phase: takes its name and its bytes on rank 0, returns the callback for bytes done."""
 
 
 def _silent(what: str, total: int) -> AbstractContextManager[BytesCallback]:
@@ -36,13 +32,13 @@ def _silent(what: str, total: int) -> AbstractContextManager[BytesCallback]:
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """Options of a conversion.
 
     Attributes:
-        parallel: How the model is spread while it is converted; the result does not depend on it.
-        dtype: Of the result; None: one that holds what is there exactly.
-        verify: Read the result again and compare it, bit for bit.
-        phase: See :data:`Phase`; called on rank 0 only.
+        parallel: Layout of the model during the conversion; the result does not depend on it.
+        dtype: Dtype of the result; None: one that represents the source exactly.
+        verify: Whether the result is read again and compared, bit for bit.
+        phase: Progress callback (:data:`Phase`), called on rank 0 only.
     """
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -59,7 +55,7 @@ class _Model:
 
     @property
     def bytes(self) -> int:
-        """Of the parameters of this rank."""
+        """Size of this rank's parameters in bytes."""
         return sum(parameter.nbytes for chunk in self.chunks for parameter in chunk.parameters())
 
 
@@ -67,28 +63,28 @@ def hf_to_megatron(source: Path, target: Path, options: Options) -> None:
     """Writes a checkpoint of the weights that every layout can load, with Transformer Engine's layers or without.
 
     Args:
-        source: A Hugging Face model's directory.
-        target: Must not exist; its parent must.
-        options: Of which ``dtype`` must be float32 or bfloat16.
+        source: Hugging Face directory of the model.
+        target: Directory to write. Must not exist; its parent must.
+        options: Options; ``dtype`` must be float32 or bfloat16.
 
     Raises:
-        WeightsError: the model's files are not what its config.json says.
-        ValueError: the model cannot be spread over these ranks.
+        WeightsError: the model's files do not match its config.json.
+        ValueError: the model cannot be sharded over these ranks.
         FileExistsError: the target exists.
-        OSError: the disk is full, and the like.
-        VerificationError: see ``Options.verify``; nothing is left of what was written.
+        OSError: writing failed, for example because the disk is full.
+        VerificationError: ``Options.verify`` found differences; what was written is removed.
     """
     architecture = Architecture.from_directory(source)
     directory = HfDirectory(source)
     directory.check(architecture)
     publishing.refuse_existing(target)
-    with _built(architecture, options, options.dtype or directory.training_dtype) as model:
+    with _built_model(architecture, options, options.dtype or directory.training_dtype) as model:
         with _phase(options, model, "reading", model.bytes) as progress:
             load_hf(model.chunks, architecture, model.layout, source, progress=progress)
 
         def verify(written: Path) -> None:
-            with _as_difference(written):
-                _forget(model.chunks)
+            with _raise_verification_error(written):
+                _fill_with_nan(model.chunks)
                 load_weights(model.chunks, architecture, model.layout, written)
                 _compare(model, options, source, lambda mine, files: (mine, files.to(mine.dtype)))
 
@@ -107,26 +103,26 @@ def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None
     """Writes a complete Hugging Face directory from a checkpoint that any layout has written.
 
     Args:
-        source: The checkpoint.
-        target: Must not exist; its parent must.
-        options: Of which ``dtype`` must be float32, bfloat16 or float16.
-        hf: A Hugging Face directory to take config.json, tokenizer and so on from; None: they are in the checkpoint.
+        source: Directory of the checkpoint.
+        target: Directory to write. Must not exist; its parent must.
+        options: Options; ``dtype`` must be float32, bfloat16 or float16.
+        hf: Hugging Face directory with config.json, tokenizer and so on; None: those in the checkpoint.
 
     Raises:
-        WeightsError: the checkpoint is not what the config.json says.
+        WeightsError: the checkpoint does not match the config.json.
         ValueError, FileExistsError, OSError, VerificationError: see :func:`hf_to_megatron`.
     """
-    hf = torch_dist.companions_of(source, hf)
+    hf = torch_dist.companion_directory(source, hf)
     architecture = Architecture.from_directory(hf)
     held = torch_dist.check(source, architecture, hf)
     publishing.refuse_existing(target)
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else held
-    with _built(architecture, options, str(held).removeprefix("torch.")) as model:
-        _forget(model.chunks)
+    with _built_model(architecture, options, str(held).removeprefix("torch.")) as model:
+        _fill_with_nan(model.chunks)
         load_weights(model.chunks, architecture, model.layout, source)
 
         def verify(written: Path) -> None:
-            with _as_difference(written):
+            with _raise_verification_error(written):
                 with raise_on_all_ranks("reading the result again"):
                     HfDirectory(written).check(architecture)
                 _compare(model, options, written, lambda mine, files: (mine.to(dtype), files))
@@ -149,28 +145,28 @@ def _unverified(written: Path) -> None:
 
 
 @contextmanager
-def _as_difference(written: Path) -> Iterator[None]:
-    """Whatever goes wrong while the result is read again, on any rank, is a reason not to publish it."""
+def _raise_verification_error(written: Path) -> Iterator[None]:
+    """Raises VerificationError on all ranks for any error of the block, which prevents publishing. A collective."""
     try:
         with raise_on_all_ranks("reading the result again"):
             yield
     except Exception as error:
-        raise VerificationError(f"what was written is not what was read; nothing is left of it:\n{error}") from error
+        raise VerificationError(f"the result differs from the source and was removed:\n{error}") from error
 
 
 def written_bytes(model: _Model, dtype: torch.dtype) -> int:
-    """Of the tensors that rank 0 writes to Hugging Face files."""
-    place_chunks = {chunk for chunk, rank in chunk_owners(model.chunks, model.layout).items() if rank == 0}
+    """Returns the bytes of the tensors that rank 0 writes to Hugging Face files."""
+    own_chunks = {chunk for chunk, rank in chunk_owners(model.chunks, model.layout).items() if rank == 0}
     experts = range(model.architecture.mixture.experts if model.architecture.mixture else 0)
-    weights = (w for chunk in place_chunks for w in tables.chunk_weights(model.architecture, chunk, experts))
+    weights = (w for chunk in own_chunks for w in tables.chunk_weights(model.architecture, chunk, experts))
     return sum(weight.elements for weight in weights if not weight.copy) * dtype.itemsize
 
 
 @contextmanager
-def _built(architecture: Architecture, options: Options, dtype: str) -> Iterator[_Model]:
-    """The model with parameters that hold nothing yet."""
+def _built_model(architecture: Architecture, options: Options, dtype: str) -> Iterator[_Model]:
+    """Builds the model with uninitialised parameters; destroys the process groups at the end of the block."""
     actor = ActorConfig(
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]  # one of the literals, from the command line or the files
         parallel=options.parallel,
         transformer={"perform_initialization": False},
     )
@@ -186,8 +182,8 @@ def _phase(options: Options, model: _Model, what: str, total: int) -> AbstractCo
 
 
 @torch.no_grad()
-def _forget(chunks: Sequence[HiddenStateGPTModel]) -> None:
-    """What is not read again will not compare equal."""
+def _fill_with_nan(chunks: Sequence[HiddenStateGPTModel]) -> None:
+    """Fills all parameters with NaN, so that a tensor that is not read again differs."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.fill_(torch.nan)
@@ -198,13 +194,13 @@ def _compare(
 ) -> None:
     """Compares every tensor with a Hugging Face directory's, bit for bit. A collective of all ranks.
 
-    Takes the whole stream even where reading failed: the stage's other ranks are in its collectives.
+    Consumes the whole stream even if reading failed: the other ranks of the stage are in its collectives.
 
     Args:
-        model: Its weights are compared.
-        options: Of the conversion.
-        path: The directory.
-        alike: Brings a tensor of the model and that of the directory to the same dtype.
+        model: Model whose weights are compared.
+        options: Options of the conversion.
+        path: Hugging Face directory.
+        alike: Function that casts a tensor of the model and that of the directory to one dtype.
     """
     owners = {*chunk_owners(model.chunks, model.layout).values()}
     total = written_bytes(model, next(model.chunks[0].parameters()).dtype)
@@ -230,5 +226,5 @@ def _compare(
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Integers, so that NaN is equal to itself and −0 is not 0."""
+    """Returns the bits as integers, so that NaN equals itself and −0 differs from 0."""
     return tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)

@@ -1,7 +1,7 @@
 """Loads Hugging Face weights into the live shards of any layout, streams them back out, and saves them.
 
-Which slice of which tensor a rank holds follows from :mod:`fipo_megatron.weights.tables`; here it meets Megatron's
-parameters and process groups.
+Which slice of which tensor a rank holds follows from :mod:`fipo_megatron.weights.tables`. This module applies it to
+Megatron's parameters and process groups.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import DTYPES, HfDirectory
 from fipo_megatron.weights.hf_files import TensorFile
-from fipo_megatron.weights.placement import Chunk, Naming, Place
+from fipo_megatron.weights.placement import Chunk, Naming, ParameterPlacement
 from fipo_megatron.weights.tables import LocalWeight, Weight
 
 Bucket = list[tuple[str, Tensor | None]]
 BytesCallback = Callable[[int], None]
-"""Is told of bytes that are done, on each rank of its own."""
+"""Callback for the bytes that this rank has done."""
 
 
-def place_of(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> Place:
-    """What this rank holds, read from its chunks, so that any split of layers that Megatron made is the right one."""
+def parameter_placement(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> ParameterPlacement:
+    """Returns what this rank holds, read from its chunks, so that any split of layers by Megatron is valid."""
     runs = []
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         run = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
         runs.append(Chunk(run, bool(chunk.pre_process), bool(chunk.post_process)))
-    return Place(
+    return ParameterPlacement(
         tuple(runs),
         chunks[0].vocab_size,
         layout.tensor_rank,
@@ -55,14 +55,14 @@ def place_of(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> Place
 def local_parameters(
     chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout
 ) -> Iterator[tuple[LocalWeight, Tensor]]:
-    """Every parameter of this rank with what the table says of it, in the order of the table.
+    """Yields every parameter of this rank with its entry in the table, in the order of the table.
 
     Raises:
-        RuntimeError: the table does not describe these chunks: names or shapes differ (all are listed).
+        RuntimeError: the table does not describe these chunks; all differences of names and shapes are listed.
     """
     found = [dict(chunk.named_parameters()) for chunk in chunks]
-    naming = Naming.of([name for parameters in found for name in parameters])
-    expected = list(tables.local_weights(architecture, place_of(chunks, layout), naming))
+    naming = Naming.from_parameter_names([name for parameters in found for name in parameters])
+    expected = list(tables.local_weights(architecture, parameter_placement(chunks, layout), naming))
     wanted = {(local.chunk, local.name): local for local in expected}
     present = {(index, name): p for index, parameters in enumerate(found) for name, p in parameters.items()}
     problems = [f"chunk {i}: {name}: in the table only" for i, name in wanted.keys() - present.keys()]
@@ -87,34 +87,41 @@ def load_hf(
     *,
     progress: BytesCallback = lambda done: None,
 ) -> None:
-    """Fills this rank's parameters from a model's directory, reading only the slices that it holds.
+    """Loads this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
 
-    Values are cast to the parameters' dtype; padding becomes 0. Not a collective. Call it before the optimizer copies
-    the parameters. ``progress`` is told of bytes that are filled.
+    Values are cast to the parameters' dtype; padding is set to 0. Not a collective. Call it before the optimizer copies
+    the parameters.
+
+    Args:
+        chunks: This rank's chunks.
+        architecture: Architecture of the model.
+        layout: Layout of this rank.
+        path: Hugging Face directory of the model.
+        progress: Callback for the bytes loaded.
 
     Raises:
-        WeightsError: files or tensors are missing, unexpected, mis-shaped, corrupt or of a dtype that is not supported:
-            all are listed, and no parameter has been touched.
+        WeightsError: files or tensors are missing, unexpected, mis-shaped, corrupt or of an unsupported dtype. All are
+            listed, and no parameter has been changed.
     """
     directory = HfDirectory(path)
     directory.check(architecture)
-    padded_vocab, place = chunks[0].vocab_size, place_of(chunks, layout)
+    padded_vocab, placement = chunks[0].vocab_size, parameter_placement(chunks, layout)
     for local, parameter in list(local_parameters(chunks, architecture, layout)):
         if local.weight.entry.padded:
             parameter.zero_()
-        for piece in local.weight.pieces(*local.weight.share(place), padded_vocab):
+        for piece in local.weight.pieces(*local.weight.shard(placement), padded_vocab):
             parameter.narrow(piece.axis, piece.offset, piece.size).copy_(directory.read(piece))
         progress(parameter.nbytes)
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """What one gather brings together: a weight, or the experts that hold the same place on all expert ranks.
+class _GatherUnit:
+    """The weights that one gather assembles: one weight, or the experts at the same index of all expert ranks.
 
     Attributes:
-        weights: One, or one for each rank of expert parallelism.
-        local: This rank's part.
-        parts: Ranks that the weights are spread over; 1: no gather.
+        weights: One weight, or one per expert-parallel rank.
+        local: This rank's shard.
+        parts: Number of ranks that hold shards; 1: no gather.
     """
 
     weights: tuple[Weight, ...]
@@ -130,25 +137,27 @@ class _Unit:
         return sum(weight.elements for weight in self.weights) * self.local.element_size()
 
 
-def _units(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> Iterator[_Unit]:
-    place = place_of(chunks, layout)
-    per_rank = len(tables.local_experts(architecture, place))
+def _units(
+    chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout
+) -> Iterator[_GatherUnit]:
+    placement = parameter_placement(chunks, layout)
+    per_rank = len(tables.local_experts(architecture, placement))
     for local, parameter in local_parameters(chunks, architecture, layout):
-        weight, (_, size) = local.weight, local.weight.share(place)
+        weight, (_, size) = local.weight, local.weight.shard(placement)
         if weight.copy:
             continue
         if weight.expert is None:
-            yield _Unit((weight,), parameter, size)
+            yield _GatherUnit((weight,), parameter, size)
         else:
             slot = weight.expert % per_rank
             experts = range(slot, per_rank * layout.expert_size, per_rank)
             everywhere = tuple(tables.expert_weight(architecture, weight, expert) for expert in experts)
-            yield _Unit(everywhere, parameter, size * layout.expert_size)
+            yield _GatherUnit(everywhere, parameter, size * layout.expert_size)
 
 
-def _buckets(units: Iterator[_Unit], bucket_bytes: int) -> Iterator[list[_Unit]]:
-    """Runs of units of bounded size, unless one alone is larger."""
-    bucket: list[_Unit] = []
+def _buckets(units: Iterator[_GatherUnit], bucket_bytes: int) -> Iterator[list[_GatherUnit]]:
+    """Yields consecutive units of bounded total size, unless a single one is larger."""
+    bucket: list[_GatherUnit] = []
     filled = 0
     for unit in units:
         if bucket and filled + unit.bytes > bucket_bytes:
@@ -169,22 +178,22 @@ def export_hf(
     bucket_bytes: int = 256 << 20,
     on_ranks: Collection[int] | None = None,
 ) -> Iterator[Bucket]:
-    """Streams every tensor under its Hugging Face name, whole: a collective of the ranks of a pipeline stage.
+    """Streams all tensors, whole, under their Hugging Face names. A collective of the ranks of a pipeline stage.
 
-    Each stage streams its own layers, so that names differ from stage to stage; within a stage all ranks see the same
-    buckets and must take all of them, at the same time. Tensors are in the dtype of the parameters, on this rank's
-    device, valid until the next bucket is taken and not to be changed: some are the parameters themselves.
+    Each stage streams its own layers, so names differ between stages. Within a stage all ranks get the same buckets and
+    must consume all of them, at the same time. Tensors have the dtype of the parameters and are on this rank's device.
+    They are valid until the next bucket and must not be changed: some are the parameters themselves.
 
     Args:
-        chunks: This rank's.
-        architecture: Of the model.
-        layout: Of this rank.
-        bucket_bytes: Bound of the tensors of a bucket, unless one parameter alone is larger.
-        on_ranks: Ranks that get the tensors, the same on every rank; None: all. The others get None for each tensor,
-            and groups of ranks none of which is named exchange nothing.
+        chunks: This rank's chunks.
+        architecture: Architecture of the model.
+        layout: Layout of this rank.
+        bucket_bytes: Maximum bytes of the tensors of a bucket, unless a single parameter is larger.
+        on_ranks: Ranks that receive the tensors, the same set on every rank; None: all. Other ranks receive None for
+            each tensor, and process groups without a receiving rank communicate nothing.
 
     Yields:
-        Names and tensors.
+        Names and tensors of a bucket.
     """
     padded_vocab, order = chunks[0].vocab_size, _expert_order(layout)
     for bucket in _buckets(_units(chunks, architecture, layout), bucket_bytes):
@@ -201,9 +210,9 @@ def export_hf(
 
 
 def _gather_bucket(
-    bucket: list[_Unit], order: list[int] | None, on_ranks: Collection[int] | None
+    bucket: list[_GatherUnit], order: list[int] | None, on_ranks: Collection[int] | None
 ) -> list[list[Tensor]]:
-    """The parts of every unit: one collective for those that are spread alike, where a rank of its group wants them."""
+    """Gathers the shards of every unit: one collective per dtype and sharding, if a rank of its group receives them."""
     kinds: dict[tuple[torch.dtype, bool, int], list[int]] = {}
     for index, unit in enumerate(bucket):
         kinds.setdefault((unit.local.dtype, unit.expert, unit.parts), []).append(index)
@@ -230,7 +239,7 @@ def _group(expert: bool) -> dist.ProcessGroup:
 
 
 def _expert_order(layout: RankLayout) -> list[int] | None:
-    """Ranks in the group of the experts, ordered by expert rank, then expert tensor rank; a collective of the group."""
+    """Returns the experts' group ordered by expert rank, then expert tensor rank. A collective of the group."""
     if layout.expert_size * layout.expert_tensor_size == 1:
         return None
     group = _group(expert=True)
@@ -240,7 +249,7 @@ def _expert_order(layout: RankLayout) -> list[int] | None:
 
 
 def _gather(locals_: list[Tensor], group: dist.ProcessGroup, order: list[int] | None) -> list[list[Tensor]]:
-    """For each tensor, its parts on all ranks of the group: one collective."""
+    """Gathers for each tensor its shards on all ranks of the group, with one collective."""
     flat = locals_[0].reshape(-1) if len(locals_) == 1 else torch.cat([local.reshape(-1) for local in locals_])
     everything = flat.new_empty(group.size() * flat.numel())
     dist.all_gather_into_tensor(everything, flat.contiguous(), group=group)
@@ -249,14 +258,14 @@ def _gather(locals_: list[Tensor], group: dist.ProcessGroup, order: list[int] | 
     return [[rank[i].view(local.shape) for rank in ranks] for i, local in enumerate(locals_)]
 
 
-def _by_weight(unit: _Unit, gathered: list[Tensor]) -> Iterator[tuple[Weight, list[Tensor]]]:
+def _by_weight(unit: _GatherUnit, gathered: list[Tensor]) -> Iterator[tuple[Weight, list[Tensor]]]:
     each = len(gathered) // len(unit.weights)
     for index, weight in enumerate(unit.weights):
         yield weight, gathered[index * each : (index + 1) * each]
 
 
 def _tensors(weight: Weight, parts: list[Tensor], padded_vocab: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a whole parameter is made of: views where one piece is all of a tensor, else copies."""
+    """Yields the tensors of a whole parameter: views if one piece is the whole tensor, else copies."""
     sources = [
         (piece, parts[part].narrow(piece.axis, piece.offset, piece.size))
         for part in range(len(parts))
@@ -286,33 +295,35 @@ def save_hf(
     progress: BytesCallback = lambda done: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Writes a complete Hugging Face directory: a collective of all ranks, which must see one file system.
+    """Writes a complete Hugging Face directory. A collective of all ranks, which must share a file system.
 
-    The first rank of every pipeline stage writes the stage's tensors as they come. All is written beside the target and
-    renamed at the end: where anything fails, on any rank, nothing is left under the final name.
+    The first rank of every pipeline stage writes the stage's tensors as they are streamed. Files are written beside the
+    target and renamed at the end. If anything fails on any rank, nothing is left under the final name.
 
     Args:
-        chunks: This rank's.
-        architecture: Of the model.
-        layout: Of this rank.
-        source: A model's directory to take config.json, the tokenizer and the generation configuration from.
-        target: Must not exist; its parent must.
-        dtype: Of the weights on disk; None: that of the parameters.
-        max_file_bytes: Bound of the weights in one file, unless one tensor alone is larger.
-        bucket_bytes: See :func:`export_hf`.
-        progress: Is told of bytes that this rank has written.
-        verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
+        chunks: This rank's chunks.
+        architecture: Architecture of the model.
+        layout: Layout of this rank.
+        source: Hugging Face directory with config.json, tokenizer and generation configuration to copy.
+        target: Directory to write. Must not exist; its parent must.
+        dtype: Dtype of the weights on disk; None: that of the parameters.
+        max_file_bytes: Maximum bytes of the weights in one file, unless a single tensor is larger.
+        bucket_bytes: Maximum bytes of a bucket (:func:`export_hf`).
+        progress: Callback for the bytes that this rank has written.
+        verify: Function called on all ranks with the directory before it is renamed; it prevents that by raising on
+            all ranks.
 
     Raises:
         FileExistsError: the target exists.
-        ValueError: a dtype that is not supported.
-        OSError: the disk is full, and the like; on ranks where all went well, RuntimeError says what failed on which.
+        ValueError: the dtype is not supported.
+        OSError: writing failed, for example because the disk is full.
+        RuntimeError: another rank failed; the message says which and why.
     """
     source, target = Path(source), Path(target)
     dtype = dtype or next(chunks[0].parameters()).dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, DTYPES.values()))}")
-    with begun(source, target, layout) as partial:
+    with published_directory(source, target, layout) as partial:
         files = _plan(chunks, architecture, layout, dtype, max_file_bytes)
         with raise_on_all_ranks("save_hf"):
             mine = [file for file in files if file.owner == layout.rank]
@@ -328,22 +339,24 @@ def save_hf(
 
 
 @contextmanager
-def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
-    """Gives a directory that takes the target's name at the end, if nothing fails on any rank. A collective.
+def published_directory(
+    source: Path, target: Path, layout: RankLayout, group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
+    """Yields a new directory that is renamed to the target at the end if no rank failed. A collective.
 
     Args:
-        source: Must hold a config.json.
-        target: Must not exist; its parent must.
-        layout: Of this rank; the first makes and renames the directory, all must see it.
-        group: See :func:`.collectives.raise_on_all_ranks`.
+        source: Hugging Face directory; must have a config.json.
+        target: Final path. Must not exist; its parent must.
+        layout: Layout of this rank. Rank 0 creates and renames the directory; all ranks must see it.
+        group: Process group of all ranks (:func:`.collectives.raise_on_all_ranks`).
     """
     partial = partial_of(target)
-    with raise_on_all_ranks("beginning to save", group):
+    with raise_on_all_ranks("preparing the directory", group):
         if layout.rank == 0:
             hf_files.check_source(source)
             publishing.begin(target)
     try:
-        with raise_on_all_ranks("beginning to save", group):
+        with raise_on_all_ranks("preparing the directory", group):
             if not partial.is_dir():
                 raise FileNotFoundError(
                     f"{partial}: not seen by rank {layout.rank}; all ranks must share a file system"
@@ -358,12 +371,12 @@ def begun(source: Path, target: Path, layout: RankLayout, group: dist.ProcessGro
 
 
 def chunk_owners(chunks: Sequence[HiddenStateGPTModel], layout: RankLayout) -> dict[Chunk, int]:
-    """The first rank that holds each chunk of the model. A collective of all ranks."""
+    """Returns the first rank that holds each chunk of the model. A collective of all ranks."""
     runs: list[tuple[Chunk, ...]] = [()] * layout.world_size
-    dist.all_gather_object(runs, place_of(chunks, layout).chunks)
+    dist.all_gather_object(runs, parameter_placement(chunks, layout).chunks)
     owners: dict[Chunk, int] = {}
-    for rank, places in enumerate(runs):
-        for chunk in places:
+    for rank, held in enumerate(runs):
+        for chunk in held:
             owners.setdefault(chunk, rank)
     return owners
 
@@ -375,7 +388,7 @@ def _plan(
     dtype: torch.dtype,
     max_file_bytes: int,
 ) -> list[TensorFile]:
-    """The files, in the order of layers, each owned by the first rank of the stage that its tensors are on."""
+    """Returns the files in the order of layers, each owned by the first rank of the stage that holds its tensors."""
     owners = chunk_owners(chunks, layout)
     experts = range(architecture.mixture.experts if architecture.mixture else 0)
     tensors = [
@@ -391,7 +404,7 @@ def _plan(
 def _write(
     stream: Iterator[Bucket], directory: Path, files: list[TensorFile], dtype: torch.dtype, progress: BytesCallback
 ) -> None:
-    """Writes what comes, and takes all of it even where writing has failed: the other ranks are in the collectives."""
+    """Writes the stream and consumes it even if writing fails: the other ranks are in the collectives."""
     try:
         with hf_files.TensorWriter(directory, files, dtype) as writer:
             for bucket in stream:

@@ -1,13 +1,13 @@
-"""Log-prob and entropy of the labels from hidden states, with the output layer's vocabulary split over ranks.
+"""Log-prob and entropy of the labels from hidden states, with the vocabulary of the output layer split over ranks.
 
-Logits of 32k tokens over 152k columns are 20 GB in float32, and a plain softmax keeps several copies of them. Here the
-tokens are taken in chunks: forward keeps four numbers per token, backward computes the logits of a chunk again. A rank
-never holds more than ``[chunk_tokens, V]``; the price is one more matrix product in backward (four instead of three).
+Logits of 32k tokens over 152k columns take 20 GB in float32, and a plain softmax keeps several copies. Here tokens are
+processed in chunks: forward keeps four numbers per token, backward recomputes the logits of a chunk. A rank never holds
+more than ``[chunk_tokens, V]``. The cost is one more matrix product in backward (four instead of three).
 
-Across the tensor-parallel group a softmax is four numbers per token and rank: the largest logit, the sum of the
+Across the tensor-parallel group a softmax needs four numbers per token and rank: the largest logit, the sum of the
 exponentials relative to it, the label's logit and, for the entropy, the weighted sum of logits. They are gathered once
-for the whole sequence and merged by every rank in the same order. That is one collective per forward pass where an
-all-reduce of the maximum followed by one of the sums would be two per chunk, and every rank gets the same bits.
+for the whole sequence and merged by every rank in the same order. This is one collective per forward pass, where
+all-reducing the maximum and then the sums would be two per chunk, and every rank gets the same bits.
 
 Logical shapes, as suffixes of names: T tokens of this rank, C tokens of a chunk, H hidden, V columns of the vocabulary
 on this rank, R ranks of the tensor-parallel group, K statistics per token; S, B as in Megatron.
@@ -27,12 +27,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLogProbs:
-    """What the policy says about each label.
+    """Log-probs and entropies of the policy at each label.
 
     Attributes:
-        log_probs: log π of the label, the shape of the labels, float32 (float64 for float64 input), ≤ 0. A label that
-            is no real column of the vocabulary has probability 0: −inf.
-        entropy: Entropy of the (tempered) distribution in nats, the same shape and dtype, ≥ 0; None if not asked for.
+        log_probs: log π of the label in nats, ≤ 0, in the shape of the labels, float32 (float64 for float64 input). A
+            label outside the true vocabulary has probability 0: −inf.
+        entropy: Entropy of the (tempered) distribution in nats, ≥ 0, same shape and dtype; None if not requested.
     """
 
     log_probs: Tensor
@@ -50,29 +50,29 @@ def token_log_probs(
     vocab_size: int | None = None,
     with_entropy: bool = False,
 ) -> TokenLogProbs:
-    """``log_softmax(hidden @ weight.T / temperature)[label]`` for every token, in chunks.
+    """Computes ``log_softmax(hidden @ weight.T / temperature)[label]`` for every token, in chunks.
 
     The logits of a chunk are computed in the dtype of the input, their softmax in float32 (float64 for float64 input).
-    Nothing of size tokens × vocabulary is kept for backward. The log-probs do not depend on ``with_entropy`` or on
-    whether a gradient is recorded, bit for bit.
+    Nothing of size tokens × vocabulary is kept for backward. The log-probs are bitwise independent of ``with_entropy``
+    and of whether a gradient is recorded.
 
     Gradients: that of ``weight`` is complete for this rank's rows. That of ``hidden`` is the PARTIAL sum over this
-    rank's columns; it still has to be summed over ``group``, as for Megatron's ColumnParallelLinear, whose input goes
-    through a mapping function that does this. :func:`megatron_token_log_probs` is this function behind that mapping.
+    rank's columns and must be summed over ``group``, as for Megatron's ColumnParallelLinear, whose input passes through
+    a mapping function that does this. :func:`megatron_token_log_probs` is this function behind that mapping.
 
-    Memory: see :func:`chunk_tokens_within` for the logits; the gradient of ``weight`` is a whole ``[V, H]`` and, for
-    weights below float32 and more than one chunk, a float32 sum of that shape (4 · V · H bytes) and the product of a
-    chunk while backward runs.
+    Memory: :func:`chunk_tokens_within` covers the logits. The gradient of ``weight`` takes ``[V, H]`` and, for weights
+    below float32 and more than one chunk, also a float32 sum of that shape (4 · V · H bytes) and the product of a chunk
+    while backward runs.
 
     Args:
         hidden: ``[..., H]``, floating point; the same on all ranks of ``group``.
         weight: ``[V, H]``, the dtype of ``hidden``: rank r's rows r·V … (r+1)·V of the output layer.
-        labels: ``[...]`` int64, ids in the whole vocabulary; the same on all ranks. For masked tokens any id will do.
-        temperature: Divides the logits before the softmax, > 0.
-        chunk_tokens: C.
+        labels: ``[...]`` int64, ids in the whole vocabulary; the same on all ranks. Masked tokens may have any id.
+        temperature: Divisor of the logits before the softmax, > 0.
+        chunk_tokens: Tokens per chunk, C.
         group: The tensor-parallel group; None if ``weight`` is the whole output layer.
-        vocab_size: The true size of the vocabulary. Columns from there on are padding: their logits are not computed.
-        with_entropy: Also compute the entropy. Its exact gradient costs extra only where a gradient arrives for it.
+        vocab_size: True size of the vocabulary. Later columns are padding: their logits are not computed.
+        with_entropy: Also compute the entropy. Its exact gradient costs extra only if a gradient arrives for it.
 
     Returns:
         Log-probs and entropy, in the shape of ``labels``, on every rank of ``group``.
@@ -88,7 +88,10 @@ def token_log_probs(
         raise ValueError(f"chunk_tokens: must be >= 1, got {chunk_tokens}")
     head = _Head.build(weight.shape[0], vocab_size, temperature, chunk_tokens, group)
     flat_TH = hidden.reshape(-1, hidden.shape[-1])
-    log_probs_T, entropy_T = _TokenLogProbs.apply(flat_TH, weight, labels.reshape(-1), head, with_entropy)
+    # torch's stub of apply has no types.
+    log_probs_T, entropy_T = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
+        flat_TH, weight, labels.reshape(-1), head, with_entropy
+    )
     return TokenLogProbs(log_probs_T.view(labels.shape), None if entropy_T is None else entropy_T.view(labels.shape))
 
 
@@ -104,30 +107,30 @@ def megatron_token_log_probs(
     vocab_size: int | None = None,
     with_entropy: bool = False,
 ) -> TokenLogProbs:
-    """:func:`token_log_probs` in place of Megatron's output layer and cross entropy, with Megatron's conventions.
+    """Computes :func:`token_log_probs` with Megatron's conventions, in place of its output layer and cross entropy.
 
-    The input passes through the mapping that ColumnParallelLinear uses (``tensor_parallel/mappings.py``): an identity
-    whose backward is one all-reduce or, under sequence parallelism, an all-gather whose backward is a reduce-scatter.
-    So the gradient of ``hidden_SBH`` is complete.
+    The input passes through the mapping of ColumnParallelLinear (``tensor_parallel/mappings.py``): an identity whose
+    backward is one all-reduce or, under sequence parallelism, an all-gather whose backward is a reduce-scatter. The
+    gradient of ``hidden_SBH`` is therefore complete.
 
-    Megatron's ``overlap_param_gather`` waits for a parameter in a hook that runs before its own module's ``forward``.
-    This function does not call the output layer, so with that option it must be called from within its ``forward``.
+    Megatron's ``overlap_param_gather`` waits for a parameter in a hook before the ``forward`` of its module. This
+    function does not call the output layer, so with that option it must be called within the ``forward`` of that layer.
 
     Args:
         hidden_SBH: Output of the decoder, ``[S, B, H]``; under sequence parallelism ``[S / R, B, H]``.
         weight: This rank's ``[V, H]`` of the output layer (or the tied embedding).
         labels_BS: ``[B, S]`` int64, already shifted.
-        group: The tensor-parallel group, also where it has one rank.
+        group: The tensor-parallel group, also if it has one rank.
         sequence_parallel: Whether ``hidden_SBH`` is split along S over ``group``.
-        temperature: See :func:`token_log_probs`; also for the following.
-        chunk_tokens: C.
-        vocab_size: The true size of the vocabulary.
+        temperature: Divisor of the logits, as in :func:`token_log_probs`.
+        chunk_tokens: Tokens per chunk, C.
+        vocab_size: True size of the vocabulary.
         with_entropy: Also compute the entropy.
 
     Returns:
         Log-probs and entropy, ``[B, S]``, on every rank of ``group``.
     """
-    # Imported here: it takes seconds, and nothing else in this file needs it.
+    # Imported here: the import takes seconds, and nothing else in this file needs it.
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
@@ -152,15 +155,15 @@ def megatron_token_log_probs(
 
 
 def chunk_tokens_within(budget_bytes: int, num_columns: int, dtype: torch.dtype, with_entropy: bool = False) -> int:
-    """The longest chunk whose logits fit in a budget, at least one token.
+    """Returns the number of tokens of the longest chunk whose logits fit in a budget, at least 1.
 
-    A logit takes 4 bytes (8 for float64), plus its own size below float32 while it is converted. The entropy takes a
-    second float32 copy instead of that.
+    A logit takes 4 bytes (8 for float64), plus the size of the dtype below float32 during conversion. The entropy takes
+    a second float32 copy instead.
 
     Args:
-        budget_bytes: For all copies of a chunk's logits together.
+        budget_bytes: Bytes for all copies of a chunk's logits together.
         num_columns: V, columns on this rank.
-        dtype: Of the weight.
+        dtype: Dtype of the weight.
         with_entropy: Whether the entropy is computed too.
     """
     size = torch.promote_types(dtype, torch.float32).itemsize
@@ -170,11 +173,14 @@ def chunk_tokens_within(budget_bytes: int, num_columns: int, dtype: torch.dtype,
 
 @dataclass(frozen=True)
 class _Head:
-    """The columns of the softmax that this rank computes, and how.
+    """This rank's columns of the softmax and the settings of its computation.
 
     Attributes:
-        first_column: Id of the first one.
-        num_columns: Those of them that are not padding; a last rank may have none.
+        first_column: Id of the first column.
+        num_columns: Number of columns that are not padding; the last ranks may have none.
+        temperature: Divisor of the logits.
+        chunk_tokens: Tokens per chunk.
+        group: Tensor-parallel group; None for one rank.
     """
 
     first_column: int
@@ -200,25 +206,25 @@ class _Head:
         return cls(rank * columns, real, temperature, chunk_tokens, group if size > 1 else None)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
-        """The tokens of each chunk; none at all where every column is padding."""
+        """Yields the tokens of each chunk; nothing if every column is padding."""
         starts = range(0, num_tokens if self.num_columns else 0, self.chunk_tokens)
         return (slice(start, min(start + self.chunk_tokens, num_tokens)) for start in starts)
 
     def logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Tempered logits of the real columns, ``[C, V]``, float32 or float64, in a buffer of their own."""
+        """Computes the tempered logits of the real columns, ``[C, V]``, float32 or float64, in a new buffer."""
         logits_CV = hidden_CH @ weight_VH[: self.num_columns].t()
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         return logits_CV if self.temperature == 1 else logits_CV.div_(self.temperature)
 
     def columns_of(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        """The column of each label here, ``[C]`` (any valid one if it is not here), and whether it is here."""
+        """Returns each label's column, ``[C]``, any valid one for other ranks' labels, and the mask of local labels."""
         column_C = labels_C - self.first_column
         here_C = (column_C >= 0) & (column_C < self.num_columns)
         return column_C.clamp(0, self.num_columns - 1), here_C
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Two outputs from one softmax; the second is None without entropy."""
+    """Autograd function with two outputs of one softmax; the second is None without entropy."""
 
     @staticmethod
     def forward(
@@ -226,7 +232,7 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         local_KT = _local_statistics(hidden_TH, weight_VH, labels_T, head, with_entropy)
         max_T, log_sum_T, log_probs_T, entropy_T = _merge(_gather(local_KT, head.group))
-        # The maximum and the logarithm are kept apart: their float32 sum would lose 1e-3 at logits of 1e4.
+        # Maximum and logarithm are kept separately: their float32 sum would lose 1e-3 at logits of 1e4.
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, max_T, log_sum_T, entropy_T)
         ctx.head = head
         ctx.set_materialize_grads(False)
@@ -266,10 +272,10 @@ class _TokenLogProbs(torch.autograd.Function):
 def _local_statistics(
     hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, head: _Head, with_entropy: bool
 ) -> Tensor:
-    """Over this rank's columns: max, Σ exp(z − max), the label's z or −inf and, with entropy, Σ exp(z − max)(z − max).
+    """Computes max, Σ exp(z − max), the label's z or −inf and, with entropy, Σ exp(z − max)(z − max) of local columns.
 
     Returns:
-        ``[K, T]``, K = 3 or 4. Without a column: −inf, 0, −inf, 0.
+        ``[K, T]``, K = 3 or 4. Without a real column: −inf, 0, −inf, 0.
     """
     shape = (3 + with_entropy, hidden_TH.shape[0])
     local_KT = hidden_TH.new_zeros(shape, dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
@@ -289,17 +295,17 @@ def _local_statistics(
 
 
 def _gather(local_KT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[R, K, T]``: the statistics of all ranks, by the one collective of the forward pass."""
+    """Gathers the statistics of all ranks, ``[R, K, T]``: the only collective of the forward pass."""
     if group is None:
         return local_KT[None]
     size, (kinds, tokens) = dist.get_world_size(group), local_KT.shape
-    gathered = local_KT.new_empty(size * kinds, tokens)  # gloo takes ranks along the first dimension only
+    gathered = local_KT.new_empty(size * kinds, tokens)  # gloo supports ranks along the first dimension only
     dist.all_gather_into_tensor(gathered, local_KT, group=group)
     return gathered.view(size, kinds, tokens)
 
 
 def _merge(statistics_RKT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The softmax over all columns from that over each rank's.
+    """Merges the softmax statistics of all ranks.
 
     With M the largest maximum and E = Σ p (z − M): log π = (z_label − M) − log Σ exp(z − M), entropy = log Σ − E.
 
@@ -308,7 +314,7 @@ def _merge(statistics_RKT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     """
     max_RT, sum_RT, label_RT, *weighted = statistics_RKT.unbind(1)
     max_T = max_RT.amax(0)
-    # A rank that has only padding is at −inf; a finite bound keeps 0 · distance at 0, and a NaN stays one.
+    # A rank with only padding has −inf. A finite bound keeps 0 · distance at 0, and NaN stays NaN.
     distance_RT = (max_RT - max_T).clamp(min=torch.finfo(max_RT.dtype).min)
     scale_RT = distance_RT.exp()
     sum_T = (sum_RT * scale_RT).sum(0)
@@ -327,17 +333,17 @@ def _logits_gradient(
     grad_log_probs_C: Tensor,
     entropy_terms: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Gradient with respect to the tempered logits; overwrites ``log_p_CV``.
+    """Computes the gradient with respect to the tempered logits; overwrites ``log_p_CV``.
 
     ∂ log π / ∂z_j = 1[j = label] − p_j. From H = lse − Σ p z: ∂H/∂z_j = p_j − (p_j + p_j (z_j − Σ p z)), and with
     z_j − lse = log p_j and Σ p z − lse = −H this is −p_j (log p_j + H).
 
     Args:
-        log_p_CV: log p of every column here.
-        column_C: Column of the label, where ``here_C``.
+        log_p_CV: log p of every local column.
+        column_C: Column of the label if ``here_C``.
         here_C: Whether the label is on this rank.
         grad_log_probs_C: Upstream gradient of log π.
-        entropy_terms: Upstream gradient of H, and H, ``[C]`` each, if a gradient arrived for it.
+        entropy_terms: Upstream gradient of H, and H, ``[C]`` each; None if no gradient arrived for H.
     """
     if entropy_terms is None:
         grad_CV = log_p_CV.exp_().mul_(-grad_log_probs_C[:, None])
@@ -347,13 +353,13 @@ def _logits_gradient(
         factor_CV = log_p_CV.add_(entropy_C[:, None]).mul_(-grad_entropy_C[:, None])
         grad_CV = factor_CV.sub_(grad_log_probs_C[:, None]).mul_(p_CV)
     token_C = torch.arange(grad_CV.shape[0], device=grad_CV.device)
-    # One entry per row: read, add, write is deterministic on every device, where scatter_add is not.
+    # One entry per row: reading, adding and writing is deterministic on every device, unlike scatter_add.
     grad_CV[token_C, column_C] += torch.where(here_C, grad_log_probs_C, 0)
     return grad_CV
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, with the product in its own dtype where ``total`` is wider."""
+    """Computes ``total += left @ right``; the product has its own dtype if that of ``total`` is wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -1,8 +1,7 @@
-"""Our configuration and the model's shape, as Megatron-Core's three configuration classes.
+"""Translation of our configuration and the model's architecture to Megatron-Core's three configuration classes.
 
-Every field of those classes can be set by name from ``actor.transformer``, ``actor.ddp`` and
-``actor.megatron_optimizer``, unless it follows from the model or from a setting of ours: two sources for one value
-would have to agree for ever.
+Every field of those classes can be set by name in ``actor.transformer``, ``actor.ddp`` and
+``actor.megatron_optimizer``, unless it follows from the model or from a setting of ours. Each value has one source.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ _FUNCTION: dict[str, Any] = {
     "moe_input_jitter_eps": None,
     "moe_shared_expert_intermediate_size": None,
 }
-"""Fields that change the function that the model computes: none of the supported architectures wants another value, and
-two passes under a wrong one agree with each other, so that the lr = 0 gate could not tell."""
+"""Fields that change the function of the model. No supported architecture needs another value, and the lr = 0 gate
+cannot detect a wrong one, since both passes would agree."""
 
 
 def transformer_engine_found() -> bool:
-    """Whether Transformer Engine is installed and has a GPU to run on."""
+    """Returns whether Transformer Engine is installed and a GPU is available."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -62,7 +61,7 @@ def _transformer_engine_used(actor: ActorConfig) -> bool:
 
 
 def check(architecture: Architecture, actor: ActorConfig) -> None:
-    """Raises ValueError with every reason why this model cannot be built as configured; builds nothing."""
+    """Raises ValueError with all reasons why the model cannot be built as configured; builds nothing."""
     problems = architecture.problems(actor) + _fp8_problems(actor)
     for name, cls, derived in (
         ("transformer", TransformerConfig, _derived_transformer(architecture, actor)),
@@ -72,7 +71,7 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         problems += _field_problems(cls, name, getattr(actor, name), derived)
     if architecture.mixture and torch.cuda.is_available() and not _transformer_engine_used(actor):
         problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
-    if architecture.mixture and architecture.mixture.normalised and architecture.mixture.chosen == 1:
+    if architecture.mixture and architecture.mixture.normalised and architecture.mixture.top_k == 1:
         problems.append("config.json: norm_topk_prob = true: with one expert per token its weight has no gradient")
     if actor.distributed_optimizer and (kind := actor.megatron_optimizer.get("optimizer", "adam")) != "adam":
         problems.append(
@@ -80,13 +79,15 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         )
     wanted = actor.transformer.get("transformer_impl")
     if wanted not in (None, "local") and not transformer_engine_found():
-        problems.append(f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not here; valid: local")
+        problems.append(
+            f"actor.transformer.transformer_impl = {wanted}: Transformer Engine is not available; valid: local"
+        )
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def check_auxiliary_losses(config: Config) -> None:
-    """Raises ValueError where a router's auxiliary loss, scaled by tokens, would be divided by a count of sequences."""
+    """Raises ValueError if a router's auxiliary loss, scaled by tokens, would be divided by a number of sequences."""
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         if config.actor.transformer.get(name) and config.algorithm.aggregation != "token_mean":
             raise ValueError(
@@ -96,10 +97,10 @@ def check_auxiliary_losses(config: Config) -> None:
 
 
 def transformer_config(architecture: Architecture, actor: ActorConfig) -> TransformerConfig:
-    """The model for Megatron-Core; fields of ``actor.transformer`` win over defaults of ours.
+    """Returns Megatron-Core's configuration of the model; ``actor.transformer`` overrides our defaults.
 
     Raises:
-        ValueError: see :func:`check`, and what Megatron-Core itself finds.
+        ValueError: see :func:`check`, or Megatron-Core rejects the configuration.
     """
     check(architecture, actor)
     given = _converted(TransformerConfig, "transformer", actor.transformer)
@@ -109,23 +110,23 @@ def transformer_config(architecture: Architecture, actor: ActorConfig) -> Transf
 
 
 def ddp_config(actor: ActorConfig) -> DistributedDataParallelConfig:
-    """Gradient buffers and their reduction, in float32 unless ``actor.ddp`` says otherwise."""
+    """Returns the configuration of the gradient buffers, reduced in float32 unless ``actor.ddp`` sets another dtype."""
     given = _converted(DistributedDataParallelConfig, "ddp", actor.ddp)
     return DistributedDataParallelConfig(**({"grad_reduce_in_fp32": True} | given | _derived_ddp(actor)))
 
 
 def optimizer_config(actor: ActorConfig) -> OptimizerConfig:
-    """AdamW, unless ``actor.megatron_optimizer`` says otherwise."""
+    """Returns the configuration of the optimizer, AdamW unless ``actor.megatron_optimizer`` sets another one."""
     given = _converted(OptimizerConfig, "megatron_optimizer", actor.megatron_optimizer)
     return OptimizerConfig(**({"optimizer": "adam"} | given | _derived_optimizer(actor)))
 
 
 def token_multiple(actor: ActorConfig) -> int:
-    """What the tokens of a micro-batch on one context-parallel rank must be a multiple of.
+    """Returns the divisor of the number of tokens of a micro-batch on one context-parallel rank.
 
-    Sequence parallelism cuts them into ``tensor_parallel`` parts. FP8 matrix products need multiples of 16
-    (``get_fp8_align_size`` of ``megatron/core/fp8_utils.py``); blockwise scaling shares a scale between 128 tokens,
-    and no such block may lie on two tensor-parallel ranks, which would give it two scales.
+    Sequence parallelism splits the tokens into ``tensor_parallel`` parts. FP8 matrix products need multiples of 16
+    (``get_fp8_align_size`` of ``megatron/core/fp8_utils.py``). Blockwise scaling shares a scale between 128 tokens; a
+    block must not lie on two tensor-parallel ranks, which would compute two scales.
     """
     parts = actor.parallel.tensor_parallel if actor.parallel.sequence_parallel else 1
     if actor.fp8 == "off":
@@ -134,7 +135,7 @@ def token_multiple(actor: ActorConfig) -> int:
 
 
 def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
-    """What follows from the model and from our own settings."""
+    """Returns the fields that follow from the model and from our own settings."""
     parallel, mixture, fp8 = actor.parallel, architecture.mixture, actor.fp8 != "off"
     dtype = getattr(torch, actor.dtype)
     return {
@@ -157,9 +158,9 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
         "attention_dropout": 0.0,
         "num_moe_experts": mixture.experts if mixture else None,
         "moe_ffn_hidden_size": mixture.ffn if mixture else None,
-        "moe_router_topk": mixture.chosen if mixture else 2,
+        "moe_router_topk": mixture.top_k if mixture else 2,
         "moe_layer_freq": [int(sparse) for sparse in mixture.layers] if mixture else 1,
-        # Softmax over the chosen is softmax over all, normalised over the chosen.
+        # Softmax over the top k equals softmax over all experts, normalised over the top k.
         "moe_router_pre_softmax": bool(mixture and not mixture.normalised),
         "tensor_model_parallel_size": parallel.tensor_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_parallel,
@@ -184,29 +185,29 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
 
 
 def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
-    """What differs from Megatron-Core's defaults, and can be overridden."""
+    """Returns our defaults where they differ from Megatron-Core's; they can be overridden."""
     parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), _transformer_engine_used(actor)
     interleaved = parallel.virtual_pipeline > 1
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",
         "use_cpu_initialization": not cuda,
-        # Megatron-Core's own default is deprecated, and warns.
+        # Megatron-Core's own default is deprecated and warns.
         "cuda_graph_scope": [],
-        # On the CPU these would work but compile for many seconds.
+        # On the CPU these work, but compile for many seconds.
         "bias_activation_fusion": cuda,
         "bias_dropout_fusion": cuda,
         "apply_rope_fusion": fused,
-        # Micro-batches differ in length. Megatron forbids that with its default dispatcher, for dense models too.
+        # Micro-batches differ in length, which Megatron forbids with its default dispatcher, also for dense models.
         "variable_seq_lengths": parallel.pipeline_parallel > 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": fused and architecture.mixture is not None,
         "moe_router_dtype": "fp32",
-        # On gloo, batched transfers of the interleaved schedule give wrong results, silently.
+        # On gloo, batched transfers of the interleaved schedule return wrong results without an error.
         "batch_p2p_comm": cuda and not interleaved,
         "overlap_p2p_comm": interleaved,
     }
     if actor.recompute == "selective":
-        # Attention keeps little of its own (linear in the tokens); the inner activations of the MLPs are the most.
+        # Attention keeps little (linear in the tokens); most activation memory is inside the MLPs.
         defaults["recompute_modules"] = ["mlp", "moe"] if architecture.mixture else ["mlp"]
     if actor.recompute == "full":
         defaults |= {"recompute_method": "uniform", "recompute_num_layers": 1}
@@ -218,7 +219,7 @@ def _derived_ddp(actor: ActorConfig) -> dict[str, Any]:
         "use_distributed_optimizer": actor.distributed_optimizer,
         "overlap_grad_reduce": actor.overlap_grad_reduce,
         "average_in_collective": False,
-        # The log-probs read the output weight without the hook that would wait for it.
+        # The log-probs read the output weight without the hook that waits for its gather.
         "overlap_param_gather": False,
         "use_megatron_fsdp": False,
         "num_distributed_optimizer_instances": 1,
@@ -248,7 +249,7 @@ def _fp8_problems(actor: ActorConfig) -> list[str]:
     if actor.fp8 == "off":
         return []
     if not transformer_engine_found():
-        return [f"actor.fp8 = {actor.fp8}: needs CUDA and Transformer Engine, which are not here; valid: off"]
+        return [f"actor.fp8 = {actor.fp8}: needs CUDA and Transformer Engine, which are not available; valid: off"]
     if (capability := torch.cuda.get_device_capability()) < _HOPPER:
         return [
             f"actor.fp8 = {actor.fp8}: needs Hopper (compute capability 9.0), this GPU has {capability}; valid: off"
@@ -256,12 +257,12 @@ def _fp8_problems(actor: ActorConfig) -> list[str]:
     return []
 
 
-def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> list[str]:
-    """Names that the installed class does not have, that we derive, or whose value has no meaning there."""
+def _field_problems(cls: type, section: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> list[str]:
+    """Returns problems of fields: unknown to the installed class, derived by us, or with an invalid value."""
     names = [field.name for field in fields(cls)]
     problems = []
     for name, value in given.items():
-        where = f"actor.{room}.{name} = {value!r}"
+        where = f"actor.{section}.{name} = {value!r}"
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -272,18 +273,20 @@ def _field_problems(cls: type, room: str, given: Mapping[str, Any], derived: Map
                 f"({derived[name]!r})"
             )
     try:
-        converted = _converted(cls, room, given)
+        converted = _converted(cls, section, given)
     except ValueError as error:
         return [*problems, str(error)]
-    return problems + _type_problems(cls, room, {k: v for k, v in converted.items() if k in names and k not in derived})
+    return problems + _type_problems(
+        cls, section, {k: v for k, v in converted.items() if k in names and k not in derived}
+    )
 
 
-def _type_problems(cls: type, room: str, given: Mapping[str, Any]) -> list[str]:
-    """Values that are not of the annotated type; functions cannot be named in a configuration."""
+def _type_problems(cls: type, section: str, given: Mapping[str, Any]) -> list[str]:
+    """Returns problems of values that do not have the annotated type, and of fields that hold functions."""
     hints = get_type_hints(cls)
     problems = []
     for name, value in given.items():
-        where = f"actor.{room}.{name} = {value!r}"
+        where = f"actor.{section}.{name} = {value!r}"
         if "Callable" in str(hints[name]):
             problems.append(f"{where}: is a function of Megatron-Core's and cannot be set here")
             continue
@@ -296,8 +299,8 @@ def _type_problems(cls: type, room: str, given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _converted(cls: type, room: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of dtypes and of enum members, as YAML has them, by what the field's default is."""
+def _converted(cls: type, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts names of dtypes and enum members, as written in YAML, according to the field's default."""
     defaults = {field.name: field.default for field in fields(cls)}
     converted = dict(given)
     for name, value in given.items():
@@ -309,5 +312,5 @@ def _converted(cls: type, room: str, given: Mapping[str, Any]) -> dict[str, Any]
             valid = list(type(default).__members__)
             converted[name] = type(default).__members__.get(value)
         if converted[name] is None and value is not None:
-            raise ValueError(f"actor.{room}.{name} = {value!r}: must be one of {', '.join(valid)}")
+            raise ValueError(f"actor.{section}.{name} = {value!r}: must be one of {', '.join(valid)}")
     return converted

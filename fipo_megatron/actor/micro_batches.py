@@ -1,4 +1,4 @@
-"""One packed micro-batch as the tensors that a rank feeds to Megatron and to the loss."""
+"""Packed micro-batches as the tensors that a rank passes to Megatron and to the loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class LocalMicroBatch:
 
     Attributes:
         tokens: ``[1, T]`` int64.
-        position_ids: ``[1, T]`` int64, in the whole sequences.
-        labels: ``[1, T]`` int64, the token that follows each position.
-        mask: ``[T]`` bool: the label is in the loss.
+        position_ids: ``[1, T]`` int64, positions in the whole sequences.
+        labels: ``[1, T]`` int64, the token after each position.
+        mask: ``[T]`` bool, true if the label is in the loss.
         advantages: ``[T]`` float32.
         behaviour_log_probs: ``[T]`` float32.
-        packed_seq_params: Boundaries of the whole padded sequences: padding is the end of its sequence, where causal
-            attention keeps it from every real token.
-        shards: Where the tokens sit in their sequences.
+        packed_seq_params: Boundaries of the whole padded sequences. Padding is at the end of its sequence, where causal
+            attention hides it from every real token.
+        shards: Positions of this rank's chunks in their sequences.
     """
 
     tokens: Tensor
@@ -50,16 +50,16 @@ def local_micro_batches(
     mask_truncated: bool = False,
     boundaries_on_host: bool = False,
 ) -> Iterator[LocalMicroBatch]:
-    """Packs the micro-batches of this data-parallel rank, one after the other.
+    """Packs the micro-batches of this data-parallel rank and yields them one by one.
 
     Args:
-        members: The trajectories of each micro-batch; none for a filler.
-        trajectories: By index; only those of ``members`` are looked up.
-        layout: Of this rank.
-        token_multiple: What the tokens per context-parallel rank must be a multiple of.
-        mask_truncated: See :func:`.data.packing.pack`.
-        boundaries_on_host: Keep ``cu_seqlens`` on the host, where Megatron's unfused rope and our attention read it;
-            Transformer Engine reads it on the device.
+        members: Indices of the trajectories of each micro-batch; empty for a filler.
+        trajectories: Trajectories by index; only those of ``members`` are read.
+        layout: Layout of this rank.
+        token_multiple: Divisor of the number of tokens per context-parallel rank.
+        mask_truncated: Whether truncated responses are left out of the loss (:func:`.data.packing.pack`).
+        boundaries_on_host: Whether ``cu_seqlens`` stays on the host, where Megatron's unfused rope and our attention
+            read it; Transformer Engine reads it on the device.
     """
     device = layout.device
     for micro_batch in members:

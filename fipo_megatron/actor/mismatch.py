@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the actor's."""
+"""The mismatch between the engine's log-probs and the actor's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fipo_megatron.data.packing import MiniBatch
 def max_log_prob_difference(
     actor: MegatronActor, plan: Sequence[MiniBatch], trajectories: Trajectories, old: StoredLogProbs
 ) -> float:
-    """Largest |log π_old − log π_behaviour| of any token of the plan, the same on every rank: a collective.
+    """Computes the largest |log π_old − log π_behaviour| over all tokens of the plan. A collective.
 
     Args:
-        actor: Of this rank.
-        plan: As given to :meth:`.actor.MegatronActor.log_probs`.
-        trajectories: As given there.
-        old: What it returned.
+        actor: Actor of this rank.
+        plan: Plan passed to :meth:`.actor.MegatronActor.log_probs`.
+        trajectories: Trajectories passed to it.
+        old: Log-probs that it returned.
 
     Returns:
-        inf where a log-prob is not a number.
+        The largest difference in nats, the same on every rank; inf if a log-prob is NaN.
     """
     largest = torch.zeros((), dtype=torch.float64, device=actor.layout.device)
     for mini_batch, stored in zip(plan, old, strict=True):

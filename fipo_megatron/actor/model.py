@@ -1,7 +1,7 @@
-"""Builds the policy with Megatron-Core: the chunks of layers that this rank holds, ending in hidden states.
+"""Builds the policy with Megatron-Core: this rank's chunks of layers, of which the last returns hidden states.
 
-Transformer Engine's layers where it is installed, else Megatron-Core's own with a norm and a core attention of ours,
-which they lack: the norm for sequence parallelism, the attention for packed sequences under context parallelism.
+The layers are those of Transformer Engine if it is installed. Else they are Megatron-Core's own, with two modules they
+lack: a norm for sequence parallelism and a core attention for packed sequences under context parallelism.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from fipo_megatron.weights.architecture import Architecture
 
 
 class SequenceParallelRMSNorm(torch.nn.Module):
-    """RMSNorm whose weight's gradient Megatron sums over the ranks that share the sequence.
+    """RMSNorm under sequence parallelism: Megatron sums the gradient of its weight over the ranks of a sequence.
 
-    Normalises in float32 and multiplies by the weight in the dtype of the input, as the models here were trained
-    (``Qwen2RMSNorm`` and the like of transformers). Megatron-Core has none without Transformer Engine or Apex:
-    ``WrappedTorchNorm`` refuses sequence parallelism.
+    Normalises in float32 and multiplies by the weight in the dtype of the input, like the models in transformers
+    (``Qwen2RMSNorm``). Megatron-Core has no such norm without Transformer Engine or Apex: ``WrappedTorchNorm`` refuses
+    sequence parallelism.
 
     Args:
-        config: Says the dtype of the weight and whether sequence parallelism is on.
-        hidden_size: Width of what is normalised.
-        eps: Added to the mean square.
+        config: Configuration with the dtype of the weight and whether sequence parallelism is on.
+        hidden_size: Width of the last dimension.
+        eps: Constant added to the mean square.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - Megatron's own attribute
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., hidden_size]`` to the same shape and dtype."""
+        """Normalises ``[..., hidden_size]``; returns the same shape and dtype."""
         wide = hidden.float()
         normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normalised.to(hidden.dtype)
@@ -54,13 +54,13 @@ class SequenceParallelRMSNorm(torch.nn.Module):
 class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose last stage returns hidden states instead of logits.
 
-    The log-probs are computed from them in chunks (:mod:`.log_probs`), so that logits of a whole micro-batch never
-    exist. ``output_layer`` stays where Megatron expects it: its weight is initialised, tied, sharded, checkpointed and,
-    under pipeline parallelism, summed with the embedding's by Megatron's own code; only its forward pass is not used.
+    Log-probs are computed from hidden states in chunks (:mod:`.log_probs`), so the logits of a whole micro-batch never
+    exist. Megatron still owns ``output_layer``: it initialises, ties, shards and checkpoints its weight and, under
+    pipeline parallelism, sums its gradient with that of the embedding. Only its forward pass is not used.
 
     Args:
-        frequencies: See :func:`.rotary.inverse_frequencies`.
-        true_vocab_size: Tokens without padding; rows of the output weight from there on belong to none.
+        frequencies: Inverse frequencies, ``[head_dim / 2]`` float32 (:func:`.rotary.inverse_frequencies`).
+        true_vocab_size: Size of the vocabulary without padding; later rows of the output weight belong to no token.
     """
 
     def __init__(self, *args: Any, frequencies: Tensor, true_vocab_size: int, **kwargs: Any) -> None:
@@ -69,18 +69,19 @@ class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]
         self.true_vocab_size = true_vocab_size
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        """``[T, 1, hidden]``, after the final norm at the last stage; T is cut under sequence parallelism."""
+        """Returns ``[T, 1, hidden]``, after the final norm on the last stage; T is split under sequence parallelism."""
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """``[padded vocabulary / tensor_parallel, hidden]``: this rank's part of the output weight, on the last stage.
+        """Returns this rank's part of the output weight, ``[padded vocabulary / tensor_parallel, hidden]``.
 
         Raises:
-            RuntimeError: another stage has it.
+            RuntimeError: this is not the last pipeline stage.
         """
         if not self.post_process:
             raise RuntimeError("output_weight: only the last pipeline stage has it")
-        return self.shared_embedding_or_output_weight() if self._tied else self.output_layer.weight
+        weight: Tensor = self.shared_embedding_or_output_weight() if self._tied else self.output_layer.weight
+        return weight
 
     @property
     def _tied(self) -> bool:
@@ -90,14 +91,14 @@ class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]
 def build_model(architecture: Architecture, actor: ActorConfig, layout: RankLayout) -> list[HiddenStateGPTModel]:
     """Builds this rank's chunks of the model, randomly initialised, on its device and in ``actor.dtype``.
 
-    Call one with ``(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)``. Every process group of the
-    layout must be up (:func:`.parallel.initialize`). All chunks share one ``config``.
+    A chunk is called with ``(input_ids [1, T], position_ids [1, T], None, packed_seq_params=...)``. The process groups
+    of the layout must exist (:func:`.parallel.initialize`). All chunks share one ``config``.
 
     Returns:
         ``virtual_pipeline`` chunks, in the order of Megatron's interleaved schedule.
 
     Raises:
-        ValueError: see :func:`.megatron_config.check`; nothing has been built then.
+        ValueError: see :func:`.megatron_config.check`; nothing has been built.
     """
     config = transformer_config(architecture, actor)
     stages = range(layout.virtual_size) if layout.virtual_size > 1 else (None,)
@@ -122,7 +123,7 @@ def _build_chunk(
 
 
 def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of one chunk, dense or mixtures as ``moe_layer_freq`` says."""
+    """Returns the specification of one chunk's layers, dense or mixtures according to ``moe_layer_freq``."""
     fused = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=fused, normalization=config.normalization, vp_stage=stage
@@ -134,8 +135,8 @@ def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBloc
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
         if parts.mlp.module is MoELayer:
-            # Names in checkpoints are those of Transformer Engine's layers, which fuse this norm in dense layers only.
-            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share their specification
+            # Checkpoints use the names of Transformer Engine's layers, which fuse this norm in dense layers only.
+            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share one specification
         attention = parts.self_attention.submodules
         attention.core_attention = PackedCoreAttention
         if config.qk_layernorm:

@@ -1,7 +1,7 @@
-"""Frees the memory of tensors between the phases of a step, and brings it back.
+"""Frees the memory of tensors between the phases of a step and restores it.
 
-Megatron's parameters and gradients are views into few large buffers, and optimizer state may alias parameters. So it is
-storages that are moved, each once, and every view stays valid afterwards.
+Megatron's parameters and gradients are views into a few large buffers, and optimizer state may alias parameters.
+Therefore storages are moved, each once, and all views remain valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Offloaded:
 
     Args:
         tensors: Views into the storages; several may share one.
-        keep: Whether the content is copied to the host and comes back; else the storage comes back zeroed.
+        keep: Whether the content is copied to the host and restored; else storages are restored as zeros.
     """
 
     def __init__(self, tensors: Iterable[Tensor], keep: bool) -> None:
@@ -28,16 +28,16 @@ class Offloaded:
                 self._storages.setdefault(storage.data_ptr(), (storage, storage.nbytes()))
         self._keep = keep
         self._copies: list[Tensor] = []
-        self.is_away = False
+        self.is_offloaded = False
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that :meth:`free` frees."""
+        """Number of bytes that :meth:`free` frees."""
         return sum(size for _, size in self._storages.values())
 
     def free(self) -> None:
-        """Frees the storages; their tensors must not be touched until :meth:`restore`. Harmless if already away."""
-        if self.is_away:
+        """Frees the storages; their tensors must not be used until :meth:`restore`. Does nothing if they are freed."""
+        if self.is_offloaded:
             return
         for storage, size in self._storages.values():
             if self._keep:
@@ -45,11 +45,11 @@ class Offloaded:
                 copy.copy_(_bytes_of(storage))
                 self._copies.append(copy)
             storage.resize_(0)
-        self.is_away = True
+        self.is_offloaded = True
 
     def restore(self) -> None:
-        """Allocates the storages again, with their content or zeroed. Harmless if not away."""
-        if not self.is_away:
+        """Allocates the storages again, with their content or zeros. Does nothing if they are not freed."""
+        if not self.is_offloaded:
             return
         for index, (storage, size) in enumerate(self._storages.values()):
             storage.resize_(size)
@@ -58,7 +58,7 @@ class Offloaded:
             else:
                 _bytes_of(storage).zero_()
         self._copies.clear()
-        self.is_away = False
+        self.is_offloaded = False
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

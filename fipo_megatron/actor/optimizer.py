@@ -14,11 +14,11 @@ from fipo_megatron.config import ActorConfig
 
 
 def wrap_for_training(chunks: Sequence[HiddenStateGPTModel], actor: ActorConfig) -> list[DistributedDataParallel]:
-    """Gives the chunks gradient buffers that are reduced over data- and context-parallel ranks.
+    """Wraps the chunks with gradient buffers that are reduced over data- and context-parallel ranks.
 
-    Sets what Megatron's schedules need on the chunks' ``config``: ``finalize_model_grads_func``, without which the
-    gradients of norms under tensor parallelism and of tied embeddings under pipeline parallelism are wrong, and
-    ``no_sync_func`` for overlapped reduction.
+    Sets the functions that Megatron's schedules read from the chunks' ``config``: ``finalize_model_grads_func``,
+    without which the gradients of norms under tensor parallelism and of tied embeddings under pipeline parallelism are
+    wrong, and ``no_sync_func`` for overlapped reduction.
     """
     config = chunks[0].config
     wrapped = [
@@ -39,12 +39,12 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Builds the optimizer, with weight decay on matrices only, and the schedule that sets its rates.
 
-    The schedule counts the steps taken *and* the one to take: call ``schedule.step(1)`` before each
-    ``optimizer.step()``, so that the first of W warm-up steps has rate lr / W, not 0, and the W-th has lr.
+    The schedule counts the steps taken *and* the next one. Call ``schedule.step(1)`` before each ``optimizer.step()``:
+    the first of W warm-up steps then has learning rate lr / W, not 0, and the W-th has lr.
 
     Returns:
-        The optimizer and its schedule. The schedule has set every group's rate and weight decay once, at rate 0 where
-        there is a warm-up; Megatron's ``wd_mult`` has no effect before that.
+        The optimizer and its schedule. The schedule has set every group's learning rate and weight decay once, with
+        learning rate 0 if there is a warm-up. Megatron's ``wd_mult`` has no effect before that.
     """
     config, own = optimizer_config(actor), actor.optimizer
     optimizer = get_megatron_optimizer(config, list(wrapped), config_overrides=get_standard_config_overrides(config))
@@ -54,14 +54,14 @@ def build_optimizer(
         max_lr=own.lr,
         min_lr=own.min_lr,
         lr_warmup_steps=own.warmup_steps,
-        # Without effect on a constant rate, but asserted to be more than the warm-up.
+        # Has no effect on a constant rate, but Megatron asserts that it exceeds the warm-up.
         lr_decay_steps=own.warmup_steps + 1 if own.schedule == "constant" else own.decay_steps,
         lr_decay_style=own.schedule,
         start_wd=own.weight_decay,
         end_wd=own.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # A checkpoint says how many steps there were; what follows from that, the configuration.
+        # The step count comes from the checkpoint, the schedule from the configuration.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

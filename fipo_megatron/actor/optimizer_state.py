@@ -1,8 +1,8 @@
-"""The optimizer's state as shards that any layout can load, in the same checkpoint as the weights.
+"""The optimizer state as shards that any layout can load, in the same checkpoint as the weights.
 
-Megatron-Core's own format: moments and main parameters have the shapes of the parameters (``fully_reshardable``). Its
-other format for the distributed optimizer (``dp_reshardable``) needs no gathering when it saves, but tensor- and
-pipeline-parallel sizes can then not change.
+The format is Megatron-Core's ``fully_reshardable``: moments and main parameters have the shapes of the parameters. Its
+other format for the distributed optimizer, ``dp_reshardable``, needs no gathering when saving, but then tensor- and
+pipeline-parallel sizes cannot change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Sharding = Literal["fully_reshardable", "dp_reshardable"]
 
 
 def content(sharding: Sharding) -> dict[str, Any]:
-    """How tensors are named and cut; stands in the checkpoint."""
+    """Returns Megatron-Core's metadata on names and sharding of tensors, which is saved in the checkpoint."""
     return {
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,
@@ -33,14 +33,14 @@ def content(sharding: Sharding) -> dict[str, Any]:
 
 
 def optimizer_shards(actor: MegatronActor, sharding: Sharding, *, loading: bool) -> ShardedStateDict:
-    """Of this rank. A collective.
+    """Returns this rank's shards of the optimizer state. A collective.
 
     Args:
-        actor: Its optimizer; where it has not taken a step yet, its state is set up.
-        sharding: See :mod:`.optimizer_state`.
-        loading: Whether the shards are to be filled.
+        actor: Actor of this rank. The state of an optimizer that has not taken a step is initialised.
+        sharding: Format of the shards (:mod:`.optimizer_state`).
+        loading: Whether the shards will be filled from a checkpoint.
     """
-    _set_up(actor)
+    _initialise_state(actor)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = content(sharding) | {"dp_cp_group": group}
     chunks = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(actor.chunks)}
@@ -51,7 +51,7 @@ def optimizer_shards(actor: MegatronActor, sharding: Sharding, *, loading: bool)
 
 @torch.no_grad()
 def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
-    """Takes over what was loaded into :func:`optimizer_shards`, but for what the configuration says. A collective."""
+    """Restores the state loaded into :func:`optimizer_shards`; hyper-parameters remain as configured. A collective."""
     configured = [
         [{name: value for name, value in group.items() if name not in ("params", "step")} for group in groups]
         for groups in (inner.optimizer.param_groups for inner in _inner(actor))
@@ -63,11 +63,11 @@ def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
             group.update(own)
         for values in inner.optimizer.state.values():
             if torch.is_tensor(values.get("step")):
-                values["step"] = values["step"].clone()  # else one counter, shared by all and advanced by each
+                values["step"] = values["step"].clone()  # else all parameters advance one shared counter
 
 
 def optimizer_tensors(actor: MegatronActor) -> Iterator[torch.Tensor]:
-    """All that the optimizer changes: main parameters and moments."""
+    """Yields the tensors that the optimizer changes: main parameters, moments and step counters."""
     for inner in _inner(actor):
         for group in inner.optimizer.param_groups:
             yield from group["params"]
@@ -79,8 +79,8 @@ def _inner(actor: MegatronActor) -> list[Any]:
     return list(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]))
 
 
-def _set_up(actor: MegatronActor) -> None:
-    """Moments of 0 where there are none yet: torch's Adam makes them with its first step."""
+def _initialise_state(actor: MegatronActor) -> None:
+    """Creates missing moments as zeros; torch's Adam creates them in its first step."""
     for inner in _inner(actor):
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
@@ -94,7 +94,7 @@ def _set_up(actor: MegatronActor) -> None:
 
 @contextmanager
 def _torch_adam(actor: MegatronActor) -> Iterator[None]:
-    """Megatron-Core 0.16 expects of torch's Adam that its step counter was saved per parameter; it was not."""
+    """Leaves out the step counter of torch's Adam while loading: Megatron-Core 0.16 expects it but does not save it."""
     changed = [inner for inner in _inner(actor) if isinstance(inner, DistributedOptimizer)]
 
     def setter(inner: DistributedOptimizer) -> Any:

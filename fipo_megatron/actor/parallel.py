@@ -1,7 +1,7 @@
-"""Process groups, seeds and the device: from torchrun's or Slurm's environment, or one rank alone.
+"""Process groups, seeds and the device of a layout, under torchrun, Slurm or as a single process.
 
-NCCL where CUDA is available, else gloo with Megatron-Core adapted by :mod:`.cpu_backend`. Many layouts can follow each
-other in one job: :func:`destroy` takes every process group down, :func:`initialize` sets the next ones up.
+The backend is NCCL if CUDA is available, else gloo with Megatron-Core adapted by :mod:`.cpu_backend`. Several layouts
+can follow each other in one job: :func:`destroy` destroys all process groups, :func:`initialize` creates new ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,89 +18,32 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import cpu_backend
+from fipo_megatron.actor.launch import Launch as Launch  # also under this name
 from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
-
-_PORT_BASE, _PORT_RANGE = 20000, 10000
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says about this process.
-
-    Attributes:
-        rank: Of all processes.
-        world_size: Number of processes.
-        local_rank: Of the processes on this host.
-        address: Host of rank 0; empty for one process alone.
-        port: Where rank 0 listens.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    address: str = ""
-    port: int = 0
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """Reads torchrun's variables, else Slurm's (``srun``), else stands for one process alone.
-
-        Raises:
-            ValueError: a variable that is missing or no number.
-        """
-        if "RANK" in environment:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        elif "SLURM_PROCID" in environment:
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        else:
-            return cls()
-        rank, world_size, local_rank = (_number(environment, name) for name in names)
-        address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", ""))
-        if not address:
-            raise ValueError(f"MASTER_ADDR: missing; {names[0]} = {rank} needs the host of rank 0")
-        if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
-            # Every task computes the same port, and two jobs that share a host most likely different ones.
-            return cls(
-                rank, world_size, local_rank, address, _PORT_BASE + _number(environment, "SLURM_JOB_ID") % _PORT_RANGE
-            )
-        return cls(rank, world_size, local_rank, address, _number(environment, "MASTER_PORT"))
-
-
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: ``node003`` of ``node[003-007,9],gpu1``; empty for an empty list."""
-    first_of_each_range = re.sub(r"\[(\w+)[^\]]*\]", r"\1", node_list)
-    return first_of_each_range.partition(",")[0].strip()
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name)
-    if value is None or not value.isdecimal():
-        raise ValueError(f"{name}: expected a number in the environment, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Where this process stands in every kind of parallelism.
+    """The rank of this process in every kind of parallelism.
 
     Attributes:
-        rank: Of all processes.
+        rank: Rank among all processes.
         world_size: Number of processes.
-        device: Of its tensors.
-        tensor_rank: Its part of every weight matrix, of ``tensor_size``.
-        tensor_size: Ranks that share every weight matrix.
-        pipeline_rank: Its stage, of ``pipeline_size``.
-        pipeline_size: Stages.
-        virtual_size: Chunks of layers per stage; 1 without interleaving.
-        data_rank: Its part of the micro-batches, of ``data_size``.
-        data_size: Ranks that share the micro-batches.
-        expert_rank: Its part of the experts, of ``expert_size``.
-        expert_size: Ranks that share the experts.
-        expert_tensor_rank: Its part of every expert's matrices, of ``expert_tensor_size``.
-        expert_tensor_size: Ranks that share every expert's matrices.
-        context: Its part of every sequence.
-        sequence_parallel: Whether activations between matrices are shared over the tensor-parallel ranks.
+        device: Device of this rank's tensors.
+        tensor_rank: Tensor-parallel rank: its shard of every weight matrix.
+        tensor_size: Tensor-parallel size.
+        pipeline_rank: Pipeline stage.
+        pipeline_size: Number of pipeline stages.
+        virtual_size: Number of chunks of layers per stage; 1 without interleaving.
+        data_rank: Data-parallel rank: its part of the micro-batches.
+        data_size: Data-parallel size.
+        expert_rank: Expert-parallel rank: its part of the experts.
+        expert_size: Expert-parallel size.
+        expert_tensor_rank: Expert-tensor-parallel rank: its shard of every expert's matrices.
+        expert_tensor_size: Expert-tensor-parallel size.
+        context: Context-parallel rank and size: its chunks of every sequence.
+        sequence_parallel: Whether activations between matrices are split over the tensor-parallel ranks.
     """
 
     rank: int
@@ -123,17 +65,17 @@ class RankLayout:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether the embedding is here."""
+        """True if this stage holds the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the output weight, and so the loss, is here."""
+        """True if this stage holds the output weight and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    """Raises ValueError, naming every field at fault, unless the ranks can be split as asked."""
+    """Raises ValueError, naming every field at fault, if the layout does not fit the world size."""
     problems = layout_conflicts(parallel, world_size)
     if problems:
         raise ValueError("\n".join(problems))
@@ -149,19 +91,19 @@ def initialize(
     environment: Mapping[str, str] | None = None,
     timeout: timedelta = timedelta(minutes=30),
 ) -> RankLayout:
-    """Sets up process groups, Megatron's parallel state, the device and every random generator.
+    """Initialises process groups, Megatron's parallel state, the device and every random generator.
 
     Args:
-        parallel: The layout.
-        seed: The same on every rank; pipeline stages and Megatron's tracker derive theirs from it.
-        environment: Of the launcher; ``os.environ`` where None.
-        timeout: Of a collective.
+        parallel: Parallel sizes of the layout.
+        seed: Seed, the same on every rank; pipeline stages and Megatron's tracker derive theirs from it.
+        environment: Environment variables of the launcher; None: ``os.environ``.
+        timeout: Timeout of a collective.
 
     Raises:
-        ValueError: the world size does not fit the layout (before any process group is made), or the launcher's
+        ValueError: the world size does not fit the layout (before any process group is created), or the launcher's
             environment is incomplete.
         OSError: the port of rank 0 is in use.
-        RuntimeError: a layout is up already.
+        RuntimeError: a layout is initialised already.
     """
     if dist.is_initialized():
         raise RuntimeError("parallel.initialize: process groups exist already; call destroy() first")
@@ -188,18 +130,19 @@ def initialize(
 
 
 def store() -> dist.Store:
-    """The store of all ranks of the layout that is up, for what must not wait inside a collective.
+    """Returns the store of all ranks of the current layout, for waits that must not happen inside a collective.
 
     Raises:
-        RuntimeError: none is up.
+        RuntimeError: no layout is initialised.
     """
     if _store is None or not dist.is_initialized():
         raise RuntimeError("parallel.store: call initialize() first")
-    return dist.PrefixStore(_prefix(), _store.clone())  # a connection of its own: a wait blocks nobody else
+    # A connection of its own, so that a wait blocks nothing else.
+    return dist.PrefixStore(_prefix(), _store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
 
 
 def destroy() -> None:
-    """Takes down what :func:`initialize` set up; harmless where nothing is up."""
+    """Destroys what :func:`initialize` created. Does nothing if no layout is initialised."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -211,7 +154,7 @@ def _device(launch: Launch) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    # A launcher may show each process its own GPU only, which is then number 0.
+    # Some launchers make only one GPU visible to each process, which is then number 0.
     index = 0 if visible == 1 else launch.local_rank
     if index >= visible:
         raise ValueError(f"LOCAL_RANK = {launch.local_rank}: there are {visible} GPUs on this host")
@@ -220,7 +163,7 @@ def _device(launch: Launch) -> torch.device:
 
 
 def _start_process_group(launch: Launch, timeout: timedelta, device: torch.device) -> None:
-    """Every layout, and every restart by torchrun, has its own keys in one store, so that none meets another's."""
+    """Creates the default group. Every layout, and every restart by torchrun, has its own keys in the one store."""
     global _store, _generation
     if _store is None:
         _store = dist.HashStore() if not launch.address else _rendezvous(launch, timeout)
@@ -240,7 +183,7 @@ def _prefix() -> str:
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
-    # torchrun's agent already listens on the port that it hands out.
+    # torchrun's agent already listens on the port it announces.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return dist.TCPStore(
@@ -288,6 +231,6 @@ def _seed(seed: int) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from it exist
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - some libraries draw from it
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,8 +1,8 @@
 """Rotary position embeddings of packed sequences, with the frequencies that transformers uses.
 
-Megatron-Core's own embeddings fall short for the models here: its llama3 scaling has no setting but the factor, and
-YaRN's attention factor is dropped by the fused kernel for packed sequences. So the frequencies are computed here and
-the attention factor goes into the softmax scale, which is the same: queries and keys are both multiplied by it.
+Megatron-Core's embeddings do not cover the models here: its llama3 scaling has no setting except the factor, and its
+fused kernel for packed sequences drops YaRN's attention factor. The frequencies are therefore computed here, and the
+softmax scale contains the attention factor, which is equivalent: queries and keys are both multiplied by it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fipo_megatron.weights.architecture import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position of every pair of dimensions.
+    """Computes the radians per position of every pair of dimensions.
 
-    Follows transformers' ``modeling_rope_utils`` operation by operation, so that the float32 values are the same.
+    Follows transformers' ``modeling_rope_utils`` operation by operation, so the float32 values are identical.
 
     Args:
-        rope: The kind and its settings.
+        rope: Kind of the embedding and its settings.
         head_dim: Width of a head.
 
     Returns:
@@ -41,7 +41,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def _llama3(base: Tensor, rope: Rope) -> Tensor:
-    """Long waves are stretched, short ones kept, those between blended."""
+    """Stretches long wavelengths, keeps short ones and blends those in between."""
     wavelength = 2 * math.pi / base
     longest = rope.original_positions / rope.low_frequency_factor
     shortest = rope.original_positions / rope.high_frequency_factor
@@ -54,7 +54,7 @@ def _llama3(base: Tensor, rope: Rope) -> Tensor:
 
 
 def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
-    """From 0 for dimensions that are kept to 1 for those that are stretched (arXiv 2309.00071, Sec. 3.2)."""
+    """Returns 0 for dimensions that are kept, up to 1 for those that are stretched (arXiv 2309.00071, Sec. 3.2)."""
 
     def dimension_with(rotations: float) -> float:
         positions_per_radian = rope.original_positions / (rotations * 2 * math.pi)
@@ -69,10 +69,10 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
-    """The angles of every position, for packed sequences.
+    """Rotary angles of every position, for packed sequences.
 
-    Megatron's class keeps the tables of the last 32 lengths of all models alive (an ``lru_cache`` on the method); here
-    one table, of the longest sequence seen, is kept per model.
+    Megatron's class caches the tables of the last 32 lengths over all models (an ``lru_cache`` on the method). This one
+    keeps a single table per model, that of the longest sequence so far.
 
     Args:
         frequencies: ``[head_dim / 2]`` float32, on the device of the model.
@@ -84,14 +84,14 @@ class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
         self._angles = frequencies.new_empty(0, 1, 1, 2 * len(frequencies))
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
-        """The angles of positions 0 to ``max_seq_len``, which must be the longest padded length of the micro-batch.
+        """Returns the angles of positions 0 to ``max_seq_len``, the longest padded length of the micro-batch.
 
-        Exactly that many, never more: Megatron takes a table as long as the whole micro-batch for one that runs
-        through all its sequences (``rope_utils.py``, ``_apply_rotary_pos_emb_thd``).
+        The table has exactly that length: Megatron would take one as long as the whole micro-batch for a table that
+        runs through all its sequences (``rope_utils.py``, ``_apply_rotary_pos_emb_thd``).
 
         Returns:
-            ``[max_seq_len, 1, 1, head_dim]`` float32. Under context parallelism, too: the positions of each rank are
-            picked where they are applied.
+            ``[max_seq_len, 1, 1, head_dim]`` float32, also under context parallelism: the positions of each rank are
+            selected where the angles are applied.
 
         Raises:
             ValueError: the sequences are not packed.

@@ -1,7 +1,7 @@
 """Saves and loads sharded checkpoints in Megatron's ``torch_dist`` format: saved under one layout, loaded under any.
 
-Names and shapes are Megatron-Core's own (``sharded_state_dict``), so that its other users can load them, too; what
-should be there is known without it (:mod:`fipo_megatron.weights.torch_dist`).
+Names and shapes are Megatron-Core's own (``sharded_state_dict``), so its other users can load them too. The expected
+tensors are known without Megatron-Core (:mod:`fipo_megatron.weights.torch_dist`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from fipo_megatron.actor.collectives import raise_on_all_ranks
-from fipo_megatron.actor.hf_weights import BytesCallback, begun, local_parameters, place_of
+from fipo_megatron.actor.hf_weights import BytesCallback, local_parameters, parameter_placement, published_directory
 from fipo_megatron.actor.model import HiddenStateGPTModel
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.storage import checksums
@@ -46,12 +46,12 @@ from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 CONTENT = {"singleton_local_shards": False, "non_homogeneous_layers": True}
-"""How Megatron-Core names tensors: one name per layer, the experts of a layer in one tensor. It stands in the
-checkpoint (``load_content_metadata``), where Megatron-LM reads it."""
+"""Naming of tensors by Megatron-Core: one name per layer, the experts of a layer in one tensor. Saved in the checkpoint
+(``load_content_metadata``), where Megatron-LM reads it."""
 
 
 def sharded_weights(chunks: Sequence[HiddenStateGPTModel]) -> ShardedStateDict:
-    """This rank's shards of every tensor, as views of the parameters: loading fills the parameters themselves."""
+    """Returns this rank's shards of every tensor, as views of the parameters, which loading fills in place."""
     metadata = CONTENT | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     found: ShardedStateDict = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
@@ -62,11 +62,11 @@ def sharded_weights(chunks: Sequence[HiddenStateGPTModel]) -> ShardedStateDict:
 
 @dataclass(frozen=True)
 class Staged:
-    """What a rank writes of a checkpoint.
+    """A rank's part of a checkpoint before it is written.
 
     Attributes:
-        tensors: For torch's writer, by the names in the checkpoint.
-        common: What is the same on all ranks, pickled.
+        tensors: Tensors for torch's writer, by their names in the checkpoint.
+        common: Pickled state that is the same on all ranks.
     """
 
     tensors: dict[str, Any]
@@ -80,14 +80,14 @@ def stage(
     content: dict[str, Any] = CONTENT,
     live: Iterable[Tensor] | None = None,
 ) -> Staged:
-    """Collects what is to be written; with ``live``, as it is now, whatever happens to the model later. A collective.
+    """Collects the state to write. With ``live``, later changes of the model do not affect it. A collective.
 
     Args:
-        chunks: This rank's.
-        more: Gives what is saved beside the weights: shards of this rank.
-        content: How tensors are named and cut.
-        live: Tensors beside the parameters that training changes; what is on a device or shares memory with them or
-            the parameters is copied to the host. None: nothing is copied.
+        chunks: This rank's chunks.
+        more: Function that returns this rank's shards to save beside the weights.
+        content: Megatron-Core's metadata on names and sharding of tensors.
+        live: Tensors, beside the parameters, that training changes. Tensors on a device or sharing memory with these or
+            the parameters are copied to the host. None: nothing is copied.
     """
     with raise_on_all_ranks("save_weights"):
         state: ShardedStateDict = sharded_weights(chunks) | more() | {_CONTENT_METADATA_KEY: content}
@@ -109,7 +109,7 @@ def _tensors_of(chunks: Sequence[HiddenStateGPTModel]) -> Iterator[Tensor]:
 
 
 def _copy(shards: Iterable[ShardedTensor | ShardedObject], live: Iterable[Tensor]) -> None:
-    """What was gathered for the checkpoint is not copied again: it can be as large as all else on the host."""
+    """Copies shards that training can change. Tensors gathered for the checkpoint, which can be large, are kept."""
     changing = {tensor.untyped_storage().data_ptr() for tensor in live}
     for shard in shards:
         if not isinstance(shard.data, Tensor):
@@ -131,27 +131,29 @@ def write(
     verify: Callable[[Path], None] = lambda written: None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Writes a checkpoint: a collective of all ranks, which must see one file system.
+    """Writes a checkpoint. A collective of all ranks, which must share a file system.
 
-    Everything is written beside the target and renamed at the end: where anything fails, on any rank, nothing is left
-    under the final name.
+    Files are written beside the target and renamed at the end. If anything fails on any rank, nothing is left under the
+    final name.
 
     Args:
-        staged: This rank's.
-        layout: Of this rank.
-        source: The Hugging Face directory to copy config.json, tokenizer and so on from.
-        target: Must not exist; its parent must.
-        write_more: Called on all ranks with the directory before it takes its name, to add files.
-        progress: Is told of bytes that this rank has written.
-        verify: Called on all ranks with what was written, before it takes its name; raises on all to prevent that.
-        group: Of all ranks, on the host, where this runs in a thread; None: the default one.
+        staged: This rank's part.
+        layout: Layout of this rank.
+        source: Hugging Face directory with config.json, tokenizer and so on to copy.
+        target: Directory to write. Must not exist; its parent must.
+        write_more: Function called on all ranks with the directory to add files before it is renamed.
+        progress: Callback for the bytes that this rank has written.
+        verify: Function called on all ranks with the directory before it is renamed; it prevents that by raising on
+            all ranks.
+        group: Process group of all ranks on the host, required in a thread; None: the default group.
 
     Raises:
         FileExistsError: the target exists.
-        OSError: the disk is full, and the like; on ranks where all went well, RuntimeError says what failed on which.
+        OSError: writing failed, for example because the disk is full.
+        RuntimeError: another rank failed; the message says which and why.
     """
     source, target = Path(source), Path(target)
-    with begun(source, target, layout, group) as partial:
+    with published_directory(source, target, layout, group) as partial:
         with raise_on_all_ranks("save_weights", group):
             if layout.rank == 0:
                 (partial / torch_dist.COMMON).write_bytes(staged.common)
@@ -185,7 +187,7 @@ def save_weights(
 def load_weights(
     chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout, path: str | Path
 ) -> None:
-    """Fills this rank's parameters from a checkpoint that any layout saved; see :func:`load`."""
+    """Loads this rank's parameters from a checkpoint of any layout; see :func:`load`."""
     load(chunks, architecture, layout, path)
 
 
@@ -199,25 +201,25 @@ def load(
     more: Callable[[], ShardedStateDict] = dict,
     verified: bool = False,
 ) -> ShardedStateDict:
-    """Fills this rank's parameters from a checkpoint that any layout saved: a collective of all ranks.
+    """Loads this rank's parameters from a checkpoint of any layout. A collective of all ranks.
 
-    Values are cast to the parameters' dtype; padding becomes 0. What Transformer Engine keeps beside weights and the
-    checkpoint lacks stays as it is. Call it before the optimizer copies the parameters.
+    Values are cast to the parameters' dtype; padding is set to 0. Transformer Engine's extra state, which the
+    checkpoint lacks, stays unchanged. Call it before the optimizer copies the parameters.
 
     Args:
-        chunks: This rank's.
-        architecture: Of the model.
-        layout: Of this rank.
-        path: Of the checkpoint.
-        more: Gives what else is to be loaded: shards of this rank.
-        verified: The files' checksums were compared already.
+        chunks: This rank's chunks.
+        architecture: Architecture of the model.
+        layout: Layout of this rank.
+        path: Directory of the checkpoint.
+        more: Function that returns this rank's other shards to load.
+        verified: Whether the files' checksums were compared already.
 
     Returns:
-        What ``more`` gave, filled.
+        The filled shards of ``more``.
 
     Raises:
-        WeightsError: the checkpoint does not hold this model, or files are missing, truncated or corrupt: everything at
-            fault is listed, and no parameter has been touched.
+        WeightsError: the checkpoint does not hold this model, or files are missing, truncated or corrupt. All problems
+            are listed, and no parameter has been changed.
     """
     path = Path(path)
     with raise_on_all_ranks("load_weights"):
@@ -243,16 +245,16 @@ def load(
 
 
 def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> None:
-    """Rows of no token, which an equally padded checkpoint may hold anything in."""
-    place = place_of(chunks, layout)
+    """Zeroes the rows of padding, which an equally padded checkpoint may have filled with anything."""
+    placement = parameter_placement(chunks, layout)
     for local, parameter in local_parameters(chunks, architecture, layout):
         if local.weight.entry.padded:
-            pieces = local.weight.pieces(*local.weight.share(place), place.padded_vocab)
+            pieces = local.weight.pieces(*local.weight.shard(placement), placement.padded_vocab)
             parameter[max((piece.offset + piece.size for piece in pieces), default=0) :].zero_()
 
 
 def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGroup | None) -> None:
-    """Every rank reads the files that it wrote, the first all others, too. A collective."""
+    """Writes all checksums. Each rank reads the files that it wrote, rank 0 also those of no rank. A collective."""
     everywhere: list[dict[str, str]] = [{}] * layout.world_size
     mine: dict[str, str] = {}
     with raise_on_all_ranks("save_weights", group):
@@ -267,15 +269,15 @@ def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGro
 
 
 def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[str] = ()) -> None:
-    """Every rank reads its share of the files. A collective.
+    """Compares the checksums of all files; each rank reads a part of them. A collective.
 
     Args:
-        directory: The checkpoint.
-        layout: Of this rank.
-        must_have: Files whose checksums must be there; those of other programs have none.
+        directory: Directory of the checkpoint.
+        layout: Layout of this rank.
+        must_have: Files that must have a checksum; checkpoints of other programs have none.
 
     Raises:
-        WeightsError: a file is missing or corrupt; on all ranks alike.
+        WeightsError: a file is missing or corrupt; on all ranks.
     """
     everywhere: list[list[str]] = [[]] * layout.world_size
     mine: list[str] = []
@@ -290,7 +292,7 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
 
 
 def _write(tensors: dict[str, Any], directory: Path, progress: BytesCallback, group: dist.ProcessGroup | None) -> None:
-    """With torch's own writer, tensor by tensor: Megatron-Core's forks, and every child counts its memory again."""
+    """Writes tensor by tensor with torch's writer; Megatron-Core's forks, and every child counts its memory again."""
     try:
         torch_checkpoint.save(
             tensors, storage_writer=_Writer(directory), planner=_Planner(progress), process_group=group
@@ -300,7 +302,7 @@ def _write(tensors: dict[str, Any], directory: Path, progress: BytesCallback, gr
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """Where the disk is full, torch complains of a position in the file; this says what the system said."""
+    """Writer that raises the system's error if the disk is full, where torch reports a position in the file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
@@ -326,5 +328,5 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]
 
 
 def _first(error: CheckpointException) -> str:
-    """The failures of a collective of torch's, one rank's each, without their stacks."""
+    """Returns the failures of torch's collective, one per rank, without stack traces."""
     return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items())

@@ -1,7 +1,8 @@
-"""What an update did, as numbers that are the same on every rank, and per token for those who want to look."""
+"""Metrics of an update, reduced over all ranks, and per-token values of the trajectories that are watched."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,12 +23,12 @@ Values = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, eq=False)
 class TokenPart:
-    """What one rank knows of the response tokens of a trajectory.
+    """Per-token values of a trajectory's response on one rank.
 
     Attributes:
-        positions: Places in the response, ``[n]`` int64; those in the loss that this rank holds.
-        values: ``[n]`` float32 each: ``old_log_prob``, ``shift`` (d), ``future_kl`` (F), ``weight`` (f), and
-            ``entropy`` of π_old where it is known.
+        positions: Positions in the response, ``[n]`` int64; those in the loss that this rank holds.
+        values: Values by name, ``[n]`` float32 each: ``old_log_prob``, ``shift`` (d), ``future_kl`` (F), ``weight``
+            (f), and ``entropy`` of π_old if it is known.
     """
 
     positions: NDArray[np.int64]
@@ -36,19 +37,19 @@ class TokenPart:
 
 @dataclass(frozen=True, eq=False)
 class UpdateMetrics:
-    """What one optimizer step did; the same on every rank, but for ``tokens``.
+    """Metrics of a mini-batch and its optimizer step, the same on every rank except ``tokens``.
 
     Attributes:
-        loss: Numerator over denominator of the global mini-batch; NaN where the denominator is 0.
-        denominator: Tokens (or sequences) in the loss, over all ranks.
-        grad_norm: Global gradient norm before clipping; NaN where the step was skipped.
-        learning_rate: Of this step; NaN where it was skipped.
-        skipped: Why no step was taken: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; empty where one
-            was.
-        statistics: See :mod:`.algorithm.loss_statistics`; merged over all ranks. The entropy is that of π_old unless
+        loss: Numerator over denominator of the global mini-batch; NaN if the denominator is 0.
+        denominator: Number of tokens (or sequences) in the loss, over all ranks.
+        grad_norm: Global gradient norm before clipping; NaN if no step was taken.
+        learning_rate: Learning rate of the step; NaN if no step was taken.
+        skipped: Reason why the step was skipped: ``non-finite loss``, ``non-finite gradient`` or ``empty loss``; else
+            empty.
+        statistics: Statistics over all ranks (:mod:`.algorithm.loss_statistics`). The entropy is that of π_old unless
             the loss has an entropy term.
-        shifts: ``[2, NUM_BINS]`` int64: histograms of d by sign of the advantage (:mod:`.algorithm.loss_statistics`).
-        tokens: By index, what this rank knows of the trajectories that were watched.
+        shifts: Histograms of d by sign of the advantage, ``[2, NUM_BINS]`` int64 (:mod:`.algorithm.loss_statistics`).
+        tokens: Per-token values of the watched trajectories on this rank, by index.
     """
 
     loss: float
@@ -63,11 +64,11 @@ class UpdateMetrics:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far two passes at equal weights disagree: what FIPO would take for drift.
+    """The disagreement of two passes at equal weights, which FIPO would take for drift.
 
     Attributes:
         shift: Largest |d|.
-        future_kl: Largest |F|; 0 for the baselines, which have none.
+        future_kl: Largest |F|; 0 for the baselines, which compute none.
     """
 
     shift: float
@@ -75,10 +76,10 @@ class NoiseFloor:
 
 
 class NoiseError(RuntimeError):
-    """The noise floor is beyond its bounds.
+    """Raised if the noise floor exceeds its bounds.
 
     Attributes:
-        floor: What was measured.
+        floor: The measured noise floor.
     """
 
     def __init__(self, message: str, floor: NoiseFloor) -> None:
@@ -86,26 +87,19 @@ class NoiseError(RuntimeError):
         self.floor = floor
 
 
-@dataclass(frozen=True, eq=False)
-class Reduced:
-    """A mini-batch over all ranks.
+def reduce_outputs(outputs: Sequence[LossOutput], layout: RankLayout) -> UpdateMetrics:
+    """Reduces the loss over micro-batches and all ranks. A collective.
 
-    Attributes:
-        numerator: Of the loss.
-        denominator: Of the loss.
-        statistics: See :class:`UpdateMetrics`.
-        shifts: See :class:`UpdateMetrics`.
+    The last stage reduces over its data- and context-parallel ranks and broadcasts the result along the pipeline.
+
+    Args:
+        outputs: Losses of this rank's micro-batches; empty on stages before the last.
+        layout: Layout of this rank.
+
+    Returns:
+        Metrics without those of an optimizer step: gradient norm and learning rate are NaN.
     """
-
-    numerator: float
-    denominator: float
-    statistics: dict[str, float]
-    shifts: NDArray[np.int64]
-
-
-def reduce_outputs(outputs: Sequence[LossOutput], layout: RankLayout) -> Reduced:
-    """Merges over micro-batches, then over data- and context-parallel ranks of the last stage, then tells all."""
-    message: list[Reduced | None] = [None]
+    message: list[UpdateMetrics | None] = [None]
     if outputs:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         statistics = outputs[0].statistics
@@ -119,7 +113,18 @@ def reduce_outputs(outputs: Sequence[LossOutput], layout: RankLayout) -> Reduced
         )
         dist.all_reduce(totals, group=group)
         statistics = statistics.all_reduce(group)
-        message = [Reduced(*totals.tolist(), statistics.metrics(), statistics.histograms.cpu().numpy())]
+        numerator, denominator = totals.tolist()
+        message = [
+            UpdateMetrics(
+                loss=numerator / denominator if denominator else math.nan,
+                denominator=int(denominator),
+                grad_norm=math.nan,
+                learning_rate=math.nan,
+                skipped="",
+                statistics=statistics.metrics(),
+                shifts=statistics.histograms.cpu().numpy(),
+            )
+        ]
     if layout.pipeline_size > 1:
         dist.broadcast_object_list(
             message,
@@ -140,16 +145,19 @@ def token_parts(
     found: TokenLogProbs,
     output: LossOutput,
 ) -> dict[int, TokenPart]:
-    """Per token, what a pass over a micro-batch found of the trajectories that are wanted; one copy to the host.
+    """Extracts the per-token values of the wanted trajectories from a pass over a micro-batch, on the host.
 
     Args:
-        wanted: Indices of trajectories.
-        members: Those of the micro-batch, in its order.
-        prompt_lengths: Tokens of the prompt of each member.
-        micro: This rank's part of it.
-        old: Log-probs of π_old.
-        found: Of π_θ.
-        output: Of the loss.
+        wanted: Indices of the wanted trajectories.
+        members: Indices of the trajectories of the micro-batch, in its order.
+        prompt_lengths: Number of prompt tokens of each member.
+        micro: This rank's part of the micro-batch.
+        old: Log-probs under π_old.
+        found: Log-probs under π_θ.
+        output: Output of the loss.
+
+    Returns:
+        Values of the response tokens in the loss that this rank holds, by trajectory.
     """
     if not set(wanted) & set(members):
         return {}

@@ -34,7 +34,7 @@ def matrix_parameters(architecture: Architecture) -> int:
     dense = tables.parameter_count(architecture) - architecture.vocab * architecture.hidden * (not architecture.tied)
     mixture = architecture.mixture
     if mixture is not None:
-        idle = mixture.experts - mixture.chosen
+        idle = mixture.experts - mixture.top_k
         dense -= sum(mixture.layers) * idle * 3 * architecture.hidden * mixture.ffn
     return dense
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fipo_megatron.actor.parallel import Launch, check_world_size
+from fipo_megatron.actor.launch import Launch
+from fipo_megatron.actor.parallel import check_world_size
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.config import Config

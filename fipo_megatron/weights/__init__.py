@@ -1,1 +1,1 @@
-"""Hugging Face and Megatron weights: which tensor is where. Importable without Megatron or CUDA."""
+"""The mapping between Hugging Face and Megatron weights. Importable without Megatron or CUDA."""

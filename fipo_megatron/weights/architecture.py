@@ -1,7 +1,7 @@
-"""What a Hugging Face ``config.json`` says about a model, as data, and which layouts the model can be spread over.
+"""The architecture of a model from Hugging Face's ``config.json``, and the layouts that it can be sharded over.
 
-Needs neither Megatron nor transformers. Everything that can be wrong with a model or its layout is found here, before
-anything is built, and all problems are reported at once.
+Needs neither Megatron nor transformers. All problems of a model or its layout are found here, before anything is built,
+and reported at once.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _REQUIRED = (
 
 @dataclass(frozen=True)
 class Family:
-    """What an entry of ``architectures`` in config.json implies.
+    """Properties implied by an entry of ``architectures`` in config.json.
 
     Attributes:
         qkv_bias: The query, key and value projections have a bias.
         qk_norm: Queries and keys are normalised per head.
         mixture: Layers are mixtures of experts.
         required: Keys of config.json beyond those of every family.
-        unsupported: Keys that must be false or absent: they change the model in ways that are not built.
+        unsupported: Keys that must be false or absent; they change the model in unsupported ways.
     """
 
     qkv_bias: bool = False
@@ -70,14 +70,14 @@ class Rope:
     Attributes:
         kind: ``default``, ``linear``, ``llama3`` or ``yarn``.
         theta: Base of the wavelengths.
-        factor: By how much the context is extended.
-        original_positions: Context before the extension.
+        factor: Factor of the context extension.
+        original_positions: Context length before the extension, in tokens.
         low_frequency_factor: llama3: wavelengths beyond ``original_positions`` over this are stretched.
         high_frequency_factor: llama3: wavelengths below ``original_positions`` over this are kept.
         beta_fast: YaRN: dimensions with more rotations over the original context are kept.
         beta_slow: YaRN: dimensions with fewer rotations are stretched.
         truncate: YaRN: round those bounds to whole dimensions.
-        attention_factor: Queries and keys are multiplied by this.
+        attention_factor: Factor on queries and keys.
     """
 
     kind: str = "default"
@@ -97,15 +97,15 @@ class Mixture:
     """A mixture of experts.
 
     Attributes:
-        experts: Experts of a layer.
-        chosen: Experts of a token.
+        experts: Number of experts per layer.
+        top_k: Number of experts per token.
         ffn: Inner width of an expert.
         normalised: The weights of a token's experts sum to 1.
-        layers: For every layer, whether it is a mixture.
+        layers: True for each layer that is a mixture.
     """
 
     experts: int
-    chosen: int
+    top_k: int
     ffn: int
     normalised: bool
     layers: tuple[bool, ...]
@@ -116,20 +116,20 @@ class Architecture:
     """The shape of a decoder.
 
     Attributes:
-        name: Its entry in ``architectures`` of config.json.
-        family: What the name implies.
+        name: Entry in ``architectures`` of config.json.
+        family: Properties implied by the name.
         hidden: Width of the residual stream.
         layers: Number of layers.
         heads: Query heads.
         kv_groups: Key and value heads.
         head_dim: Width of a head.
         ffn: Inner width of a dense MLP.
-        vocab: Tokens, without padding.
-        norm_epsilon: Of every RMSNorm.
+        vocab: Size of the vocabulary, without padding.
+        norm_epsilon: Epsilon of every RMSNorm.
         tied: The output weight is the embedding.
-        max_positions: The context that config.json declares.
-        rope: See :class:`Rope`.
-        mixture: See :class:`Mixture`; None for a dense model.
+        max_positions: Context length declared by config.json, in tokens.
+        rope: Rotary position embedding.
+        mixture: Mixture of experts; None for a dense model.
     """
 
     name: str
@@ -149,10 +149,10 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
-        """Reads the contents of config.json, as transformers 4 or 5 writes them.
+        """Reads the contents of config.json as written by transformers 4 or 5.
 
         Raises:
-            ValueError: an unknown architecture, missing keys, or settings that are not supported; one line each.
+            ValueError: the architecture is unknown, keys are missing, or settings are not supported; one line each.
         """
         names = config.get("architectures") or [None]
         if names[0] not in FAMILIES:
@@ -180,11 +180,11 @@ class Architecture:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Architecture:
-        """Reads ``config.json`` of a Hugging Face model's directory.
+        """Reads ``config.json`` of a Hugging Face directory.
 
         Raises:
-            ValueError: as :meth:`from_hf`, or a file that is not JSON.
-            FileNotFoundError: no such file.
+            ValueError: see :meth:`from_hf`, or the file is not JSON.
+            FileNotFoundError: the file does not exist.
         """
         file = Path(path) / "config.json"
         try:
@@ -196,11 +196,11 @@ class Architecture:
         return cls.from_hf(config)
 
     def padded_vocab(self, multiple: int) -> int:
-        """Rows of the embedding: the vocabulary rounded up to a multiple."""
+        """Returns the number of rows of the embedding: the vocabulary rounded up to a multiple."""
         return -(-self.vocab // multiple) * multiple
 
     def problems(self, actor: ActorConfig) -> list[str]:
-        """Why the model cannot be spread as the configuration asks: field, value and what would be valid."""
+        """Returns why the model cannot be sharded as configured: field, value and valid values, one line each."""
         parallel, found = actor.parallel, []
         tensor = parallel.tensor_parallel
         for what, size in (("attention heads", self.heads), ("KV heads", self.kv_groups), ("FFN width", self.ffn)):
@@ -257,7 +257,7 @@ _UNEVEN = {
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 }
-"""Fields of TransformerConfig that split layers unevenly; Megatron-Core then checks the split itself."""
+"""Fields of TransformerConfig that split layers unevenly; Megatron-Core checks such splits itself."""
 
 
 def _divisors(number: int) -> str:
@@ -265,7 +265,7 @@ def _divisors(number: int) -> str:
 
 
 def _unreadable(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Keys that are missing, or ask for what is not built."""
+    """Returns problems of keys that are missing or have unsupported values."""
     problems = [f"config.json: {key}: missing" for key in (*_REQUIRED, *family.required) if config.get(key) is None]
     problems += [
         f"config.json: {key} = {config[key]!r}: not supported" for key in family.unsupported if config.get(key)
@@ -295,7 +295,7 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
 
 
 def _rope_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``rope_parameters`` of transformers 5, or ``rope_scaling`` of transformers 4."""
+    """Returns ``rope_parameters`` of transformers 5, or ``rope_scaling`` of transformers 4."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
@@ -304,7 +304,7 @@ def _rope_kind(values: Mapping[str, Any]) -> str:
 
 
 def _read_rope(config: Mapping[str, Any]) -> Rope:
-    """As transformers' ``modeling_rope_utils`` reads it, defaults included."""
+    """Reads the settings like transformers' ``modeling_rope_utils``, with the same defaults."""
     values = _rope_values(config)
     kind = _rope_kind(values)
     factor = float(values.get("factor") or 1.0)
@@ -323,7 +323,7 @@ def _read_rope(config: Mapping[str, Any]) -> Rope:
 
 
 def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature of attention (arXiv 2309.00071, Eq. 22, its root): 0.1 ln(factor) + 1, or as configured."""
+    """Returns the root of YaRN's temperature (arXiv 2309.00071, Eq. 22): 0.1 ln(factor) + 1, or as configured."""
     if values.get("attention_factor") is not None:
         return float(values["attention_factor"])
 
@@ -339,7 +339,7 @@ def _read_mixture(config: Mapping[str, Any]) -> Mixture:
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
     return Mixture(
         experts=config["num_experts"] if config.get("num_experts") is not None else config["num_local_experts"],
-        chosen=config["num_experts_per_tok"],
+        top_k=config["num_experts_per_tok"],
         ffn=config["moe_intermediate_size"],
         normalised=bool(config.get("norm_topk_prob", False)),
         layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(config["num_hidden_layers"])),

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face model's directory, checked whole and read by slices."""
+"""The safetensors files of a Hugging Face directory: checked as a whole, read by slices."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ from fipo_megatron.weights.tables import Shape
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What weights may be stored as, by its name in safetensors."""
+"""Dtypes that weights may be stored in, by their names in safetensors."""
 
 
 class WeightsError(ValueError):
-    """A model's files are not what its config.json says; the message names everything at fault, one line each."""
+    """Raised if a model's files do not match its config.json; the message lists every problem, one line each."""
+
+
+class VerificationError(ValueError):
+    """Raised if the weights that were written differ from those that were read; the message names every tensor."""
 
 
 class HfDirectory:
-    """The tensors of a model's directory. Opening maps the files into memory; only slices that are asked for are read.
+    """The tensors of a Hugging Face directory. Opening it maps the files into memory; only requested slices are read.
 
     Args:
-        path: With ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+        path: Directory with ``model.safetensors``, or ``model.safetensors.index.json`` and the files it lists.
 
     Attributes:
-        shapes: Of every tensor.
-        dtypes: Of every tensor, by its name in safetensors.
-        problems: Files that are missing, truncated or corrupt, tensors that are not where the index says, dtypes that
-            cannot be loaded; one line each.
+        shapes: Shape of each tensor.
+        dtypes: Dtype of each tensor, by its name in safetensors.
+        problems: Files that are missing, truncated or corrupt, tensors missing in the file that the index names, dtypes
+            that cannot be loaded; one line each.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +55,7 @@ class HfDirectory:
             self._open(name, tensors)
 
     def _listed(self) -> dict[str, set[str] | None]:
-        """By file, the tensors that the index says are in it; None: all."""
+        """Returns the tensors of each file according to the index; None: all tensors of the file."""
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
@@ -79,7 +83,7 @@ class HfDirectory:
         present = set(file.keys())
         for tensor in sorted(present if tensors is None else tensors):
             if tensor not in present:
-                self.problems.append(f"{tensor}: the index says it is in {name}, which does not hold it")
+                self.problems.append(f"{tensor}: the index says it is in {name}, which does not have it")
                 continue
             part = file.get_slice(tensor)
             if part.get_dtype() not in DTYPES:
@@ -89,17 +93,17 @@ class HfDirectory:
             self._files[tensor] = file
 
     def _unreadable(self, problem: str, tensors: set[str] | None) -> None:
-        """What is in a file that cannot be read is not missing tensor by tensor."""
+        """Records an unreadable file, so that its tensors are not reported as missing one by one."""
         self.problems.append(problem)
         self._all_unread |= tensors is None
         self._unread |= tensors or set()
 
     def read_whole(self, name: str) -> Tensor:
-        """A tensor, in the dtype of the file."""
+        """Reads a whole tensor, in the dtype of the file."""
         return self.read(Piece(name, 0, 0, self.shapes[name][0], 0))
 
     def check(self, architecture: Architecture) -> None:
-        """Raises WeightsError with everything that keeps the model from being loaded."""
+        """Raises WeightsError with all problems that prevent loading the model."""
         wanted = tables.hf_tensors(architecture)
         unread = set(wanted) if self._all_unread else self._unread
         assumed = {name: wanted.get(name, ()) for name in unread if name not in self.shapes}
@@ -110,11 +114,11 @@ class HfDirectory:
 
     @property
     def training_dtype(self) -> str:
-        """What Megatron-Core can hold all tensors in exactly: bfloat16 where all are, else float32."""
+        """The dtype in which Megatron-Core can hold all tensors exactly: bfloat16 if all are bfloat16, else float32."""
         return "bfloat16" if {*self.dtypes.values()} == {"BF16"} else "float32"
 
     def read(self, piece: Piece) -> Tensor:
-        """The slice, in the dtype of the file; not always contiguous."""
+        """Reads a slice, in the dtype of the file. It is not always contiguous."""
         part = self._files[piece.tensor].get_slice(piece.tensor)
         rows = slice(piece.start, piece.stop)
         found: Tensor = part[rows] if piece.axis == 0 else part[:, rows]
@@ -122,7 +126,7 @@ class HfDirectory:
 
 
 def tokenizer_problems(path: Path, vocab: int) -> list[str]:
-    """Whether a token has no row in the embedding; rows without a token are usual."""
+    """Returns a problem if a token has no row in the embedding; rows without a token are allowed."""
     if not path.exists():
         return []
     try:

@@ -1,10 +1,10 @@
-"""Writes a Hugging Face model's directory: safetensors as a stream.
+"""Writes the files of a Hugging Face directory, with safetensors as a stream.
 
-Which tensor goes where in which file follows from names and shapes, so that every rank knows it without asking, writes
-its own tensors in any order, and holds no more than one at a time.
+The position of every tensor follows from names and shapes. Every rank knows it without communication, writes its own
+tensors in any order and holds at most one at a time.
 
-The format of safetensors: 8 bytes with the length of the header, little-endian; the header, JSON with dtype, shape and
-offsets of every tensor; the tensors' bytes.
+A safetensors file consists of 8 bytes with the length of the header, little-endian; the header, JSON with dtype, shape
+and offsets of every tensor; and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What a complete model has beside its weights and config.json, where its source has it."""
+"""Files of a complete model beside its weights and config.json, copied if the source has them."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -46,11 +46,11 @@ class TensorFile:
     """A safetensors file before it is written.
 
     Attributes:
-        name: In the directory.
-        owner: Who writes it.
-        header: Its first bytes.
-        offsets: Where each tensor's bytes begin.
-        size: Of the file in bytes.
+        name: Name in the directory.
+        owner: Rank that writes the file.
+        header: First bytes of the file: length and JSON header.
+        offsets: Offset of each tensor's first byte in the file.
+        size: Size of the file in bytes.
     """
 
     name: str
@@ -61,12 +61,12 @@ class TensorFile:
 
 
 def plan_files(tensors: Iterable[tuple[str, Shape, int]], dtype: torch.dtype, max_file_bytes: int) -> list[TensorFile]:
-    """Spreads tensors over files in their order; a file has one owner and, unless one tensor is larger, a bounded size.
+    """Assigns tensors to files in order; a file has one owner and a bounded size, unless a single tensor is larger.
 
     Args:
-        tensors: Name, shape and owner.
-        dtype: Of all of them on disk.
-        max_file_bytes: Bound of the tensors' bytes in a file.
+        tensors: Name, shape and owner of each tensor.
+        dtype: Dtype of all tensors on disk.
+        max_file_bytes: Maximum bytes of the tensors in a file.
     """
     groups: list[tuple[int, list[tuple[str, Shape]]]] = []
     filled = 0
@@ -96,12 +96,12 @@ def _plan_file(name: str, owner: int, tensors: list[tuple[str, Shape]], dtype: t
 
 
 class TensorWriter:
-    """Writes the tensors of some planned files, in any order; each exactly once.
+    """Writer of the tensors of planned files, in any order, each exactly once.
 
     Args:
-        directory: Exists.
-        files: To write; created at once.
-        dtype: That they were planned with.
+        directory: Existing directory.
+        files: Files to write; created immediately.
+        dtype: Dtype passed to :func:`plan_files`.
     """
 
     def __init__(self, directory: Path, files: Iterable[TensorFile], dtype: torch.dtype) -> None:
@@ -122,15 +122,15 @@ class TensorWriter:
         """Casts a tensor to the dtype of the files and writes it.
 
         Raises:
-            KeyError: it is not planned, or was written already.
-            OSError: the disk is full, and the like.
+            KeyError: the tensor is not planned, or was written already.
+            OSError: writing failed, for example because the disk is full.
         """
         handle, offset = self._left.pop(name)
         flat = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
         _write(handle, flat.numpy().data, offset)
 
     def finish(self) -> None:
-        """Makes sure that everything is on disk.
+        """Flushes all files to disk.
 
         Raises:
             RuntimeError: a planned tensor was not written.
@@ -160,21 +160,21 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
 
 
 def check_source(source: Path) -> None:
-    """Raises FileNotFoundError where :func:`add_companions` would, before anything is written."""
+    """Raises FileNotFoundError if the source has no config.json, which :func:`add_companions` needs."""
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source / 'config.json'}: missing")
 
 
 def add_companions(source: Path, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies all that a model has beside its weights: config.json and, where they are there, :data:`COMPANIONS`.
+    """Copies the files beside the weights: config.json and those of :data:`COMPANIONS` that exist.
 
     Args:
-        source: A model's directory.
-        directory: Exists.
-        dtype: Of the weights, to be named in config.json; None: config.json stays as it is.
+        source: Hugging Face directory to copy from.
+        directory: Existing directory to copy to.
+        dtype: Dtype of the weights to set in config.json; None: config.json is copied unchanged.
 
     Raises:
-        OSError: the disk is full, and the like.
+        OSError: writing failed, for example because the disk is full.
     """
     if dtype is None:
         shutil.copyfile(source / "config.json", directory / "config.json")
@@ -188,7 +188,7 @@ def add_companions(source: Path, directory: Path, dtype: torch.dtype | None = No
 
 
 def add_index(directory: Path, files: list[TensorFile]) -> None:
-    """Writes which file holds which tensor, where there is more than one file."""
+    """Writes the index of tensors and files if there is more than one file."""
     if len(files) > 1:
         total = sum(file.size - len(file.header) for file in files)
         where = {tensor: file.name for file in files for tensor in file.offsets}

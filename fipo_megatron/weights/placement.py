@@ -1,4 +1,4 @@
-"""Where the parts of a model can be: what a rank holds, what parameters are called there, what a part is made of."""
+"""The placement of parameters on a rank: its chunks and shards, their names and the slices of tensors in them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Naming:
-    """How Megatron-Core names parameters, which depends on the layers that it is built from.
+    """Megatron-Core's naming of parameters, which depends on the layers of the model.
 
     Attributes:
-        fused_norms: Transformer Engine's layers.
+        fused_norms: Norms are part of the matrix that follows, as in Transformer Engine's layers.
         grouped_experts: One module holds all experts.
     """
 
@@ -20,8 +20,8 @@ class Naming:
     grouped_experts: bool = False
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Naming:
-        """Found from the names of some layer's parameters."""
+    def from_parameter_names(cls, names: Sequence[str]) -> Naming:
+        """Detects the naming from the parameter names of some layer."""
         return cls(
             any(name.endswith(".layer_norm_weight") for name in names),
             any(re.search(r"\.experts\.linear_fc1\.weight\d+$", name) for name in names),
@@ -29,17 +29,17 @@ class Naming:
 
 
 PLAIN = Naming()
-"""Megatron-Core's own layers, experts one by one."""
+"""Naming of Megatron-Core's own layers, with one module per expert."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of layers in one model object of Megatron.
+    """Consecutive layers in one model chunk of Megatron.
 
     Attributes:
-        layers: Their numbers in the whole model.
-        first: The embedding is here.
-        last: The final norm and the output weight are here.
+        layers: Indices in the whole model.
+        first: The chunk holds the embedding.
+        last: The chunk holds the final norm and the output weight.
     """
 
     layers: range
@@ -48,10 +48,16 @@ class Chunk:
 
 
 def even_chunks(layers: int, stage: int, stages: int, virtual: int = 1) -> tuple[Chunk, ...]:
-    """The chunks of a pipeline stage where layers are split evenly: chunk v of stage s is run number v · stages + s.
+    """Returns the chunks of a pipeline stage with an even split: chunk v of stage s has index v · stages + s.
+
+    Args:
+        layers: Number of layers of the model.
+        stage: Pipeline stage.
+        stages: Number of pipeline stages.
+        virtual: Number of chunks per stage.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: the layers cannot be split evenly.
     """
     if layers % (stages * virtual):
         raise ValueError(f"{layers} layers cannot be split evenly over {stages} stages with {virtual} chunks each")
@@ -61,18 +67,18 @@ def even_chunks(layers: int, stage: int, stages: int, virtual: int = 1) -> tuple
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a rank holds a part of.
+class ParameterPlacement:
+    """The chunks and shards of parameters that a rank holds.
 
     Attributes:
-        chunks: Its chunks, in the order of Megatron's list of models.
-        padded_vocab: Rows of the embedding over all ranks.
-        tensor_rank: Its part of matrices, of ``tensor_size``.
-        tensor_size: Ranks that share matrices.
-        expert_rank: Its part of the experts of a layer, of ``expert_size``.
-        expert_size: Ranks that share the experts of a layer.
-        expert_tensor_rank: Its part of an expert's matrices, of ``expert_tensor_size``.
-        expert_tensor_size: Ranks that share an expert's matrices.
+        chunks: Chunks of this rank, in the order of Megatron's list of models.
+        padded_vocab: Number of rows of the embedding over all ranks.
+        tensor_rank: Tensor-parallel rank: its shard of every matrix.
+        tensor_size: Tensor-parallel size.
+        expert_rank: Expert-parallel rank: its part of the experts of a layer.
+        expert_size: Expert-parallel size.
+        expert_tensor_rank: Expert-tensor-parallel rank: its shard of every expert's matrices.
+        expert_tensor_size: Expert-tensor-parallel size.
     """
 
     chunks: tuple[Chunk, ...]
@@ -87,14 +93,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """A slice of a tensor, along one axis, and where it goes in a rank's part of the parameter, along the same.
+    """A slice of a tensor along one axis and its offset in a rank's shard of the parameter along the same axis.
 
     Attributes:
-        tensor: Its name on disk.
-        axis: 0 or 1.
+        tensor: Name of the tensor on disk.
+        axis: Axis, 0 or 1.
         start: First row or column in the tensor.
-        stop: The one after the last.
-        offset: Where ``start`` is in the part.
+        stop: End of the rows or columns, exclusive.
+        offset: Offset of ``start`` in the shard.
     """
 
     tensor: str
@@ -105,5 +111,5 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Rows or columns."""
+        """Number of rows or columns."""
         return self.stop - self.start

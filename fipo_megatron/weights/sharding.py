@@ -1,62 +1,49 @@
-"""How much of a model every rank of a layout holds: names and shapes only, on any machine."""
+"""The number of parameters that each rank of a layout holds, from names and shapes alone, on any machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from fipo_megatron.config import ParallelConfig
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.placement import Place, even_chunks
+from fipo_megatron.weights.placement import ParameterPlacement, even_chunks
 
 
-@dataclass(frozen=True)
-class Split:
-    """A way to spread weights over ranks.
+def rank_placements(
+    architecture: Architecture, parallel: ParallelConfig, vocab_multiple: int = 1
+) -> Iterator[ParameterPlacement]:
+    """Yields the placements of the ranks whose parameters may differ, stage by stage.
 
-    Attributes:
-        tensor: Ranks that share every matrix.
-        pipeline: Stages.
-        virtual: Chunks of layers per stage.
-        expert: Ranks that share the experts.
-        expert_tensor: Ranks that share every expert's matrices.
-        vocab_multiple: The vocabulary is padded to a multiple of this times ``tensor``.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    vocab_multiple: int = 1
-
-
-def places(architecture: Architecture, split: Split) -> Iterator[Place]:
-    """The ranks whose shares may differ, stage by stage.
+    Args:
+        architecture: Architecture of the model.
+        parallel: Layout; layers are split evenly.
+        vocab_multiple: The vocabulary is padded to a multiple of this times ``tensor_parallel``.
 
     Raises:
-        ValueError: the layers cannot be spread evenly.
+        ValueError: the layers cannot be split evenly.
     """
-    per_stage = max(split.tensor, split.expert * split.expert_tensor)
-    for stage in range(split.pipeline):
-        chunks = even_chunks(architecture.layers, stage, split.pipeline, split.virtual)
-        for rank in range(per_stage):
-            yield Place(
+    tensor, expert, expert_tensor = parallel.tensor_parallel, parallel.expert_parallel, parallel.expert_tensor_size
+    for stage in range(parallel.pipeline_parallel):
+        chunks = even_chunks(architecture.layers, stage, parallel.pipeline_parallel, parallel.virtual_pipeline)
+        for rank in range(max(tensor, expert * expert_tensor)):
+            yield ParameterPlacement(
                 chunks,
-                architecture.padded_vocab(split.vocab_multiple * split.tensor),
-                rank % split.tensor,
-                split.tensor,
-                rank // split.expert_tensor % split.expert,
-                split.expert,
-                rank % split.expert_tensor,
-                split.expert_tensor,
+                architecture.padded_vocab(vocab_multiple * tensor),
+                rank % tensor,
+                tensor,
+                rank // expert_tensor % expert,
+                expert,
+                rank % expert_tensor,
+                expert_tensor,
             )
 
 
-def share_sizes(architecture: Architecture, split: Split) -> list[int]:
-    """Elements that each of :func:`places` holds, with padding and copies.
+def local_parameter_counts(architecture: Architecture, parallel: ParallelConfig, vocab_multiple: int = 1) -> list[int]:
+    """Returns the number of elements that each rank of :func:`rank_placements` holds, padding and copies included.
 
     Raises:
-        ValueError: a parameter cannot be cut as the split says.
+        ValueError: a parameter cannot be sharded as the layout says.
     """
-    return [tables.local_parameter_count(architecture, place) for place in places(architecture, split)]
+    placements = rank_placements(architecture, parallel, vocab_multiple)
+    return [tables.local_parameter_count(architecture, placement) for placement in placements]

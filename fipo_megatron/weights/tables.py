@@ -1,18 +1,18 @@
-"""One table per architecture: which Hugging Face tensors make up which Megatron parameter.
+"""One table per architecture: the Hugging Face tensors that make up each Megatron parameter.
 
 Everything about weights follows from :data:`TABLES`: the tensors on disk (:func:`hf_tensors`), the parameters of any
-rank with their shapes and the slices of tensors that they hold (:func:`local_weights`), what is wrong with a set of
-tensors (:func:`check`), and counts. Loading copies slices into parameters, exporting copies them back.
+rank with their shapes and slices of tensors (:func:`local_weights`), the problems of a set of tensors (:func:`check`),
+and parameter counts. Loading copies slices into parameters, exporting copies them back.
 
-A parameter is its tensors laid side by side, block by block. With two blocks, the rows of
+A parameter interleaves its tensors block by block. With two blocks, the rows of
 
     gate [4, H], up [4, H]      are     gate 0:2, up 0:2, gate 2:4, up 2:4
 
-and a tensor-parallel rank holds equal numbers of blocks in a row. Rows of queries, keys and values come in one block
-per KV group (``SelfAttention.get_query_key_value_tensors`` of ``megatron/core/transformer/attention.py``); of anything
-else, in one per rank, as the gated MLP of each rank splits its own rows in half (``mlp.py``).
+and every tensor-parallel rank holds the same number of consecutive blocks. Queries, keys and values have one block per
+KV group (``SelfAttention.get_query_key_value_tensors`` of ``megatron/core/transformer/attention.py``). All other
+parameters have one block per rank, since the gated MLP of each rank splits its own rows in half (``mlp.py``).
 
-Names on disk: mixtures have one tensor per expert, although transformers 5 fuses them in memory.
+On disk, mixtures have one tensor per expert, although transformers 5 fuses them in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Literal
 
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, Piece, Place
+from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, ParameterPlacement, Piece
 
 Shape = tuple[int, ...]
 Where = Literal["first", "last", "layer", "dense", "mixture"]
@@ -33,20 +33,20 @@ Where = Literal["first", "last", "layer", "dense", "mixture"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table: tensors on disk and the parameter that they make up.
+    """One entry of a table: tensors on disk and the parameter that they make up.
 
     Attributes:
-        tensors: Name and dimensions of each; see :func:`_sizes` for what dimensions are called.
-        parameter: Its name with Megatron-Core's own layers, and experts one by one
+        tensors: Name and dimensions of each tensor; :func:`_sizes` defines the names of dimensions.
+        parameter: Name with Megatron-Core's own layers and one module per expert
             (``get_gpt_layer_local_spec`` of ``megatron/core/models/gpt/gpt_layer_specs.py``).
-        where: The chunk with the embedding, with the output, every layer, or those layers that are dense or mixtures.
-        axis: Cut over tensor-parallel ranks along this one; None: whole on every rank.
+        where: The first chunk (embedding), the last (output), every layer, or the layers that are dense or mixtures.
+        axis: Axis along which tensor parallelism shards the parameter; None: replicated.
         by_group: Blocks are KV groups.
         padded: Rows are padded with zeros to the padded vocabulary.
-        tied: Name of the tensor that takes the place of ``tensors`` in a tied model.
-        fused: The parameter's name with Transformer Engine, where it differs
+        tied: Name of the tensor that replaces ``tensors`` in a tied model.
+        fused: Name with Transformer Engine if it differs
             (``get_gpt_layer_with_transformer_engine_spec``): norms are part of the matrix that follows.
-        grouped: Its name where one module holds all experts (``TEGroupedMLP`` of ``transformer/moe/experts.py``).
+        grouped: Name if one module holds all experts (``TEGroupedMLP`` of ``transformer/moe/experts.py``).
     """
 
     tensors: tuple[tuple[str, tuple[str, ...]], ...]
@@ -180,23 +180,23 @@ TABLES: Mapping[str, tuple[Entry, ...]] = {
         *_FINAL,
     ),
 }
-"""By the entry of ``architectures`` in config.json."""
+"""Tables by the entry of ``architectures`` in config.json."""
 
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""On disk in old checkpoints of Llama 2, and no weights."""
+"""Buffers on disk in old checkpoints of Llama 2 that are not weights."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A Megatron parameter of a model, whole, and the tensors it is made of.
+    """A whole Megatron parameter and the tensors it consists of.
 
     Attributes:
-        entry: Its line of the table.
-        tensors: Name and shape on disk.
-        blocks: KV groups, where they are the blocks; None: as many as ranks.
-        layer: Number in the whole model; None: of no layer.
-        expert: Number in the layer; None: of no expert.
-        copy: A second copy, in a tied model, of a parameter that another chunk holds.
+        entry: Entry of the table.
+        tensors: Name and shape of each tensor on disk.
+        blocks: Number of KV groups if they are the blocks; None: one block per rank.
+        layer: Index of the layer in the whole model; None: not part of a layer.
+        expert: Index of the expert in the layer; None: not part of an expert.
+        copy: The parameter is the second copy, in a tied model, of one that another chunk holds.
     """
 
     entry: Entry
@@ -207,7 +207,7 @@ class Weight:
     copy: bool = False
 
     def name(self, naming: Naming = PLAIN, layer: int | None = None, expert: int | None = None) -> str:
-        """The parameter's name, with these numbers of its layer and expert instead of those in the whole model."""
+        """Returns the parameter's name; ``layer`` and ``expert`` override the indices in the whole model."""
         pattern = self.entry.parameter
         if naming.fused_norms and self.entry.fused:
             pattern = self.entry.fused
@@ -219,37 +219,39 @@ class Weight:
 
     @cached_property
     def elements(self) -> int:
-        """Without padding."""
+        """Number of elements without padding."""
         return sum(math.prod(shape) for _, shape in self.tensors)
 
-    def share(self, place: Place) -> tuple[int, int]:
-        """Which part of how many a rank holds, provided that it holds any."""
+    def shard(self, placement: ParameterPlacement) -> tuple[int, int]:
+        """Returns index and number of shards for a rank, provided that it holds one."""
         if self.entry.axis is None:
             return 0, 1
         if self.expert is not None:
-            return place.expert_tensor_rank, place.expert_tensor_size
-        return place.tensor_rank, place.tensor_size
+            return placement.expert_tensor_rank, placement.expert_tensor_size
+        return placement.tensor_rank, placement.tensor_size
 
     def shape(self, padded_vocab: int, size: int = 1) -> Shape:
-        """Of one part of ``size``.
+        """Returns the shape of one shard of ``size``.
 
         Raises:
-            ValueError: the parameter cannot be cut into as many.
+            ValueError: the parameter cannot be divided into ``size`` shards.
         """
         axis, first = self.entry.axis, self.tensors[0][1]
         if axis is None:
             return first
         whole = padded_vocab if self.entry.padded else sum(shape[axis] for _, shape in self.tensors)
         blocks = self.blocks or size
-        if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded()):
-            raise ValueError(f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be cut by {size}")
+        if blocks % size or whole % blocks or any(shape[axis] % blocks for _, shape in self._unpadded_tensors()):
+            raise ValueError(
+                f"{self.name()}: {whole} along axis {axis}, in {blocks} blocks, cannot be divided into {size} shards"
+            )
         return (*first[:axis], whole // size, *first[axis + 1 :])
 
-    def _unpadded(self) -> tuple[tuple[str, Shape], ...]:
+    def _unpadded_tensors(self) -> tuple[tuple[str, Shape], ...]:
         return () if self.entry.padded else self.tensors
 
     def pieces(self, part: int, size: int, padded_vocab: int) -> Iterator[Piece]:
-        """What part number ``part`` of ``size`` is made of; rows that none covers are padding.
+        """Yields the pieces of shard ``part`` of ``size``; rows that no piece covers are padding.
 
         Raises:
             ValueError: see :meth:`shape`.
@@ -272,13 +274,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class LocalWeight:
-    """A parameter, or a part of one, on some rank.
+    """A parameter, or a shard of one, on a rank.
 
     Attributes:
-        weight: Whole.
-        chunk: Index in ``Place.chunks``.
-        name: In that chunk, with the numbers of the layer and the expert there.
-        shape: Of the part.
+        weight: The whole parameter.
+        chunk: Index in ``ParameterPlacement.chunks``.
+        name: Name in that chunk, with the local indices of layer and expert.
+        shape: Shape of the shard.
     """
 
     weight: Weight
@@ -288,7 +290,7 @@ class LocalWeight:
 
 
 def _sizes(architecture: Architecture) -> dict[str, int]:
-    """What the tables call dimensions."""
+    """Returns the sizes of the dimensions named in the tables."""
     mixture = architecture.mixture
     return {
         "hidden": architecture.hidden,
@@ -319,7 +321,7 @@ def _weight(architecture: Architecture, entry: Entry, layer: int | None, expert:
 
 
 def expert_weight(architecture: Architecture, weight: Weight, expert: int) -> Weight:
-    """The same parameter of another expert of the layer."""
+    """Returns the same parameter of another expert of the layer."""
     return _weight(architecture, weight.entry, weight.layer, expert)
 
 
@@ -335,7 +337,7 @@ def _layer_weights(architecture: Architecture, layer: int, experts: range) -> It
 
 
 def chunk_weights(architecture: Architecture, chunk: Chunk, experts: range) -> Iterator[Weight]:
-    """The parameters of a chunk, whole, with these experts of every mixture: those of no expert first in a layer."""
+    """Yields the whole parameters of a chunk with these experts; within a layer, those of experts come last."""
     if chunk.first:
         yield from (_weight(architecture, entry, None) for entry in _entries(architecture, ("first",)))
     for layer in chunk.layers:
@@ -343,70 +345,72 @@ def chunk_weights(architecture: Architecture, chunk: Chunk, experts: range) -> I
     if chunk.last:
         for entry in _entries(architecture, ("last",)):
             weight = _weight(architecture, entry, None)
-            if not (weight.copy and chunk.first):  # where both are in one chunk, the output weight is the embedding
+            if not (weight.copy and chunk.first):  # if both are in one chunk, the output weight is the embedding
                 yield weight
 
 
 def all_weights(architecture: Architecture) -> list[Weight]:
-    """Every parameter of the model once, in the order of layers."""
+    """Returns every parameter of the model once, in the order of layers."""
     experts = range(architecture.mixture.experts if architecture.mixture else 0)
     whole = Chunk(range(architecture.layers), first=True, last=True)
     return list(chunk_weights(architecture, whole, experts))
 
 
 def hf_tensors(architecture: Architecture) -> dict[str, Shape]:
-    """Name and shape of every tensor on disk, in the order of layers."""
+    """Returns name and shape of every tensor on disk, in the order of layers."""
     return {name: shape for weight in all_weights(architecture) for name, shape in weight.tensors}
 
 
-def local_experts(architecture: Architecture, place: Place) -> range:
-    """The experts of every mixture that a rank holds.
+def local_experts(architecture: Architecture, placement: ParameterPlacement) -> range:
+    """Returns the experts of every mixture that a rank holds.
 
     Raises:
-        ValueError: they cannot be shared evenly.
+        ValueError: the experts cannot be divided evenly.
     """
     experts = architecture.mixture.experts if architecture.mixture else 0
-    if experts % place.expert_size:
-        raise ValueError(f"{experts} experts cannot be shared by {place.expert_size} ranks")
-    count = experts // place.expert_size
-    return range(place.expert_rank * count, (place.expert_rank + 1) * count)
+    if experts % placement.expert_size:
+        raise ValueError(f"{experts} experts cannot be divided evenly among {placement.expert_size} ranks")
+    count = experts // placement.expert_size
+    return range(placement.expert_rank * count, (placement.expert_rank + 1) * count)
 
 
-def local_weights(architecture: Architecture, place: Place, naming: Naming = PLAIN) -> Iterator[LocalWeight]:
-    """What a rank holds, chunk by chunk.
+def local_weights(
+    architecture: Architecture, placement: ParameterPlacement, naming: Naming = PLAIN
+) -> Iterator[LocalWeight]:
+    """Yields the parameters that a rank holds, chunk by chunk.
 
     Raises:
-        ValueError: a parameter cannot be cut as the place says.
+        ValueError: a parameter cannot be sharded as the placement says.
     """
-    experts = local_experts(architecture, place)
-    for index, chunk in enumerate(place.chunks):
+    experts = local_experts(architecture, placement)
+    for index, chunk in enumerate(placement.chunks):
         for weight in chunk_weights(architecture, chunk, experts):
             name = weight.name(
                 naming,
                 layer=None if weight.layer is None else weight.layer - chunk.layers.start,
                 expert=None if weight.expert is None else weight.expert - experts.start,
             )
-            yield LocalWeight(weight, index, name, weight.shape(place.padded_vocab, weight.share(place)[1]))
+            yield LocalWeight(weight, index, name, weight.shape(placement.padded_vocab, weight.shard(placement)[1]))
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """Weights and biases on disk; a tied embedding counts once."""
+    """Returns the number of weights and biases on disk; a tied embedding counts once."""
     return sum(weight.elements for weight in all_weights(architecture))
 
 
-def local_parameter_count(architecture: Architecture, place: Place) -> int:
-    """Elements that a rank holds: padding, what other ranks hold too, and a tied output weight included."""
-    return sum(math.prod(local.shape) for local in local_weights(architecture, place))
+def local_parameter_count(architecture: Architecture, placement: ParameterPlacement) -> int:
+    """Returns the number of elements that a rank holds, with padding, replicated and tied parameters."""
+    return sum(math.prod(local.shape) for local in local_weights(architecture, placement))
 
 
 def check(architecture: Architecture, found: Mapping[str, Sequence[int]]) -> list[str]:
-    """Every difference between the tensors that a model has on disk and those that it should have, one line each.
+    """Returns all differences between the tensors of a model on disk and the expected ones, one line each.
 
-    Not differences: the output weight of a tied model, which is the embedding whatever it holds, and :data:`IGNORED`.
+    The output weight of a tied model, which the embedding replaces, and :data:`IGNORED` are allowed.
 
     Args:
-        architecture: Of the model.
-        found: Names and shapes.
+        architecture: Architecture of the model.
+        found: Shapes by name.
     """
     wanted = hf_tensors(architecture)
     problems = [f"{name}: missing, expected {list(shape)}" for name, shape in wanted.items() if name not in found]

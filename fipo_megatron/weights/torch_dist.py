@@ -1,8 +1,8 @@
-"""The directory of a ``torch_dist`` checkpoint, checked whole without Megatron: what it holds and what it should hold.
+"""The directory of a ``torch_dist`` checkpoint: its expected tensors, and a check of its files without Megatron.
 
-Megatron-Core writes a tensor under one name whatever the layout: that which Transformer Engine's layers give it, with
-layers numbered in the whole model, and one tensor for all experts of a layer, stacked. Beside Megatron's files there is
-``huggingface/`` with the model's config.json, tokenizer and so on, so that the checkpoint can be turned back.
+Megatron-Core's names of tensors do not depend on the layout: they are those of Transformer Engine's layers, with layer
+indices of the whole model and one stacked tensor for all experts of a layer. Beside Megatron's files, the directory
+``huggingface/`` holds the model's config.json, tokenizer and so on for the conversion back.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fipo_megatron.weights.placement import Naming
 from fipo_megatron.weights.tables import Shape, Weight
 
 HUGGING_FACE = "huggingface"
-"""Directory in the checkpoint with all that a model has beside its weights."""
+"""Directory in the checkpoint with the model's files beside its weights."""
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 DTYPES = (torch.float32, torch.bfloat16)
-"""What Megatron-Core trains in."""
+"""Dtypes in which Megatron-Core trains."""
 
 PADDED = {entry.parameter for table in tables.TABLES.values() for entry in table if entry.padded}
-"""Parameters with a row per token, and more rows where the layout needs them."""
+"""Parameters with a row per token of the vocabulary, padded according to the layout."""
 
 
 def _key(weight: Weight) -> str:
@@ -40,7 +40,7 @@ def _key(weight: Weight) -> str:
 
 
 def checkpoint_tensors(architecture: Architecture) -> dict[str, Shape]:
-    """Name and shape of every tensor of a checkpoint, in the order of layers; the vocabulary without padding."""
+    """Returns name and shape of every tensor of a checkpoint, in the order of layers, without padding."""
     experts = architecture.mixture.experts if architecture.mixture else 0
     found = {}
     for weight in tables.all_weights(architecture):
@@ -68,27 +68,27 @@ _CLASSES = {
     "collections": {"OrderedDict", "defaultdict"},
     "builtins": {"set", "dict", "list"},
 }
-"""What the metadata of a checkpoint is made of, whole names only."""
+"""Classes and functions in the metadata of a checkpoint, by module; names must match exactly."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads nothing but the classes that describe a checkpoint: a pickle from outside can run no code."""
+    """Unpickler that loads only the classes that describe a checkpoint, so that a foreign pickle cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "megatron.core.dist_checkpointing.strategies.torch" and name in ("MCoreMetadata", "MCoreSavePlan"):
-            return type(name, (), {})  # empty there, too
+            return type(name, (), {})  # empty in Megatron-Core too
         if (module, name) == ("pathlib", "PosixPath"):
-            return type(name, (), {"__init__": lambda self, *parts: None})  # where it was written; nobody asks
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
+            return type(name, (), {"__init__": lambda self, *parts: None})  # path of the writer; unused
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the metadata of a checkpoint")
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the checkpoint says of itself.
+    """Reads the metadata of a checkpoint.
 
     Raises:
-        WeightsError: it is no checkpoint, or one whose saving was not finished.
+        WeightsError: the directory is not a checkpoint, or its saving did not finish.
     """
     try:
         text = json.loads((path / BACKEND).read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def read_metadata(path: Path) -> Metadata:
         raise WeightsError(f"{path / BACKEND}: {wrong}: expected {_FORMAT}")
     try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle can raise any error
         raise WeightsError(f"{path / METADATA}: truncated or corrupt: {error!r}") from error
     if not isinstance(found, Metadata):
         raise WeightsError(f"{path / METADATA}: holds a {type(found).__name__}, not the metadata of a checkpoint")
@@ -109,18 +109,18 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def check(path: Path, architecture: Architecture, companions: Path | None = None) -> torch.dtype:
-    """Compares a checkpoint with the model that it should hold; reads names, shapes and the sizes of files only.
+    """Compares a checkpoint with the model that it should hold. Reads only names, shapes and file sizes.
 
     Args:
-        path: Of the checkpoint.
-        architecture: Of the model.
-        companions: Where the tokenizer that belongs to it is; None: in the checkpoint.
+        path: Directory of the checkpoint.
+        architecture: Architecture of the model.
+        companions: Hugging Face directory with the tokenizer; None: that in the checkpoint.
 
     Returns:
-        A dtype that holds all of the weights exactly.
+        A dtype that represents all weights exactly.
 
     Raises:
-        WeightsError: with everything that keeps the checkpoint from being loaded, one line each.
+        WeightsError: all problems that prevent loading the checkpoint, one line each.
     """
     metadata = read_metadata(path)
     found = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
@@ -140,7 +140,9 @@ def check(path: Path, architecture: Architecture, companions: Path | None = None
         for key in found
         if key not in wanted and not key.startswith("optimizer.")
     ]
-    problems += [f"{key}: parts of it are missing" for key in found if key in wanted and not _whole(key, metadata)]
+    problems += [
+        f"{key}: parts of it are missing" for key in found if key in wanted and not _is_complete(key, metadata)
+    ]
     problems += tokenizer_problems((companions or path / HUGGING_FACE) / "tokenizer.json", architecture.vocab)
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
@@ -148,8 +150,8 @@ def check(path: Path, architecture: Architecture, companions: Path | None = None
     return torch.bfloat16 if {found[key].properties.dtype for key in wanted} == {torch.bfloat16} else torch.float32
 
 
-def _whole(key: str, metadata: Metadata) -> bool:
-    """Whether every element of a tensor is in some file."""
+def _is_complete(key: str, metadata: Metadata) -> bool:
+    """Returns whether every element of a tensor is in some file."""
     tensor = metadata.state_dict_metadata[key]
     assert isinstance(tensor, TensorStorageMetadata)
     stored = [chunk for chunk in tensor.chunks if MetadataIndex(key, chunk.offsets) in metadata.storage_data]
@@ -167,11 +169,11 @@ def check_files(path: Path) -> None:
         raise WeightsError("\n".join(problems))
 
 
-def companions_of(checkpoint: Path, hf: Path | None) -> Path:
-    """Where config.json and all that belongs to it is for a checkpoint.
+def companion_directory(checkpoint: Path, hf: Path | None) -> Path:
+    """Returns the Hugging Face directory that belongs to a checkpoint: ``hf``, or the one in the checkpoint.
 
     Raises:
-        WeightsError: nowhere.
+        WeightsError: the directory has no config.json.
     """
     found = hf or checkpoint / HUGGING_FACE
     if not (found / "config.json").is_file():
@@ -180,7 +182,7 @@ def companions_of(checkpoint: Path, hf: Path | None) -> Path:
 
 
 def _file_problems(path: Path, metadata: Metadata) -> list[str]:
-    """Files that are missing or end before the tensors that should be in them."""
+    """Returns problems of files that are missing, or end before the tensors that they should hold."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)

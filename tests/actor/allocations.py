@@ -1,4 +1,4 @@
-"""Sees every tensor that PyTorch operators produce, in forward and backward."""
+"""Records the tensors that PyTorch operators produce, in forward and backward."""
 
 from __future__ import annotations
 

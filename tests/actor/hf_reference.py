@@ -1,4 +1,4 @@
-"""Weights of a transformers model in Megatron's layout: an independent, plain reading for tests.
+"""Weights of a transformers model in Megatron's layout: an independent implementation for tests.
 
 ``full_tensors`` gives every tensor whole, under Megatron's name, with the layer's and the expert's number in the whole
 model; ``shard`` cuts one for a rank. Together they say what any rank must hold, of weights or of gradients.
@@ -16,7 +16,7 @@ from fipo_megatron.weights.architecture import Architecture
 
 
 def full_tensors(hf: Mapping[str, Tensor], architecture: Architecture, padded_vocab: int) -> dict[str, Tensor]:
-    """Every Megatron tensor, whole, from a transformers model's ``state_dict()``, or from gradients under its names."""
+    """Returns all Megatron tensors, whole, from a transformers model's ``state_dict()`` or gradients by its names."""
 
     def pad(weight_VH: Tensor) -> Tensor:
         return torch.nn.functional.pad(weight_VH, (0, 0, 0, padded_vocab - len(weight_VH)))
@@ -60,14 +60,14 @@ def _layer(hf: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Te
 
 
 def _qkv(hf: Mapping[str, Tensor], architecture: Architecture, kind: str) -> Tensor:
-    """KV group by KV group: its queries, its key, its value."""
+    """Concatenates query, key and value by KV group."""
     groups = architecture.kv_groups
     q, k, v = (hf[f"self_attn.{name}_proj.{kind}"].chunk(groups) for name in "qkv")
     return torch.cat([part for group in zip(q, k, v, strict=True) for part in group])
 
 
 def shard(name: str, full: Tensor, layout: RankLayout) -> Tensor:
-    """A rank's part of a whole tensor."""
+    """Returns a rank's shard of a whole tensor."""
     rank, size = layout.tensor_rank, layout.tensor_size
     if "local_experts" in name:
         rank, size = layout.expert_tensor_rank, layout.expert_tensor_size
@@ -83,7 +83,7 @@ def shard(name: str, full: Tensor, layout: RankLayout) -> Tensor:
 def named_parameters(
     chunk: HiddenStateGPTModel, architecture: Architecture, layout: RankLayout
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A chunk's parameters under the names of ``full_tensors``."""
+    """Yields a chunk's parameters under the names of ``full_tensors``."""
     first_expert = (
         layout.expert_rank * (architecture.mixture.experts // layout.expert_size) if architecture.mixture else 0
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fipo_megatron.actor.model import HiddenStateGPTModel
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -50,15 +50,15 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3 moe, some dense": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3 moe, every second": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
 }
-"""Architecture in transformers and what differs from ``SHAPE``."""
+"""Architecture in transformers and differences from ``SHAPE``."""
 
 
 def random_model(name: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
-    """A model of ``MODELS`` in float32, with norms and biases that are random, too."""
+    """Returns a model of ``MODELS`` in float32, with random norms and biases."""
     family, special = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | special | changes))
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **special, **changes})
     config.architectures = [f"{family}ForCausalLM"]
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model: transformers.PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,13 +68,13 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> transformers.PreTr
 
 
 def packed(lengths: Sequence[int], padded: Sequence[int]) -> PackedSeqParams:
-    """Sequences of these lengths, padded to those."""
+    """Returns sequences of these lengths, padded to those."""
     cu, cu_padded = (torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)) for sizes in (lengths, padded))
     return PackedSeqParams("thd", cu, cu, cu_padded, cu_padded, max(padded), max(padded))
 
 
 def logits(model: HiddenStateGPTModel, sequences: Sequence[Tensor], padding: int = 0) -> list[Tensor]:
-    """``[L, vocabulary]`` of each sequence ``[L]``, all packed into one forward pass of a model that is whole."""
+    """Returns logits ``[L, vocabulary]`` of each sequence ``[L]``, packed into one forward pass of a whole model."""
     lengths = [len(sequence) for sequence in sequences]
     padded = [length + padding for length in lengths]
     ids_T = torch.cat([torch.nn.functional.pad(sequence, (0, padding)) for sequence in sequences])

@@ -1,4 +1,4 @@
-"""Packed attention by its definition, a dense mask per sequence; and all context-parallel ranks in one process."""
+"""Packed attention by its definition with a dense mask, and all context-parallel ranks in one process."""
 
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ class Case:
 
 
 def random_case(seed, lengths, cp=1, groups=1, ratio=1, dim=16, dtype=torch.float64):
-    """Sequences of these lengths, padded for ``cp`` ranks; some scores large enough for a peaked softmax."""
+    """Returns sequences of these lengths, padded for ``cp`` ranks; some scores give a peaked softmax."""
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = np.cumsum([0, *(CpLayout(cp).padded_length(n) for n in lengths)]).tolist()
     heads = (groups * ratio, groups, groups, groups * ratio)
@@ -39,7 +39,7 @@ def random_case(seed, lengths, cp=1, groups=1, ratio=1, dim=16, dtype=torch.floa
 
 
 def plain_attention(case, scale=None):
-    """Output and gradients of query, key and value, float64."""
+    """Computes output and gradients of query, key and value in float64."""
     query, key, value = (t.detach().double().requires_grad_() for t in (case.query, case.key, case.value))
     outputs = []
     for start, end in zip(case.cu_seqlens[:-1], case.cu_seqlens[1:], strict=True):
@@ -53,7 +53,7 @@ def plain_attention(case, scale=None):
 
 
 def attend(case, **arguments):
-    """Output and gradients of ``packed_causal_attention`` for the tokens in ``case``."""
+    """Computes output and gradients of ``packed_causal_attention`` for the tokens in ``case``."""
     leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
     out = packed_causal_attention(*leaves, case.cu_seqlens, **arguments)
     return out.detach(), *torch.autograd.grad(out, leaves, case.grad)
@@ -61,7 +61,7 @@ def attend(case, **arguments):
 
 @dataclass
 class SimulatedRanks:
-    """Exchanges between ranks that run one after the other, twice: the first time around, gradients are only noted."""
+    """Exchanges between ranks that run one after the other, twice: the first round only records gradients."""
 
     parts: list[Case]
     contributions: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class SimulatedRanks:
 
 
 def in_simulated_ranks(case, size, **arguments):
-    """Outputs and gradients of every rank: a list of what :func:`attend` returns."""
+    """Returns the result of :func:`attend` of every rank."""
     layouts = [CpLayout(size, rank) for rank in range(size)]
     ranks = SimulatedRanks([case.of_rank(layout) for layout in layouts])
     for _ in range(2 if size > 1 else 1):
@@ -93,14 +93,14 @@ def in_simulated_ranks(case, size, **arguments):
 
 
 def whole(results, cu_seqlens):
-    """The results of all ranks, put together in packed order."""
+    """Assembles the results of all ranks in packed order."""
     layouts = [CpLayout(len(results), rank) for rank in range(len(results))]
     order = torch.from_numpy(np.concatenate([layout.indices(cu_seqlens) for layout in layouts])).argsort()
     return [torch.cat(parts)[order] for parts in zip(*results, strict=True)]
 
 
 def largest_error(got, want):
-    """Of output and gradients, each relative to its largest entry (or to 1 if that is smaller)."""
+    """Returns the largest error of output and gradients, each relative to its largest entry, at least 1."""
     errors = [
         (a.double() - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in zip(got, want, strict=True)
     ]

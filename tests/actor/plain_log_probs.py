@@ -8,7 +8,7 @@ from fipo_megatron.actor.log_probs import TokenLogProbs
 
 
 def plain_log_probs(hidden, weight, labels, temperature=1.0, vocab_size=None):
-    """Log-probs and entropy of ``[T]`` labels; padding columns are cut off."""
+    """Returns log-probs and entropy of ``[T]`` labels without padding columns."""
     logits = (hidden @ weight.t())[:, :vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     log_p = torch.log_softmax(logits, dim=-1)
@@ -16,7 +16,7 @@ def plain_log_probs(hidden, weight, labels, temperature=1.0, vocab_size=None):
 
 
 def random_problem(seed, tokens, columns, width, vocab_size=None, dtype=torch.float64, spread=1.0):
-    """Hidden states, output weight and labels; logits have a standard deviation of ``spread``."""
+    """Returns hidden states, output weight and labels whose logits have a standard deviation of ``spread``."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(columns, width, generator=generator, dtype=torch.float64) * (spread / width**0.5)
@@ -25,15 +25,15 @@ def random_problem(seed, tokens, columns, width, vocab_size=None, dtype=torch.fl
 
 
 def with_gradients(compute, hidden, weight, labels, seed=0, use=(True, True)):
-    """``compute(hidden, weight, labels)`` and the gradients of a random combination of log-probs and entropy.
+    """Returns ``compute(hidden, weight, labels)`` and the gradients of a random combination of log-probs and entropy.
 
     Args:
-        compute: Returns a TokenLogProbs.
-        hidden: Leaf to be, as ``weight``.
-        weight: See ``hidden``.
-        labels: The labels.
-        seed: Of the combination.
-        use: Whether log-probs and entropy take part in it.
+        compute: Function that returns TokenLogProbs.
+        hidden: Hidden states; a leaf is made of them.
+        weight: Output weight; a leaf is made of it.
+        labels: Labels.
+        seed: Seed of the combination.
+        use: Whether log-probs and entropy take part in the combination.
     """
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     result = compute(hidden, weight, labels)
@@ -54,7 +54,7 @@ def with_gradients(compute, hidden, weight, labels, seed=0, use=(True, True)):
 
 
 def relative_error(got, want):
-    """Largest difference over the largest magnitude expected (at least 0.01, where all is rounding of zero)."""
+    """Returns the largest difference over the largest expected magnitude, at least 0.01 for values near zero."""
     if want.numel() == 0:
         return 0.0 if got.shape == want.shape else float("inf")
     return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-2))

@@ -1,4 +1,4 @@
-"""The actor on one rank: the lr = 0 gate, steps that must not be taken, the reference policy, offloading."""
+"""The actor on one rank: the lr = 0 gate, skipped steps, the reference policy, offloading."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ def trajectories(model):
 
 @pytest.fixture
 def build(model):
-    """Builds an actor with changes to its configuration; takes everything down at the end."""
+    """Builds an actor with changes to its configuration; destroys the process groups at the end."""
 
     def make(algorithm=layout_cases.ALGORITHM, temperature=1.0, **changes):
         actor = ActorConfig(**({"dtype": "float32", "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=0)} | changes))
@@ -182,7 +182,7 @@ def test_a_gradient_whose_norm_overflows_is_no_step(build, plan, trajectories):
 
 
 def test_warm_up_counts_the_steps_taken(build, plan, trajectories, caplog):
-    """Rates lr/4, lr/2, ... : a skipped step takes none, and is logged."""
+    """Rates are lr/4, lr/2, ...; a skipped step uses none and is logged."""
     actor = build(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4))
     hook = actor._parameters()[3].register_hook(lambda gradient: gradient * math.nan)
     skipped = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
@@ -213,7 +213,7 @@ def test_temperature_is_that_of_the_sampling(build, plan, trajectories, model):
 
 
 def test_entropy_term_acts_on_the_current_policy(build, trajectories, plan):
-    """Without advantages it is the whole gradient, and it raises the entropy."""
+    """Zero advantages leave the entropy term as the whole gradient, which increases the entropy."""
     idle = [replace(t, advantage=0.0) for t in trajectories]
     actor = build(algorithm=AlgorithmConfig(kind="dapo", entropy_coef=1.0))
     metrics = actor.update(plan * 3, idle, actor.log_probs(plan, idle) * 3)
@@ -294,7 +294,7 @@ def test_reference_is_needed_before_it_is_used(build, plan, trajectories):
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_offload_frees_memory_and_changes_nothing(build, plan, trajectories, distributed_optimizer):
-    """Two actors take two rounds of updates, one of them away in between: bit for bit the same."""
+    """Two actors take two rounds of updates, one is offloaded in between: the results are bitwise equal."""
     results = []
     for away in (False, True):
         actor = build(distributed_optimizer=distributed_optimizer)
@@ -314,7 +314,7 @@ def test_offload_frees_memory_and_changes_nothing(build, plan, trajectories, dis
 
 
 def test_bfloat16_trains_float32_main_parameters(build, plan, trajectories):
-    """At lr 1e-6 a bfloat16 weight would never move; the main parameters do, and so does the loss."""
+    """Main parameters and loss change at lr 1e-6, where a bfloat16 weight would not."""
     actor = build(dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-6, warmup_steps=0), max_noise_shift=0.0)
     actor.check_noise_floor(plan[0], trajectories)
     inner = actor.optimizer.chained_optimizers[0].optimizer
@@ -333,7 +333,7 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
     for setting in ("none", recompute):
         actor = build(recompute=setting)
         old = actor.log_probs(plan, trajectories)
-        actor._forward_backward(plan[0], trajectories, old[0], None)
+        actor.forward_backward(plan[0], trajectories, old[0])
         gradients.append([p.main_grad.clone() for p in actor._parameters()])
         parallel.destroy()
     assert equal(*gradients)

@@ -1,4 +1,4 @@
-"""Attention of packed sequences against its definition, and its memory against its definition's."""
+"""Attention of packed sequences: values compared with the definition, and memory."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def test_output_and_gradients_equal_the_definition(kernel, dtype, lengths, cp, g
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("cp", [1, 2])
 def test_sequences_longer_than_the_blocks_of_a_kernel(kernel, dtype, cp):
-    """512 queries and 1,024 keys; the flash kernel has 512 keys."""
+    """Blocks have 512 queries and 1,024 keys, those of the flash kernel 512 keys."""
     case = random_case(5, [2200, 1030], cp, ratio=2, dtype=dtype)
     got = whole(in_simulated_ranks(case, cp, kernel=kernel), case.cu_seqlens)
     assert largest_error(got, plain_attention(case)) <= BOUNDS[dtype]
@@ -61,7 +61,7 @@ def test_sequences_longer_than_the_blocks_of_a_kernel(kernel, dtype, cp):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_views_of_one_projection_are_taken_as_they_are(kernel):
-    """Megatron hands over slices of the mixed projection, and gradients may come expanded or transposed."""
+    """Megatron passes slices of the mixed projection; gradients may be expanded or transposed."""
     case = random_case(0, [40, 9], groups=2, ratio=2)
     mixed = torch.cat([case.query, case.key, case.value], dim=1)
     case.query, case.key, case.value = mixed.split([4, 2, 2], dim=1)
@@ -76,7 +76,7 @@ def test_views_of_one_projection_are_taken_as_they_are(kernel):
 @given(lengths=packings, seed=seeds, cp=st.sampled_from([1, 2, 4]))
 @settings(max_examples=20)
 def test_no_token_depends_on_a_later_one_or_another_sequence(lengths, seed, cp):
-    """In particular none on padding, whatever it holds: bitwise."""
+    """Padding, whatever it holds, changes no bit of any other token."""
     case = random_case(seed, lengths, cp, dtype=torch.float32)
     before = whole(in_simulated_ranks(case, cp), case.cu_seqlens)[0]
     real = torch.cat([torch.arange(start, start + n) for start, n in zip(case.cu_seqlens[:-1], lengths, strict=True)])
@@ -105,7 +105,7 @@ def test_the_same_bits_with_and_without_gradients():
 
 
 class Peak:
-    """Memory allocated on the CPU, in bytes, also what operators take for themselves: the most, and what is left."""
+    """Peak and remaining memory allocated on the CPU in bytes, including buffers inside operators."""
 
     def __enter__(self):
         self._profile = torch.autograd.profiler.profile(profile_memory=True)
@@ -121,14 +121,14 @@ class Peak:
 
 
 def assert_linear(peaks):
-    """A quarter of slack over proportional growth; ``peaks`` is bytes by length, which grows fourfold."""
+    """Checks proportional growth with a slack of a quarter; ``peaks`` is bytes by length, which grows fourfold."""
     for shorter, longer in itertools.pairwise(sorted(peaks)):
         assert longer == 4 * shorter
         assert peaks[longer] <= 1.25 * 4 * peaks[shorter], f"not linear in the length: {peaks}"
 
 
 def with_dense_mask(case, **_):
-    """What the library has for keys that are ahead of the queries: a mask of the size of the scores."""
+    """Computes attention with torch's mask for keys before the queries, which has the size of the scores."""
     leaves = [tensor.transpose(0, 1)[None].requires_grad_() for tensor in (case.query, case.key, case.value)]
     mask = torch.ones(len(case.query), len(case.key), dtype=torch.bool).tril()
     out = scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)
@@ -136,7 +136,7 @@ def with_dense_mask(case, **_):
 
 
 def peaks(run, tokens_of_rank, cp=1, **arguments):
-    """Bytes by length for one sequence, whose exchanges allocate what real ones do."""
+    """Returns peak bytes by length for one sequence, with exchanges that allocate like real ones."""
     exchange = KeyValueExchange(
         lambda message: message[None].repeat(cp, 1, 1, 1, 1), lambda message: message[0].clone()
     )
@@ -169,7 +169,7 @@ def test_the_check_of_linearity_sees_a_dense_mask():
 
 @pytest.mark.parametrize("cp", [1, 4])
 def test_a_rank_keeps_its_own_share_only(cp):
-    """Of its own, the output and a float per query and head: not the gathered keys, no scores."""
+    """Forward keeps this rank's inputs, output and one float per query and head; no gathered keys, no scores."""
     part = random_case(0, [512], ratio=2, dtype=torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (part.query, part.key, part.value)]
     kept = {}

@@ -1,4 +1,4 @@
-"""Weights in Megatron's torch_dist format on one rank: exact, under Megatron's own names, whole or not at all."""
+"""Weights in Megatron's torch_dist format on one rank: exact, under Megatron's own names, complete or absent."""
 
 import os
 import pickle
@@ -35,7 +35,7 @@ def layout():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, layout):
-    """A model of ``MODELS`` as transformers writes it, and a checkpoint of it."""
+    """Writes a model of ``MODELS`` with transformers, and a checkpoint of it."""
     made = {}
 
     def save(name):
@@ -97,7 +97,7 @@ def test_values_are_cast_and_padding_may_differ(saved, layout):
 
 
 class FusedNormLinear(ColumnParallelLinear):
-    """As Transformer Engine's: the norm is part of the matrix that follows, and something is kept beside weights."""
+    """A layer like Transformer Engine's: the norm is part of the matrix that follows, and there is extra state."""
 
     def __init__(self, input_size, output_size, *, config, **rest):
         super().__init__(input_size, output_size, config=config, **rest)
@@ -124,7 +124,7 @@ class FusedNormLinear(ColumnParallelLinear):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
 def test_layers_named_as_transformer_engine_names_them_load_it(name, saved, layout, monkeypatch):
-    """Transformer Engine needs a GPU; a model built of layers with its names and shards stands for it."""
+    """Layers with the names and shards of Transformer Engine, which needs a GPU, replace it."""
     path = saved(name)
     ours = model._block_spec
 
@@ -158,7 +158,7 @@ def test_layers_named_as_transformer_engine_names_them_load_it(name, saved, layo
 
 
 def test_norms_before_mixtures_have_a_name_of_their_own(saved):
-    """As with Transformer Engine's layers, which fuse a norm with dense layers only."""
+    """Transformer Engine's layers fuse this norm with dense layers only."""
     _, chunks = saved.build(saved("qwen3 moe, some dense"))
     keys = {
         shard.key
@@ -183,7 +183,7 @@ def damage_truncated(path):
 
 
 def damage_a_bit(path):
-    """torch reads it without complaint."""
+    """Flips a bit, which torch reads without an error."""
     file = path / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -218,20 +218,20 @@ class Attack:
 
 def damage_code(path):
     (path / ".metadata").write_bytes(pickle.dumps(Attack()))
-    return [".metadata: truncated or corrupt", "has no place in the metadata of a checkpoint"]
+    return [".metadata: truncated or corrupt", "is not allowed in the metadata of a checkpoint"]
 
 
 def damage_code_by_attribute(path):
-    """A method of a class that torch's module happens to import."""
+    """Names a method of a class that torch's module imports."""
     module, name = b"torch.distributed.checkpoint.filesystem", b"Path.touch"
     names = b"".join(b"\x8c" + bytes([len(text)]) + text for text in (module, name))
     target = pickle.dumps(Path("/tmp/fipo_megatron_was_here"), protocol=4)[2:-1]
     (path / ".metadata").write_bytes(b"\x80\x04" + names + b"\x93" + target + b"\x85R.")
-    return ["Path.touch has no place in the metadata of a checkpoint"]
+    return ["Path.touch is not allowed in the metadata of a checkpoint"]
 
 
 def damage_parts(path):
-    """Without one half of a gated matrix."""
+    """Removes one half of a gated matrix from the metadata."""
     metadata = FileSystemReader(path).read_metadata()
     stored = metadata.state_dict_metadata["decoder.layers.1.mlp.linear_fc1.weight"]
     assert len(stored.chunks) == 2
@@ -344,7 +344,7 @@ def test_padding_becomes_zero(saved, layout, tmp_path):
 
 
 def test_failed_save_leaves_nothing(saved, layout, tmp_path):
-    """A file size limit of the operating system stands for a full disk: writing fails half-way."""
+    """A file size limit of the operating system simulates a full disk: writing fails half-way."""
     architecture, chunks = saved.build(saved("qwen2"))
     load_hf(chunks, architecture, layout, saved("qwen2") / "hf")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Every adaptation of Megatron-Core is needed, listed, and out of the way of everybody else."""
+"""Every adaptation of Megatron-Core is needed, documented, and without effect on other modules."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def trials(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
 def test_upstream_still_needs(name, trials):
-    """Where this fails, upstream runs without the adaptation: remove it."""
+    """A failure means that upstream no longer needs the adaptation: remove it."""
     assert any(trials["without"][name])
 
 

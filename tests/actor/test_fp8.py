@@ -1,4 +1,4 @@
-"""FP8 state between passes, on modules that keep it where Transformer Engine's do."""
+"""FP8 state between passes, on modules with the attributes of Transformer Engine's."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from fipo_megatron.actor.fp8 import drop_weight_copies, frozen_scaling, scaling_
 
 
 class Scaled(torch.nn.Module):
-    """A linear layer with the state of delayed scaling, made in the first pass as Transformer Engine makes it."""
+    """A linear layer with the state of delayed scaling, created in the first pass like Transformer Engine's."""
 
     def __init__(self):
         super().__init__()

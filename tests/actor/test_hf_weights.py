@@ -29,7 +29,7 @@ def layout():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The directory of a model of ``MODELS`` as transformers writes it, in several files."""
+    """Writes a model of ``MODELS`` with transformers, in several files."""
     made = {}
 
     def save(name):
@@ -55,7 +55,7 @@ def snapshot(chunks):
 
 
 def same(left, right):
-    """Equal names, shapes, dtypes and bits."""
+    """Asserts equal names, shapes, dtypes and bits."""
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
@@ -176,7 +176,7 @@ def break_no_files(path):
 
 
 def rewrite(path, change):
-    """The same tensors, changed, in one file."""
+    """Rewrites the tensors, changed, in one file."""
     tensors = on_disk(path)
     change(tensors)
     for file in path.glob("model*"):
@@ -225,7 +225,7 @@ def break_place(path):
     other = next(file for file in files if file != at)
     content["weight_map"]["model.norm.weight"] = other
     index.write_text(json.dumps(content))
-    return [f"model.norm.weight: the index says it is in {other}, which does not hold it"]
+    return [f"model.norm.weight: the index says it is in {other}, which does not have it"]
 
 
 def break_tokenizer(path):
@@ -296,7 +296,7 @@ def test_existing_target_is_kept(saved, layout, tmp_path):
 
 
 def test_failed_save_leaves_nothing(saved, layout, tmp_path):
-    """A file size limit of the operating system stands for a full disk: writing fails half-way."""
+    """A file size limit of the operating system simulates a full disk: writing fails half-way."""
     import resource
     import signal
 

@@ -1,4 +1,4 @@
-"""Log-probs in chunks against all logits at once, on one rank; several ranks are in tests/distributed."""
+"""Log-probs in chunks compared with all logits at once, on one rank; several ranks are in tests/distributed."""
 
 import math
 from functools import partial
@@ -25,7 +25,7 @@ BOTH, LOG_PROBS, ENTROPY = (True, True), (True, False), (False, True)
 
 
 def assert_equal_to_plain(problem, options, bound, use=BOTH):
-    """Values and gradients against the plain path in float64."""
+    """Compares values and gradients with the plain path in float64."""
     chunked = partial(token_log_probs, with_entropy=True, **options)
     kept = {name: options[name] for name in ("temperature", "vocab_size") if name in options}
     got = with_gradients(chunked, *problem, use=use)
@@ -56,7 +56,7 @@ def test_equals_autograd_through_log_softmax(tokens, columns, width, padding, ch
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 1024])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_bfloat16_rounds_logits_and_products_and_nothing_else(chunk_tokens, temperature):
-    """Against float64: the logits' 8 bits. Against bfloat16 logits with a float32 softmax: the same log-probs."""
+    """The error against float64 is the logits' 8 bits; against bfloat16 logits with a float32 softmax it is none."""
     hidden, weight, labels = random_problem(3, 200, 500, 32, dtype=torch.bfloat16)
     options = {"temperature": temperature, "chunk_tokens": chunk_tokens}
     assert_equal_to_plain((hidden, weight, labels), options, 2e-2)
@@ -68,7 +68,7 @@ def test_bfloat16_rounds_logits_and_products_and_nothing_else(chunk_tokens, temp
 
 
 def test_bfloat16_weight_gradient_accumulates_in_float32():
-    """128 chunks lose no more than one; summing them in bfloat16 would."""
+    """128 chunks lose no more precision than one; with sums in bfloat16 they would."""
     problem = random_problem(5, 1024, 64, 16, dtype=torch.bfloat16)
     hidden, weight, labels = problem
     want = with_gradients(plain_log_probs, hidden.double(), weight.double(), labels)["grad_weight"]
@@ -106,7 +106,7 @@ def test_extreme_logits(dtype, label):
 
 
 def test_cancellation_at_large_logits():
-    """A distribution on top of a common offset of 10⁴ keeps the accuracy that float32 logits allow."""
+    """A distribution with a common offset of 10⁴ keeps the accuracy that float32 logits allow."""
     hidden, weight, labels = random_problem(1, 50, 40, 8)
     offset = torch.full((40, 1), 8192.0, dtype=torch.float64)
     hidden, weight = torch.cat([hidden, torch.ones(50, 1)], 1), torch.cat([weight, offset], 1)
@@ -133,7 +133,7 @@ def test_hard_distribution_everywhere():
     seed=seeds,
 )
 def test_statistics_of_any_number_of_ranks_merge(size, columns, padding, spread, seed):
-    """Also where whole ranks have only padding."""
+    """Includes ranks that have only padding."""
     vocab_size = max(1, round(size * columns * (1 - padding)))
     hidden, weight, labels = random_problem(seed, 30, size * columns, 8, vocab_size=vocab_size, spread=spread)
     parts = []
@@ -186,7 +186,7 @@ def test_no_tokens():
 
 
 def test_log_probs_do_not_depend_on_what_else_is_asked():
-    """Bit for bit: the pass for π_old and the training pass must agree at equal weights."""
+    """The pass for π_old and the training pass must agree bitwise at equal weights."""
     hidden, weight, labels = random_problem(8, 100, 300, 16, dtype=torch.float32)
     options = {"temperature": 0.7, "chunk_tokens": 33}
     recorded = with_gradients(partial(token_log_probs, with_entropy=True, **options), hidden, weight, labels)

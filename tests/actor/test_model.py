@@ -1,4 +1,4 @@
-"""The model that Megatron builds from config.json is the one that transformers builds, and errors come before it."""
+"""The model that Megatron builds from config.json equals that of transformers; errors are raised before building."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.actor.models import MODELS, logits, random_model
 
 FLOAT32 = ActorConfig(dtype="float32")
 LENGTHS = (100, 7, 33)
-"""With an original context of 32, most positions of the first are beyond it."""
+"""Lengths of the sequences; most positions of the first exceed an original context of 32."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_rotary_frequencies_are_exactly_those_of_transformers(name):
     ],
 )
 def test_rope_of_real_models_as_transformers_4_wrote_it(theta, scaling):
-    """Head dimension 128, as the published config.json have it; transformers 5 reads the same file."""
+    """The head dimension is 128, as in the published config.json; transformers 5 reads the same file."""
     reference = random_model("llama2", head_dim=128, max_position_embeddings=32768)
     old = reference.config.to_dict()
     del old["rope_parameters"]
@@ -223,8 +223,14 @@ def test_layouts_that_do_not_fit_the_model(name, parallelism, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fp8": "hybrid"}, "actor.fp8 = hybrid: needs CUDA and Transformer Engine, which are not here; valid: off"),
-        ({"transformer": {"transformer_impl": "transformer_engine"}}, "Transformer Engine is not here; valid: local"),
+        (
+            {"fp8": "hybrid"},
+            "actor.fp8 = hybrid: needs CUDA and Transformer Engine, which are not available; valid: off",
+        ),
+        (
+            {"transformer": {"transformer_impl": "transformer_engine"}},
+            "Transformer Engine is not available; valid: local",
+        ),
     ],
 )
 def test_needs_transformer_engine(settings, message):
@@ -291,7 +297,7 @@ def test_token_multiple(fp8, recipe, tensor_parallel, multiple):
 
 
 def test_real_config_json_is_read(tmp_path):
-    """Qwen3-30B-A3B, as published."""
+    """Reads the published config.json of Qwen3-30B-A3B."""
     published = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,
@@ -321,7 +327,7 @@ def test_real_config_json_is_read(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
     read = Architecture.from_directory(tmp_path)
-    assert (read.mixture.experts, read.mixture.chosen, read.mixture.ffn) == (128, 8, 768)
+    assert (read.mixture.experts, read.mixture.top_k, read.mixture.ffn) == (128, 8, 768)
     assert read.mixture.layers == (True,) * 48
     assert (read.head_dim, read.kv_groups, read.rope.theta, read.tied) == (128, 4, 1e6, False)
     assert read.padded_vocab(128 * 8) == 152576

@@ -1,4 +1,4 @@
-"""Which parameters decay, which rates the schedule sets, and what a mixed-precision step updates."""
+"""Weight decay by parameter, the learning rates of the schedule, and mixed-precision steps."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_learning_rates(layout):
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_bfloat16_trains_float32_main_parameters(distributed, layout):
-    """A hundred steps too small for bfloat16, which has 8 bits of precision, add up."""
+    """A hundred steps add up, each too small for bfloat16, which has 8 bits of precision."""
     settings = OptimizerConfig(lr=1e-4, weight_decay=0.0, warmup_steps=0)
     model, optimizer, schedule = build(layout, dtype="bfloat16", optimizer=settings, distributed_optimizer=distributed)
     norm = model.module.decoder.final_layernorm.weight

@@ -1,11 +1,12 @@
-"""Launchers' environments, and layouts that do not fit."""
+"""Environments of the launchers, and layouts that do not fit the world size."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.parallel import Launch, check_world_size, first_host
+from fipo_megatron.actor.launch import Launch, first_host
+from fipo_megatron.actor.parallel import check_world_size
 from fipo_megatron.config import ParallelConfig
 from tests.distributed.launch import torchrun
 
@@ -65,8 +66,16 @@ def test_incomplete_environment(environment, message):
         ),
         ({"expert_parallel": 4}, 6, "expert_parallel = 4: .* must divide the 6 ranks of a pipeline stage"),
         ({"expert_parallel": 2, "expert_tensor_parallel": 2}, 2, "expert_tensor_parallel = 2 must divide the 2 ranks"),
-        ({"sequence_parallel": True}, 1, "sequence_parallel = True: needs tensor_parallel of at least 2"),
-        ({"virtual_pipeline": 2}, 1, "virtual_pipeline = 2: must be 1 without pipeline_parallel"),
+        (
+            {"sequence_parallel": True},
+            1,
+            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2",
+        ),
+        (
+            {"virtual_pipeline": 2},
+            1,
+            "actor.parallel.virtual_pipeline = 2: must be 1 without actor.parallel.pipeline_parallel",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(layout, world_size, message):

@@ -47,7 +47,7 @@ DENSE = Architecture(
     max_positions=32,
     rope=Rope(),
 )
-MIXTURE = replace(DENSE, mixture=Mixture(experts=4, chosen=2, ffn=16, normalised=True, layers=(True, True)))
+MIXTURE = replace(DENSE, mixture=Mixture(experts=4, top_k=2, ffn=16, normalised=True, layers=(True, True)))
 
 
 PLAIN = ActorConfig(dtype="float32", distributed_optimizer=False)

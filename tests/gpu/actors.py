@@ -133,10 +133,10 @@ class Case:
 
     def gradients(self, old):
         """Of the loss of the mini-batch, on the CPU, under the names of layers whose norms stand alone."""
-        self.actor._forward_backward(self.plan[0], self.trajectories, old[0], None)
+        self.actor.forward_backward(self.plan[0], self.trajectories, old[0])
         (chunk,) = self.actor.chunks
         found = {unfused(name): p.main_grad.detach().double().cpu() for name, p in chunk.named_parameters()}
-        self.actor._zero_grad()
+        self.actor.zero_grad()
         return found
 
     def noise_floor(self):

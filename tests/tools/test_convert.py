@@ -1,8 +1,11 @@
-"""The converters as their users run them: what they write, what they refuse, their exit codes."""
+"""The converters: what they write, what they refuse, their exit codes."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,19 +17,29 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fipo_megatron import convert as conversion
+from fipo_megatron import convert
 from fipo_megatron.actor import hf_conversion as converter
 from tests.actor.models import random_model
-from tools import convert_hf_to_megatron, convert_megatron_to_hf
 
 ROOT = Path(__file__).parents[2]
+TO_MEGATRON, TO_HF = "hf-to-megatron", "megatron-to-hf"
 
 
-def run(*arguments, ranks=1):
-    """Exit code and everything printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+def run(*arguments):
+    """Runs the converter in this process; returns the exit code and everything printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = convert.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
+
+
+def run_on_two_ranks(*command):
+    """Runs a module under torchrun; returns the exit code and everything printed."""
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", *map(str, arguments)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *map(str, command)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -38,12 +51,9 @@ def run(*arguments, ranks=1):
     return done.returncode, done.stdout
 
 
-TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_hf"
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model with all that belongs to one, in several files."""
+    """Writes a complete model in several files."""
     path = tmp_path_factory.mktemp("convert") / "model"
     random_model("qwen3 moe").save_pretrained(path, max_shard_size=50_000)
     vocab = {f"t{i}": i for i in range(60)}
@@ -57,7 +67,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(model):
     target = model.with_name("checkpoint")
-    code, text = run(TO_MEGATRON, model, target, "--verify", "--tensor-parallel", 2, ranks=2)
+    command = ("fipo_megatron.convert", TO_MEGATRON, model, target, "--verify", "--tensor-parallel", 2)
+    code, text = run_on_two_ranks(*command)
     assert code == 0, text
     assert f"{target}: " in text
     assert "verifying" in text
@@ -70,7 +81,7 @@ def on_disk(path):
 
 def test_there_and_back_under_torchrun(model, checkpoint, tmp_path):
     target = tmp_path / "hf"
-    code, text = run(TO_HF, checkpoint, target, "--verify", ranks=2)  # stages of a pipeline
+    code, text = run_on_two_ranks("tools.convert_megatron_to_hf", checkpoint, target, "--verify")  # pipeline stages
     assert code == 0, text
     mine, original = on_disk(target), on_disk(model)
     assert mine.keys() == original.keys()
@@ -110,21 +121,21 @@ def test_names_and_shapes_only(model, checkpoint):
 
 
 def test_nothing_of_megatron_is_imported_to_check(model, checkpoint):
+    """Both ways in one process: the operator's script and the module."""
     program = (
-        "import sys, runpy; sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_module(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end: print('exit', end.code)\n"
+        "import sys, runpy\n"
+        "for command in (sys.argv[1:4], sys.argv[4:]):\n"
+        "    sys.argv = command\n"
+        "    try: runpy.run_module(command[0], run_name='__main__')\n"
+        "    except SystemExit as end: print('exit', end.code)\n"
         "print('megatron' in {name.partition('.')[0] for name in sys.modules})"
     )
-    for command in ((TO_MEGATRON, model), (TO_HF, checkpoint)):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *map(str, command), "--meta"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.endswith("exit 0\nFalse\n"), done.stdout + done.stderr
+    commands = ("tools.convert_hf_to_megatron", model, "--meta", "fipo_megatron.convert", TO_HF, checkpoint, "--meta")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, commands)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("exit 0\n") == 2, done.stdout + done.stderr
+    assert done.stdout.endswith("exit 0\nFalse\n"), done.stdout + done.stderr
 
 
 def test_what_is_refused(model, checkpoint, tmp_path):
@@ -152,27 +163,21 @@ def test_what_is_refused(model, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("command", [TO_MEGATRON, TO_HF])
 def test_a_full_disk_leaves_nothing(command, model, checkpoint, tmp_path):
-    limited = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.argv = sys.argv[1:]\n"
-        "runpy.run_module(sys.argv[0], run_name='__main__')"
-    )
     source = model if command == TO_MEGATRON else checkpoint
-    done = subprocess.run(
-        [sys.executable, "-c", limited, command, str(source), str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3, done.stderr
-    assert "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        code, text = run(command, source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 3, text
+    assert "File too large" in text
+    assert "Traceback" not in text
     assert not list(tmp_path.iterdir())
 
 
-def test_differences_are_found_and_not_published(model, tmp_path, monkeypatch, capsys):
-    """The weights change between reading and writing: what was written is not what was read."""
+def test_differences_are_found_and_not_published(model, tmp_path, monkeypatch):
+    """The weights change between reading and writing, so the result differs from the source."""
     load = converter.load_hf
 
     def load_wrong(chunks, *rest, **more):
@@ -181,14 +186,15 @@ def test_differences_are_found_and_not_published(model, tmp_path, monkeypatch, c
             dict(chunks[0].named_parameters())["decoder.layers.1.self_attention.linear_qkv.weight"][0, 0] += 1e-3
 
     monkeypatch.setattr(converter, "load_hf", load_wrong)
-    assert convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"]) == 4
-    assert "1 tensors differ" in (text := capsys.readouterr().err)
+    code, text = run(TO_MEGATRON, model, tmp_path / "out", "--verify")
+    assert code == 4, text
+    assert "1 tensors differ" in text
     assert "model.layers.1.self_attn.q_proj.weight" in text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("way", ["to Megatron", "to Hugging Face"])
-def test_damage_before_publishing_is_found(way, model, checkpoint, tmp_path, monkeypatch, capsys):
+def test_damage_before_publishing_is_found(way, model, checkpoint, tmp_path, monkeypatch):
     """A bit flips, or the end of a file is lost, between writing and reading again."""
 
     def damaged(save, pattern, damage):
@@ -205,23 +211,24 @@ def test_damage_before_publishing_is_found(way, model, checkpoint, tmp_path, mon
     if way == "to Megatron":
         flip = damaged(converter.save_weights, "__0_0.distcp", lambda b: b[:9999] + bytes([b[9999] ^ 1]) + b[10_000:])
         monkeypatch.setattr(converter, "save_weights", flip)
-        code = convert_hf_to_megatron.main([str(model), str(tmp_path / "out"), "--verify"])
+        code, text = run(TO_MEGATRON, model, tmp_path / "out", "--verify")
         expected = "corrupt: its SHA-256"
     else:
         cut = damaged(converter.save_hf, "model.safetensors", lambda b: b[:-100])
         monkeypatch.setattr(converter, "save_hf", cut)
-        code = convert_megatron_to_hf.main([str(checkpoint), str(tmp_path / "out"), "--verify"])
+        code, text = run(TO_HF, checkpoint, tmp_path / "out", "--verify")
         expected = "truncated or corrupt"
-    assert (code, expected in (text := capsys.readouterr().err)) == (4, True), text
+    assert (code, expected in text) == (4, True), text
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_from_elsewhere_is_checked(model, checkpoint, tmp_path, capsys):
+def test_the_tokenizer_from_elsewhere_is_checked(model, checkpoint, tmp_path):
     shutil.copytree(model, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "other" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 500}}}')
-    for extra in ([str(tmp_path / "out")], ["--meta"]):
-        assert convert_megatron_to_hf.main([str(checkpoint), *extra, "--hf", str(tmp_path / "other")]) == 1
-        assert "token 500 has no row in the embedding" in capsys.readouterr().err
+    for extra in (tmp_path / "out", "--meta"):
+        code, text = run(TO_HF, checkpoint, extra, "--hf", tmp_path / "other")
+        assert code == 1, text
+        assert "token 500 has no row in the embedding" in text
 
 
 @pytest.mark.parametrize(
@@ -240,4 +247,4 @@ def test_stages_by_default(environment, layers, stages, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = argparse.Namespace(tensor_parallel=None, expert_parallel=None, pipeline_parallel=None, meta=False)
-    assert conversion.parallel_config(given, layers).pipeline_parallel == stages
+    assert convert.parallel_config(given, layers).pipeline_parallel == stages

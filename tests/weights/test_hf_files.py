@@ -1,4 +1,4 @@
-"""Planned safetensors files, written in any order, are what the safetensors library reads; all appear or none."""
+"""Planned safetensors files, written in any order, are read by the safetensors library; all files appear or none."""
 
 import json
 import struct

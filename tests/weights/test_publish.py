@@ -1,4 +1,4 @@
-"""Directories appear whole or not at all."""
+"""Directories appear complete or not at all."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tables against published sizes, transformers' files and Megatron's parameters; no weights are allocated."""
+"""The tables compared with published sizes, transformers' files and Megatron's names; no weights are allocated."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import FAMILIES, Architecture
-from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, Place, even_chunks
+from fipo_megatron.weights.placement import PLAIN, Chunk, Naming, ParameterPlacement, even_chunks
 from tests.actor.models import MODELS, random_model
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
@@ -39,14 +39,14 @@ def tiny(name):
     return Architecture.from_hf(random_model(name).config.to_dict())
 
 
-def places(architecture, tensor, pipeline, virtual=1, expert=1, expert_tensor=None, vocab_multiple=1):
-    """Every rank's place once, in a world just large enough."""
+def rank_placements(architecture, tensor, pipeline, virtual=1, expert=1, expert_tensor=None, vocab_multiple=1):
+    """Yields every rank's placement once, in the smallest world."""
     expert_tensor = expert_tensor or (1 if expert > 1 else tensor)
     width = math.lcm(tensor, expert * expert_tensor)
     for stage in range(pipeline):
         chunks = even_chunks(architecture.layers, stage, pipeline, virtual)
         for rank in range(width):
-            yield Place(
+            yield ParameterPlacement(
                 chunks,
                 architecture.padded_vocab(vocab_multiple * tensor),
                 rank % tensor,
@@ -75,7 +75,7 @@ def test_totals_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name):
-    """Mixtures: transformers holds the experts of a layer in one tensor."""
+    """For mixtures, transformers holds the experts of a layer in one tensor."""
     import transformers
 
     config = json.loads(CONFIGS[name].read_text())
@@ -123,10 +123,10 @@ def cases():
 
 @pytest.mark.parametrize(("name", "sizes"), list(cases()))
 def test_ranks_add_up_to_the_model(name, sizes):
-    """What ranks hold = the model + whole copies of norms, routers + padding + experts' replicas + a tied output."""
+    """All ranks together hold the model, copies of norms and routers, padding, experts' replicas, a tied output."""
     architecture = real(name)
-    everywhere = list(places(architecture, **sizes))
-    held = sum(tables.local_parameter_count(architecture, place) for place in everywhere)
+    everywhere = list(rank_placements(architecture, **sizes))
+    held = sum(tables.local_parameter_count(architecture, placement) for placement in everywhere)
 
     stages, tensor = sizes["pipeline"], sizes["tensor"]
     width = len(everywhere) // stages
@@ -154,13 +154,13 @@ def test_ranks_add_up_to_the_model(name, sizes):
     ],
 )
 def test_every_row_of_every_tensor_is_on_some_rank(name, sizes):
-    """Pieces of one part do not overlap, and over all ranks each element of each tensor has its place."""
+    """Pieces of one shard do not overlap, and the ranks together hold every element of every tensor."""
     architecture = real(name)
     covered = {tensor: set() for tensor in tables.hf_tensors(architecture)}
-    for place in places(architecture, **sizes):
-        for local in tables.local_weights(architecture, place):
+    for placement in rank_placements(architecture, **sizes):
+        for local in tables.local_weights(architecture, placement):
             end = 0
-            for piece in local.weight.pieces(*local.weight.share(place), place.padded_vocab):
+            for piece in local.weight.pieces(*local.weight.shard(placement), placement.padded_vocab):
                 assert piece.offset == end
                 end += piece.size
                 covered[piece.tensor].add((piece.start, piece.stop))
@@ -196,13 +196,13 @@ def test_padding_of_the_vocabulary_can_fill_a_rank():
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_names_with_transformer_engine(kind):
-    """As ``get_gpt_layer_with_transformer_engine_spec`` of Megatron-Core builds its layers."""
+    """Names follow ``get_gpt_layer_with_transformer_engine_spec`` of Megatron-Core."""
     architecture = tiny("qwen3 moe" if kind == "mixture" else "qwen3")
-    place = Place((Chunk(range(1, 2), first=False, last=False),), 64, expert_rank=1, expert_size=2)
-    place = place if kind == "mixture" else Place(place.chunks, 64)
+    placement = ParameterPlacement((Chunk(range(1, 2), first=False, last=False),), 64, expert_rank=1, expert_size=2)
+    placement = placement if kind == "mixture" else ParameterPlacement(placement.chunks, 64)
     naming = Naming(fused_norms=True, grouped_experts=True)
     names = [
-        local.name.removeprefix("decoder.layers.0.") for local in tables.local_weights(architecture, place, naming)
+        local.name.removeprefix("decoder.layers.0.") for local in tables.local_weights(architecture, placement, naming)
     ]
     attention = ["linear_qkv.weight", "linear_proj.weight", "q_layernorm.weight", "k_layernorm.weight"]
     wanted = [f"self_attention.{name}" for name in [*attention, "linear_qkv.layer_norm_weight"]]
@@ -212,9 +212,9 @@ def test_names_with_transformer_engine(kind):
         wanted += ["mlp.router.weight", "pre_mlp_layernorm.weight"]
         wanted += [f"mlp.experts.linear_fc{matrix}.weight{expert}" for matrix in (1, 2) for expert in (0, 1)]
     assert sorted(names) == sorted(wanted)
-    assert Naming.of(names) == Naming(fused_norms=True, grouped_experts=kind == "mixture")
-    plain = [local.name for local in tables.local_weights(architecture, place)]
-    assert Naming.of(plain) == PLAIN
+    assert Naming.from_parameter_names(names) == Naming(fused_norms=True, grouped_experts=kind == "mixture")
+    plain = [local.name for local in tables.local_weights(architecture, placement)]
+    assert Naming.from_parameter_names(plain) == PLAIN
     if kind == "mixture":
         assert "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight" in plain
 
@@ -236,10 +236,12 @@ def test_check_lists_every_difference():
 
 def test_what_cannot_be_cut_is_refused():
     architecture = tiny("qwen3 moe")
-    with pytest.raises(ValueError, match=r"linear_qkv.weight: 128 along axis 0, in 2 blocks, cannot be cut by 4"):
-        tables.local_parameter_count(architecture, Place(even_chunks(2, 0, 1), 64, tensor_size=4))
-    with pytest.raises(ValueError, match="4 experts cannot be shared by 3 ranks"):
-        tables.local_parameter_count(architecture, Place(even_chunks(2, 0, 1), 64, expert_size=3))
+    with pytest.raises(
+        ValueError, match=r"linear_qkv.weight: 128 along axis 0, in 2 blocks, cannot be divided into 4 shards"
+    ):
+        tables.local_parameter_count(architecture, ParameterPlacement(even_chunks(2, 0, 1), 64, tensor_size=4))
+    with pytest.raises(ValueError, match="4 experts cannot be divided evenly among 3 ranks"):
+        tables.local_parameter_count(architecture, ParameterPlacement(even_chunks(2, 0, 1), 64, expert_size=3))
     with pytest.raises(ValueError, match="2 layers cannot be split evenly over 2 stages with 2 chunks each"):
         even_chunks(2, 0, 2, 2)
 
