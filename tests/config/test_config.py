@@ -10,7 +10,7 @@ import yaml
 
 from fipo_megatron.config import Config, ConfigError, keys, load_config, notices
 
-PRESETS = Path(__file__).parents[1] / "examples" / "configs"
+PRESETS = Path(__file__).parents[2] / "examples" / "configs"
 FIPO_32B = PRESETS / "fipo_qwen2.5_32b.yaml"
 
 PAPER_32B = {

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fipo_megatron.report.__main__ import main
-from tests.tools.report_runs import HOSTILE, make_run
+from tests.report.report_runs import HOSTILE, make_run
 
 pytestmark = pytest.mark.browser
 
