@@ -12,7 +12,7 @@ from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetrics
 from fipo_megatron.config import Config
 from fipo_megatron.data.batch import Batch, compute_advantages
-from fipo_megatron.observe.run_log import noise_metrics, rollout_metrics, update_metrics
+from fipo_megatron.observe.step_metrics import noise_metrics, rollout_metrics, update_metrics
 from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, peak_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
 from fipo_megatron.rollout.sampler import SampledGroups

@@ -9,7 +9,8 @@ import pytest
 from fipo_megatron.actor.update_metrics import NoiseFloor
 from fipo_megatron.config import load_config
 from fipo_megatron.observe.collapse_alarm import LOOKED_AT
-from fipo_megatron.observe.run_log import RunLog, noise_metrics
+from fipo_megatron.observe.run_log import RunLog
+from fipo_megatron.observe.step_metrics import noise_metrics
 from tests.runs import CONFIG
 
 LEARNED = dict.fromkeys(LOOKED_AT, 0.5)
