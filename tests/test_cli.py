@@ -51,7 +51,7 @@ def test_the_modules_take_arguments_and_return_a_code(name, capsys):
 
 @pytest.mark.parametrize(
     ("command", "hint"),
-    [("trian", "did you mean train?"), ("reports", "did you mean report?"), ("xyz", "the commands are train, evaluate")],
+    [("trian", "did you mean train?"), ("reports", "did you mean report?"), ("xyz", "the commands are train")],
 )
 def test_an_unknown_command_is_named(command, hint, capsys):
     assert cli.main([command, "a"]) == 2
