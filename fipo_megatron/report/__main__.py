@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the report and returns the exit code.
 
     Args:
-        arguments: Those of the command line; None reads them from ``sys.argv``.
+        arguments: Command-line arguments; None reads them from ``sys.argv``.
     """
     given = _parser().parse_args(arguments)
     try:

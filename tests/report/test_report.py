@@ -1,4 +1,4 @@
-"""The report as its users make it, without a browser: verdicts, thinning, bad input, what is embedded."""
+"""The report without a browser: verdicts, thinning, bad input, embedded data."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_runs_of_different_lengths_are_compared_where_both_were_evaluated(runs, 
     assert "Compared at step 30" in found.sentences[-1]
     steps = headline(read_runs([tmp_path / "short"]))["rows"][0][2]
     assert steps[0] == "37 of 80"
-    assert steps[1].startswith("runs, or ended early")
+    assert steps[1].startswith("running, or ended early")
 
 
 def test_one_data_set_better_and_one_worse_is_no_clear_difference(tmp_path):
