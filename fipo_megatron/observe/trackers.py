@@ -111,8 +111,8 @@ class Wandb:
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Logs responses as a table."""
-        columns: list[str | int] = ["step", "prompt", "response", "ground_truth", "reward", "accuracy", "advantage"]
-        table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+        columns = ["step", "prompt", "response", "ground_truth", "reward", "accuracy", "advantage"]
+        table = self._wandb.Table(columns=[*columns], data=[[row[name] for name in columns] for row in rows])
         self._run.log({"step": step, tag: table})
 
     def close(self) -> None:
