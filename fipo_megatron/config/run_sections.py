@@ -69,12 +69,12 @@ class ObserveConfig:
         trackers: Services that receive the same metrics; their packages must be installed.
         project: Project name of the run in these services.
         texts: Responses per step that TensorBoard and the services show, both right and wrong ones.
-        trajectories: Responses per step written to ``trajectories/``, both right and wrong ones; 0 disables them.
-        trajectories_every: Steps between two that write responses.
+        trajectories: Responses per step written to ``trajectories/``, both right and wrong ones; 0 writes none.
+        trajectories_every: Interval in steps between two writes of responses.
         trajectory_tokens: Also write log-probs, Future-KL, weight and entropy of every token of these responses.
         trajectory_file_mib: File size in MiB after which a new trajectory file is begun.
         trajectory_mib: Total size of the trajectory files in MiB; beyond it the oldest file is removed.
-        plain_console: Print plain log lines on a terminal as well.
+        plain_console: Print plain log lines even on a terminal, without colours and progress bar.
     """
 
     tensorboard: bool = True
@@ -105,7 +105,7 @@ class HealthConfig:
         policy_kl: Limit of the policy KL's absolute value: the mean of −d over the updates of a step, in nats.
         length_ratio: Lower limit of the mean response length, relative to its best value so far.
         accuracy_ratio: Lower limit of the training accuracy, relative to its best value so far.
-        policy_kl_limit: Policy KL in nats that triggers the alarm by itself.
+        policy_kl_limit: Limit of the policy KL's absolute value, in nats, that triggers the alarm by itself.
         max_roll_backs: Maximum number of returns to an earlier checkpoint; the next alarm ends the run.
         roll_back_lr: Factor that the learning rate is multiplied by at each return.
     """
