@@ -1,4 +1,4 @@
-"""How every benchmark reports: a table on the screen, a JSON file with the machine in benchmarks/results/."""
+"""Output of the benchmarks: a table on the screen, and a JSON file with the machine in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def median_times(functions: Mapping[str, Callable[[], Any]], repeats: Mapping[str, int]) -> dict[str, float]:
-    """Median seconds of each function, run in turns so that a noisy moment hits all of them."""
+    """Returns the median seconds of each function; they run in turn, so that noise affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(max(repeats.values())):
         for name, function in functions.items():
@@ -30,7 +30,7 @@ def median_times(functions: Mapping[str, Callable[[], Any]], repeats: Mapping[st
 
 
 def kept_for_backward(function: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of ``function``."""
+    """Returns the bytes that autograd keeps for the backward pass of ``function``."""
     kept = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """Writes ``benchmarks/results/<name>.json`` with the date and the machine that it was measured on."""
+    """Writes ``benchmarks/results/<name>.json`` with the date and the machine; returns its path."""
     machine = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",

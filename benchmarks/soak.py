@@ -1,12 +1,12 @@
-"""Does a long run stay as it is? 200 steps of the quickstart: anonymous memory per process, what is left, time by part.
+"""Soak test: 200 steps of the quickstart. Measures anonymous memory per process, leftovers and time by part.
 
-Every response that is kept is kept with its tokens, in files that may have 1 MiB together.
+Trajectory files are written with token values and limited to 1 MiB in total.
 
 python -m benchmarks.soak [--steps N] [key=value ...]
 
-Needs the starting model of ``make quickstart`` in build/quickstart. Exit code 1: memory moved by more than 5 % after
-the first quarter of the run, files or processes are left, the responses take more room than they may, observation
-takes more than 2 % of the time, or the alarm for collapse was raised.
+Needs the starting model of ``make quickstart`` in build/quickstart. Exit code 1: memory changed by more than 5 %
+between the second and the last quarter of the run, files or processes are left, trajectory files exceed their limit,
+observing takes more than 2 % of the time, or the collapse alarm has triggered.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ START = Path("build/quickstart")
 TOLERANCE = 0.05
 OBSERVING = 0.02
 KEPT = ["observe.trajectory_tokens=true", "observe.trajectory_mib=1", "observe.trajectory_file_mib=0.25"]
-PLACES = (Path(tempfile.gettempdir()), Path("/dev/shm"))
-"""Where libraries put files of their own."""
+LIBRARY_DIRECTORIES = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+"""Directories in which libraries create files."""
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Runs the quickstart and reports; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     if not (START / "sft" / "hf").is_dir():
-        sys.exit(f"{START}/sft/hf: there is no starting model; make quickstart first")
+        sys.exit(f"{START}/sft/hf: no starting model; run make quickstart first")
     with tempfile.TemporaryDirectory(dir="build") as directory:
         output = Path(directory) / "run"
         command = [sys.executable, "-m", "fipo_megatron.train", "examples/quickstart/fipo.yaml"]
@@ -55,15 +55,15 @@ def main() -> int:
 
 
 def files() -> set[str]:
-    """In the places where libraries put files; torch's cache of compiled code is one for all runs."""
-    found = (path for place in PLACES if place.is_dir() for path in place.iterdir())
+    """Lists the files in these directories, without torch's cache of compiled code, which all runs share."""
+    found = (path for folder in LIBRARY_DIRECTORIES if folder.is_dir() for path in folder.iterdir())
     return {str(path) for path in found if not path.name.startswith("torchinductor_")}
 
 
 def watch(
     process: subprocess.Popen[bytes], metrics: Path
 ) -> tuple[list[psutil.Process], dict[str, list[tuple[int, float]]]]:
-    """Until it ends: every process that it had, and of each, by name, pairs of step and anonymous MiB."""
+    """Watches a run until it ends; returns its processes, and per process pairs of step and anonymous MiB."""
     root = psutil.Process(process.pid)
     seen: dict[int, psutil.Process] = {}
     memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -88,13 +88,13 @@ def report(
     left: set[str],
     output: Path,
 ) -> int:
-    """Prints and writes what was seen; the exit code."""
+    """Prints and writes the results; returns the exit code."""
     steps, rows, growth = arguments.steps, [], {}
     for name, samples in memory.items():
         early = [mib for step, mib in samples if steps // 4 <= step < steps // 2]
         late = [mib for step, mib in samples if 3 * steps // 4 <= step < steps]
         if not early or not late:
-            continue  # of a moment, such as a compiler
+            continue  # a short-lived process, such as a compiler
         growth[name] = statistics.mean(late) / statistics.mean(early) - 1
         rows.append(
             {
@@ -114,7 +114,7 @@ def report(
     alarms = (output / "alarms.jsonl").exists()
     print_table("a step by part", [{"part": part, "seconds": f"{value:.4f}"} for part, value in seconds.items()])
     print(f"\nprocesses left: {alive or 'none'}; files left: {sorted(left) or 'none'}")
-    print(f"observation: {observing:.2%} of the time; responses: {kept / 2**20:.2f} MiB; alarm: {alarms}")
+    print(f"observing: {observing:.2%} of the time; trajectory files: {kept / 2**20:.2f} MiB; alarm: {alarms}")
     write_result(
         "soak",
         {

@@ -1,4 +1,4 @@
-"""Everything slow: all tests, with many more examples per property, and the outcome with its date on file.
+"""Runs all tests with many more examples per property, and writes the outcome with its date.
 
 python -m benchmarks.verify
 """

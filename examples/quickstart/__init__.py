@@ -1,1 +1,1 @@
-"""`make quickstart`."""
+"""The quickstart: ``make quickstart`` or ``python -m examples.quickstart``."""

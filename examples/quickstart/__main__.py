@@ -1,9 +1,9 @@
 """Trains a tiny model with FIPO on this machine: `make quickstart`, or
 
-python -m examples.quickstart [--seed N] [--output DIRECTORY] [key=value ...]
+python -m examples.quickstart [--seed N] [--output DIRECTORY] [--ranks N] [key=value ...]
 
-First builds a starting model by supervised fine-tuning on mostly terse, mostly wrong answers, then trains it with FIPO.
-``key=value`` overrides the configuration of the second part: ``algorithm.kind=dapo``, ``rollout.engine=sglang``,
+Supervised fine-tuning on mostly terse, mostly wrong answers builds a starting model; FIPO then trains it. Overrides
+``key=value`` apply to FIPO: ``algorithm.kind=dapo``, ``rollout.engine=sglang``, or
 ``actor.parallel.context_parallel=2`` with --ranks 2.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def train(config: str, overrides: list[str], ranks: int = 1) -> float:
-    """Runs fipo_megatron.train in processes of its own; seconds."""
+    """Runs fipo_megatron.train in processes of its own; returns the seconds that it took."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     start = time.perf_counter()
     command = [sys.executable, *launcher, "-m", "fipo_megatron.train", str(HERE / config), *overrides]
@@ -32,52 +33,58 @@ def train(config: str, overrides: list[str], ranks: int = 1) -> float:
 
 
 def main() -> None:
-    """Data and starting model, supervised fine-tuning, FIPO; then says what came of it."""
+    """Builds the data, runs supervised fine-tuning and FIPO, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("build/quickstart"))
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data, model and runs (default: 1)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/quickstart"),
+        help="directory for data/, sft/ and fipo/ (default: build/quickstart)",
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the FIPO run (default: 1)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of fipo.yaml")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    start, run = output / "sft", output / "fipo"
-    if (run / "metrics.jsonl").exists():
-        print(f"{output}: holds a quickstart already; it goes on, or --output says where to make another")
+    sft, fipo = output / "sft", output / "fipo"
+    if (fipo / "metrics.jsonl").exists():
+        print(f"{output}: contains a quickstart, which is resumed; use --output for another directory")
     seconds = 0.0
-    if not (start / "hf").exists():
+    if not (sft / "hf").exists():
         task.build(output / "data", arguments.seed)
         seconds = train(
             "sft.yaml",
             [
-                *(f"seed={arguments.seed}", f"run.output={start}", f"model.path={output}/data/model"),
+                *(f"seed={arguments.seed}", f"run.output={sft}", f"model.path={output}/data/model"),
                 f"data.files=[{output}/data/examples.jsonl]",
             ],
         )
     seconds += train(
         "fipo.yaml",
         [
-            *(f"seed={arguments.seed}", f"run.output={run}", f"model.path={start}/hf"),
+            *(f"seed={arguments.seed}", f"run.output={fipo}", f"model.path={sft}/hf"),
             *(f"data.files=[{output}/data/problems.jsonl]", f"evaluation.files=[{output}/data/held_out.jsonl]"),
             *arguments.overrides,
         ],
         arguments.ranks,
     )
-    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (fipo / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     print("\n  step   accuracy on 256 held-out problems   response tokens")
     for row in rows:
         print(f"  {row['step']:4}   {row['evaluation/accuracy']:33.1%}   {row['evaluation/response_tokens']:15.1f}")
+    command = "fipo " if shutil.which("fipo") else "python -m fipo_megatron."
     print(
         f"""
-  {seconds:.0f} s. What there is now:
-    {run}/metrics.jsonl, evaluation.jsonl, timing.jsonl   every step in numbers; tensorboard/ has them, too
-    {run}/trajectories/                                   some responses of every step
-    {run}/checkpoints/                                    to go on from: run it again with run.steps=120
-    {run}/hf/                                             the policy, for transformers or SGLang
-  What to try next:
-    python -m fipo_megatron.report {run}
+  {seconds:.0f} s. Results:
+    {fipo}/metrics.jsonl, evaluation.jsonl, timing.jsonl   metrics of every step, also in tensorboard/
+    {fipo}/trajectories/                                   some responses of every step
+    {fipo}/checkpoints/                                    to resume from: run it again with run.steps=120
+    {fipo}/hf/                                             the policy, for transformers or SGLang
+  Next steps:
+    {command}report {fipo}
     python -m examples.quickstart --output build/dapo algorithm.kind=dapo
     python -m examples.quickstart --output build/cp2 --ranks 2 actor.parallel.context_parallel=2
-    python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml   the same program for 32B"""
+    {command}config examples/configs/fipo_qwen2.5_32b.yaml   the same program for 32B"""
     )
 
 

@@ -1,7 +1,7 @@
-"""The quickstart's task: the last digit of a sum. Builds a starting model, SFT examples and training problems.
+"""The quickstart's task, the last digit of a sum: builds a starting model, SFT examples and training problems.
 
-Answers are terse (``Answer: 5``, mostly a guess), or one line per addition and then the answer. The starting model
-has seen the second kind rarely; what FIPO has to find out is that it pays.
+Answers are terse (``Answer: 5``, mostly a guess), or have a line per addition before the answer. The starting model
+rarely gives the second kind; FIPO must discover that it earns more reward.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ CHAT_TEMPLATE = (
 )
 HELD_OUT, EXAMPLES, PROBLEMS = 256, 19_200, 20_000
 WARM = (0.1, 0.2, 0.7)
-"""Shares of terse, partly worked and fully worked examples at first: the model learns to add."""
+"""Fractions of terse, partly worked and fully worked examples at first: the model learns to add."""
 STARTING = (0.75, 0.17, 0.08)
-"""Shares in the last quarter: the model becomes terse, and wrong."""
+"""Fractions in the last quarter: the model becomes terse and often wrong."""
 WRONG_LINE = 0.03
+"""Probability of an error in a line of a worked answer."""
 
 Digits = tuple[int, ...]
 
 
 def digits(rng: random.Random) -> Digits:
-    """Four to seven numbers; small ones after the first, or the start is too hard."""
+    """Draws four to seven numbers, small ones after the first; larger ones are too hard at the start."""
     return (rng.randint(0, 9), *(rng.randint(1, 4) for _ in range(rng.randint(3, 6))))
 
 
 def question(numbers: Digits) -> str:
-    """As it is asked."""
+    """Returns the prompt for a sum."""
     return f"Last digit of {'+'.join(map(str, numbers))}?"
 
 
 def worked(numbers: Digits, lines: int, rng: random.Random) -> str:
-    """So many additions, each wrong now and then, with the error carried on; then the answer."""
+    """Returns an answer with ``lines`` additions; each may be wrong, and later ones build on the error."""
     total, text = numbers[0], []
     for number in numbers[1 : lines + 1]:
         new = (total + number) % 10
@@ -52,9 +53,9 @@ def worked(numbers: Digits, lines: int, rng: random.Random) -> str:
     return "\n".join([*text, f"Answer: {(total + sum(numbers[lines + 1 :])) % 10}"])
 
 
-def example(numbers: Digits, shares: tuple[float, float, float], rng: random.Random) -> str:
-    """An answer of one of the three kinds."""
-    kind = rng.choices(("terse", "partly", "fully"), shares)[0]
+def example(numbers: Digits, fractions: tuple[float, float, float], rng: random.Random) -> str:
+    """Draws an answer of one of the three kinds."""
+    kind = rng.choices(("terse", "partly", "fully"), fractions)[0]
     additions = len(numbers) - 1
     return worked(numbers, {"terse": 0, "partly": rng.randint(1, additions - 1), "fully": additions}[kind], rng)
 
@@ -76,8 +77,10 @@ def build(directory: Path, seed: int) -> None:
     examples = []
     for number in range(EXAMPLES):
         numbers = fresh()
-        shares = WARM if number < 0.75 * EXAMPLES else STARTING
-        examples.append({"id": f"{number:05}", "prompt": question(numbers), "response": example(numbers, shares, rng)})
+        fractions = WARM if number < 0.75 * EXAMPLES else STARTING
+        examples.append(
+            {"id": f"{number:05}", "prompt": question(numbers), "response": example(numbers, fractions, rng)}
+        )
     _write(directory / "examples.jsonl", examples)
     _write(directory / "problems.jsonl", map(_problem, {fresh(): None for _ in range(PROBLEMS)}))
     _write(directory / "held_out.jsonl", map(_problem, held_out))
@@ -93,7 +96,7 @@ def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _model(path: Path, corpus: list[str], seed: int) -> None:
-    """A Qwen2 of 117,000 parameters; with weights smaller than 0.12 it would never leave chance."""
+    """Writes a Qwen2 of 117,000 parameters; with an initializer range below 0.12 it would not learn."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -106,7 +109,9 @@ def _model(path: Path, corpus: list[str], seed: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     vocab = -(-len(fast) // 4) * 4

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fipo_megatron.actor.fp8 import frozen_scaling
 from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor
-from fipo_megatron.algorithm.policy_loss import PolicyLossConfig
+from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.data.packing import MiniBatch
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""Prints the complete configuration and what is worth knowing about it; exit code 2 where it is not valid.
+"""Prints the complete configuration, and notes about it on stderr; exit code 2 if it is not valid.
 
-python -m fipo_megatron.config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
+fipo config examples/configs/fipo_qwen2.5_32b.yaml rollout.max_response_tokens=16384
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fipo_megatron.config.files import ConfigError, as_dict, load_config
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Loads a configuration and prints it; returns the exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2

@@ -1,4 +1,4 @@
-"""What cannot go together in a configuration, and what is valid but worth knowing."""
+"""Conflicts within a configuration, and notices about values that are valid but surprising."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
+from fipo_megatron.config.actor_sections import IMPORTANCE_CAP, ActorConfig, ParallelConfig
+from fipo_megatron.config.rollout_sections import RolloutConfig
 
 if TYPE_CHECKING:
-    from fipo_megatron.config.schema import ActorConfig, Config, ParallelConfig, RolloutConfig
+    from fipo_megatron.config.schema import Config
 
 
 def find_conflicts(config: Config) -> list[str]:
-    """Every combination that cannot work, a line each: the field, its value, and what would be valid."""
+    """Lists every combination of values that cannot work, a line each: field, value and what would be valid."""
     algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
     problems = []
     batch = "sft.examples_per_step" if algorithm.kind == "sft" else "rollout.prompts_per_step"
@@ -29,7 +31,7 @@ def find_conflicts(config: Config) -> list[str]:
         )
     if rollout.samples_per_prompt < 2 and algorithm.kind != "sft":
         problems.append(
-            f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2, an advantage compares the "
+            f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2; an advantage compares the "
             "responses to one prompt"
         )
     if reward.overlong_buffer_tokens > rollout.max_response_tokens:
@@ -46,13 +48,15 @@ def find_conflicts(config: Config) -> list[str]:
             f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
         )
-    return problems + _impossible_actor(actor) + _impossible_servers(rollout) + _impossible_run(config)
+    return problems + _actor_conflicts(actor) + _server_conflicts(rollout) + _run_conflicts(config)
 
 
-def _impossible_run(config: Config) -> list[str]:
+def _run_conflicts(config: Config) -> list[str]:
     run, problems = config.run, []
     if run.replay and run.rollout_only:
-        problems.append(f"run.replay = {run.replay}: cannot go with run.rollout_only, nothing would be done")
+        problems.append(
+            f"run.replay = {run.replay}: cannot be combined with run.rollout_only; there would be nothing to do"
+        )
     if run.replay and config.algorithm.kind == "sft":
         problems.append(f"run.replay = {run.replay}: must be null with algorithm.kind = sft, which reads data.files")
     if run.evaluate_every and not config.evaluation.files:
@@ -72,23 +76,25 @@ def _impossible_run(config: Config) -> list[str]:
     return problems
 
 
-def _impossible_servers(rollout: RolloutConfig) -> list[str]:
+def _server_conflicts(rollout: RolloutConfig) -> list[str]:
     servers, problems = rollout.servers, []
     if servers.router and not servers.urls:
         problems.append(
-            f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, those of every server behind it"
+            f"rollout.servers.router = {servers.router}: needs rollout.servers.urls, the URLs of all servers behind it"
         )
     if rollout.overlap and not rollout.max_staleness:
-        problems.append("rollout.overlap = True: needs rollout.max_staleness of at least 1, tokens are one version old")
+        problems.append("rollout.overlap = True: needs rollout.max_staleness of at least 1; tokens are one version old")
     if rollout.overlap and servers.colocated:
-        problems.append("rollout.overlap = True: must be false with rollout.servers.colocated, they take turns")
+        problems.append(
+            "rollout.overlap = True: must be false with rollout.servers.colocated, where engine and actor take turns"
+        )
     if servers.colocated and servers.urls:
         problems.append("rollout.servers.colocated = True: must be false with rollout.servers.urls")
     if servers.colocated and rollout.engine == "embedded":
         problems.append("rollout.servers.colocated = True: must be false with rollout.engine = embedded")
     if servers.colocated and servers.sync == "distributed":
         problems.append(
-            "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated, NCCL allows "
+            "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated; NCCL allows "
             "one rank per GPU"
         )
     problems += [
@@ -100,7 +106,7 @@ def _impossible_servers(rollout: RolloutConfig) -> list[str]:
     return problems
 
 
-def _impossible_actor(actor: ActorConfig) -> list[str]:
+def _actor_conflicts(actor: ActorConfig) -> list[str]:
     optimizer, problems = actor.optimizer, layout_conflicts(actor.parallel)
     if optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps:
         problems.append(
@@ -131,7 +137,7 @@ def layout_conflicts(parallel: ParallelConfig, world_size: int | None = None) ->
     problems = []
     if parallel.sequence_parallel and parallel.tensor_parallel == 1:
         problems.append(
-            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2, it shares "
+            "actor.parallel.sequence_parallel = True: needs actor.parallel.tensor_parallel of at least 2; it splits "
             "activations over those ranks"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline_parallel == 1:
@@ -157,7 +163,7 @@ def layout_conflicts(parallel: ParallelConfig, world_size: int | None = None) ->
 
 
 def notices(config: Config) -> list[str]:
-    """What is valid but worth knowing at start-up, one sentence each."""
+    """Lists what is valid but worth knowing at start-up, a sentence each."""
     a = config.algorithm
     found = []
     if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
@@ -167,8 +173,8 @@ def notices(config: Config) -> list[str]:
         )
     if a.kind == "fipo" and a.weight_clip is not None and not a.weight_clip[0] <= 1 <= a.weight_clip[1]:
         found.append(
-            f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, also where "
-            "the policy has not moved"
+            f"algorithm.weight_clip = {list(a.weight_clip)} does not contain 1: it rescales every token, even where "
+            "the policy has not changed"
         )
     found += [
         f"algorithm.{key} = {getattr(a, key)}: {a.kind} has {default}"
@@ -176,11 +182,17 @@ def notices(config: Config) -> list[str]:
         if getattr(a, key) != default
     ]
     if a.kl_coef and a.kl_estimator == "k1":
-        found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; k2 or k3 pull")
-    if config.rollout.max_staleness and a.importance_cap is None:
+        found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; use k2 or k3")
+    staleness = config.rollout.max_staleness
+    if staleness and a.importance_cap is None:
         found.append(
-            f"rollout.max_staleness = {config.rollout.max_staleness} without algorithm.importance_cap: tokens of older "
-            "weights are learned from as if the current ones had sampled them"
+            f"rollout.max_staleness = {staleness} without algorithm.importance_cap: tokens of older weights are "
+            "trained on as if the current weights had sampled them"
+        )
+    elif staleness:
+        found.append(
+            f"algorithm.importance_cap = {a.importance_cap:g} is in effect; its default is {IMPORTANCE_CAP:g} with "
+            f"rollout.max_staleness = {staleness}, and null with 0"
         )
     left_over = config.groups_per_step % config.actor.prompts_per_mini_batch
     if left_over:

@@ -1,4 +1,4 @@
-"""Reads a configuration from YAML files and dotted overrides, and explains what is wrong with it."""
+"""Reads a configuration from YAML files and dotted overrides, and describes its errors."""
 
 from __future__ import annotations
 
@@ -14,47 +14,52 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
-from fipo_megatron.config.schema import IMPORTANCE_CAP, Config
+from fipo_megatron.config.actor_sections import IMPORTANCE_CAP
+from fipo_megatron.config.renamed_keys import take_renamed
+from fipo_megatron.config.schema import Config
 
 
 class ConfigError(ValueError):
-    """The configuration is not valid; the message names every key at fault, its value and what would be valid."""
+    """An invalid configuration; the message names every key at fault, its value and what would be valid."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies overrides.
+    """Reads a YAML file, applies overrides and checks the result.
 
     Args:
         path: The file; its ``base:`` chain is read first.
-        overrides: ``key.path=value``, the value in YAML: ``algorithm.weight_clip=[0.8,1.2]``.
+        overrides: Items ``key.path=value`` with the value in YAML: ``algorithm.weight_clip=[0.8,1.2]``.
 
     Raises:
-        ConfigError: with every problem found; also where a file cannot be read.
+        ConfigError: A file cannot be read, or values are not valid; the message has every problem.
     """
     values = _read(Path(path), seen=())
     for override in overrides:
         values = _merge(values, _parse_override(override))
-    values = {room: {} if value is None else value for room, value in values.items()}  # a room with nothing below it
+    values = {name: {} if value is None else value for name, value in values.items()}  # an empty section is None
     algorithm = values.get("algorithm", {})
-    kind = algorithm.get("kind", "fipo") if isinstance(algorithm, dict) else "fipo"
-    values = _merge({"algorithm": KIND_DEFAULTS.get(str(kind), {}) | _correction(values)}, values)
+    kind = str(algorithm.get("kind", "fipo")) if isinstance(algorithm, dict) else "fipo"
+    values, problems = take_renamed(values, kind)
+    values = _merge({"algorithm": KIND_DEFAULTS.get(kind, {}) | _staleness_defaults(values)}, values)
     try:
-        # By way of JSON, whose arrays strict validation takes for tuples.
-        return TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+        # Strict validation takes the arrays of JSON for tuples, but not Python's lists.
+        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        problems = [line for detail in error.errors() for line in _explain(detail)]
-        raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from None
+        problems += [line for detail in error.errors() for line in _explain(detail)]
+    if problems:
+        raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
+    return config
 
 
-def _correction(values: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of the loss where responses may be older than the weights."""
+def _staleness_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns defaults of the loss if responses may be older than the weights."""
     rollout = values.get("rollout", {})
     staleness = rollout.get("max_staleness") if isinstance(rollout, dict) else None
     return {"importance_cap": IMPORTANCE_CAP} if isinstance(staleness, int) and staleness > 0 else {}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes 1e-6 and inf for numbers, off for a word, and refuses a key given twice."""
+    """SafeLoader that reads 1e-6 and inf as numbers and off as a word, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
@@ -64,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.2: true and false alone are truth values; off is a choice that some fields have.
+# As in YAML 1.2, only true and false are booleans; off is a valid choice of some fields.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -122,7 +127,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def keys(of: type = Config, prefix: str = "") -> list[str]:
-    """Every valid dotted key, rooms included."""
+    """Lists every valid dotted key, sections included."""
     found = []
     for entry in fields(of):
         found.append(prefix + entry.name)
@@ -133,7 +138,7 @@ def keys(of: type = Config, prefix: str = "") -> list[str]:
 
 
 def _explain(detail: Any) -> list[str]:
-    """Our words for one pydantic error; several lines where a check of our own found several problems."""
+    """Describes one pydantic error; a check of this package may have found several problems, a line each."""
     location = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
         begins = [key for key in keys() if key.startswith(location)]
@@ -141,7 +146,7 @@ def _explain(detail: Any) -> list[str]:
         hint = (
             f"; did you mean {near[0]}?"
             if near
-            else f"; see {location.rpartition('.')[0] or 'the rooms'}: "
+            else f"; see {location.rpartition('.')[0] or 'the sections'}: "
             + (", ".join(key for key in keys() if key.rpartition(".")[0] == location.rpartition(".")[0]))
         )
         return [f"{location} = {detail['input']!r}: unknown key{hint}"]

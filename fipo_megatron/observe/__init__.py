@@ -1,1 +1,1 @@
-"""What a run shows of itself."""
+"""Metrics, trajectory files, trackers, console and collapse alarm of a run."""

@@ -1,7 +1,7 @@
-"""What people see while a run is going on: log lines, a line per step, and how far sampling is.
+"""Console output of a run: log lines, a line per step, and the progress of sampling.
 
-On a terminal with colours and a live bar, else plain lines. The first rank alone says all of it; the others say what is
-wrong, with their rank.
+On a terminal it has colours and a live progress bar, otherwise plain lines. Only the first rank prints all of it; the
+other ranks print warnings and errors with their rank.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fipo_megatron.rollout.sampling_progress import ProgressSnapshot
+if TYPE_CHECKING:
+    from fipo_megatron.rollout.sampling_progress import ProgressSnapshot
 
 logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 30.0
-"""Between two lines about sampling where there is no terminal."""
+"""Seconds between two progress lines without a terminal."""
 _HEADER_EVERY = 20
 
 COLUMNS = (
@@ -37,14 +38,14 @@ COLUMNS = (
     ("f", "future_kl/weight_mean", "{:.4f}", 7),
     ("entropy", "policy/entropy", "{:.3f}", 7),
 )
-"""Of the line per step: title, tag, format and width."""
+"""Columns of the line per step: title, tag, format and width."""
 
 
 def set_up_logging(rank: int, *, plain: bool) -> Console | None:
-    """Log lines of this process on stderr; rank 0's from INFO on, the others' from WARNING on, each with its rank.
+    """Sends log lines of this process to stderr: from INFO on rank 0, from WARNING elsewhere, with the rank.
 
     Returns:
-        The terminal of rank 0; None where there is none, or plain lines are wanted.
+        The terminal of rank 0; None on other ranks, without a terminal, or if ``plain``.
     """
     level = logging.WARNING if rank else logging.INFO
     console = Console(stderr=True) if not rank and not plain and sys.stderr.isatty() else None
@@ -57,19 +58,19 @@ def set_up_logging(rank: int, *, plain: bool) -> Console | None:
 
 
 class StepLines:
-    """An aligned line per step, with a header now and then."""
+    """Prints an aligned line per step, and a header at regular intervals."""
 
     def __init__(self) -> None:
         self._written = 0
 
     def say(self, step: int, of: int, values: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-        """A step.
+        """Prints the line of a step.
 
         Args:
-            step: Its number.
+            step: Number of the step.
             of: Steps of the run.
             values: Metrics by tag.
-            seconds: By part; what is below a tenth is left out.
+            seconds: Seconds by part; parts that round to 0.0 are left out.
         """
         columns = [column for column in COLUMNS if column[1] in values]
         width = len(str(of))
@@ -88,17 +89,17 @@ class StepLines:
 def show_sampling_progress(
     console: Console | None, ask: Callable[[], ProgressSnapshot | None] | None
 ) -> Iterator[None]:
-    """A block in which responses are sampled, and the first rank shows how far that is.
+    """Shows the progress of sampling while the block runs.
 
     Args:
-        console: A terminal; None: a log line every half minute.
-        ask: How far sampling is; None: nothing is shown.
+        console: Terminal for a progress bar; None: a log line every half minute.
+        ask: Function that returns the present progress; None: nothing is shown.
     """
     if ask is None:
         yield
         return
     ended = threading.Event()
-    show = _line_now_and_then if console is None else _bar(console)
+    show = _log_lines if console is None else _progress_bar(console)
     thread = threading.Thread(target=show, args=(ended, ask), name="progress", daemon=True)
     thread.start()
     try:
@@ -108,14 +109,14 @@ def show_sampling_progress(
         thread.join()
 
 
-def _line_now_and_then(ended: threading.Event, ask: Callable[[], ProgressSnapshot | None]) -> None:
+def _log_lines(ended: threading.Event, ask: Callable[[], ProgressSnapshot | None]) -> None:
     start = time.monotonic()
     while not ended.wait(_QUIET_SECONDS):
         if (now := ask()) is not None:
             logger.info("sampling: %s", describe(now, time.monotonic() - start))
 
 
-def _bar(console: Console) -> Callable[[threading.Event, Callable[[], ProgressSnapshot | None]], None]:
+def _progress_bar(console: Console) -> Callable[[threading.Event, Callable[[], ProgressSnapshot | None]], None]:
     def show(ended: threading.Event, ask: Callable[[], ProgressSnapshot | None]) -> None:
         start = time.monotonic()
         columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[now]}"))
@@ -130,10 +131,10 @@ def _bar(console: Console) -> Callable[[threading.Event, Callable[[], ProgressSn
 
 
 def describe(now: ProgressSnapshot, seconds: float) -> str:
-    """In words."""
+    """Formats the progress of sampling after ``seconds`` as text."""
     rate = now.tokens / seconds if seconds else 0.0
     return (
-        f"{now.done:,} of {now.begun:,} responses, {rate:,.0f} tokens/s, the longest in flight for "
+        f"{now.done:,} of {now.begun:,} responses, {rate:,.0f} tokens/s, oldest request in flight for "
         f"{now.oldest_seconds:.0f} s"
     )
 

@@ -1,4 +1,4 @@
-"""How much work a step was: tokens per second, and model FLOPs over the peak of the devices."""
+"""Throughput of a step: tokens per second, and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PEAKS = {
     "B200": 2250e12,
     "L40S": 362e12,
 }
-"""Dense bfloat16 FLOP/s by what is in the device's name, first match, from NVIDIA's data sheets."""
+"""Dense bfloat16 FLOP/s by substring of the device name, first match, from NVIDIA's data sheets."""
 
 FORWARD, TRAINING = 1, 3
-"""A forward pass; forward and backward, which is twice the work."""
+"""Work of a forward pass, and of forward and backward: backward is twice the work of forward."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Of one device; None where it is not known."""
+    """Returns the peak FLOP/s of one device; None if it is not known."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 def matrix_parameters(architecture: Architecture) -> int:
-    """Parameters that a token is multiplied with: no embedding, of a mixture the chosen experts alone."""
+    """Counts the parameters that a token is multiplied with: no input embedding, and only the top-k experts."""
     dense = tables.parameter_count(architecture) - architecture.vocab * architecture.hidden * (not architecture.tied)
     mixture = architecture.mixture
     if mixture is not None:
@@ -40,7 +40,7 @@ def matrix_parameters(architecture: Architecture) -> int:
 
 
 def model_flops(architecture: Architecture, lengths: Sequence[int]) -> float:
-    """Of a forward pass over sequences of these lengths: 2 per parameter and token, and causal attention.
+    """Returns the FLOPs of a forward pass over sequences of these lengths: 2 per parameter and token, plus attention.
 
     Causal attention has ``L² / 2`` pairs of positions, each with two products of ``heads × head_dim`` numbers.
     """
@@ -59,16 +59,16 @@ def throughput(
     flops: float,
     peak: float | None,
 ) -> dict[str, float | None]:
-    """Tags and values of a step.
+    """Returns the throughput metrics of a step by tag.
 
     Args:
-        generated: Response tokens that were sampled; None where there is no engine.
-        generating: Seconds of it.
-        trained: Tokens that were learned from, prompts included.
+        generated: Sampled response tokens; None without an engine.
+        generating: Seconds of sampling.
+        trained: Tokens trained on, prompts included.
         training: Seconds of log-probs and updates.
-        step: Seconds of the step.
-        flops: Of all passes of the step.
-        peak: FLOP/s of all devices; None where it is not known.
+        step: Seconds of the whole step.
+        flops: FLOPs of all passes of the step.
+        peak: Peak FLOP/s of all devices together; None if it is not known.
     """
     values = {"throughput/trained_tokens_per_second": trained / training if training else None}
     values["throughput/tokens_per_second"] = trained / step if step else None

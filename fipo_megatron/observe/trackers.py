@@ -1,10 +1,10 @@
-"""Where the numbers of a run go beside its own files: TensorBoard, and services whose packages are installed."""
+"""Trackers: TensorBoard, and services whose packages are installed."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,44 +15,44 @@ from fipo_megatron.config import ObserveConfig
 
 
 class Tracker(Protocol):
-    """Takes what a run reports. Tags are those of :mod:`.observe.metrics`."""
+    """Receives the metrics of a run by the tags of :mod:`.observe.metrics`."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a step; all finite."""
+        """Reports the scalars of a step; all are finite."""
 
     def histogram(self, step: int, tag: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """Counts ``[n]`` between edges ``[n + 1]``; at least one is not 0."""
+        """Reports a histogram: int64 counts ``[n]``, at least one not 0, between float64 edges ``[n + 1]``."""
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some responses: rows of :mod:`.observe.trajectory_files`."""
+        """Reports responses: rows of :mod:`.observe.trajectory_files`."""
 
     def close(self) -> None:
-        """Everything is written after this."""
+        """Flushes and closes the tracker."""
 
 
 class TensorBoard:
-    """Event files.
+    """Writes TensorBoard event files.
 
     Args:
-        directory: Of the files.
-        first_step: What was written of this step and later ones is void.
+        directory: Directory of the event files.
+        first_step: First step to be reported; events of this step and later in older files are purged.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # imports take a second
+        from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
         self._writer = SummaryWriter(str(directory), purge_step=first_step or None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
+        """Adds the scalars of a step."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
     def histogram(self, step: int, tag: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """See :class:`Tracker`."""
+        """Adds a histogram with its own bins."""
         used = np.flatnonzero(counts)
         middles, chosen = (edges[1:] + edges[:-1])[used] / 2, counts[used]
-        # An empty bin before each used one says where that begins.
+        # An empty bin before each used bin marks where the used one begins.
         limits = np.stack([edges[used], edges[used + 1]], 1).flatten()
         buckets = np.stack([np.zeros_like(chosen), chosen], 1).flatten()
         self._writer.add_histogram_raw(
@@ -68,21 +68,21 @@ class TensorBoard:
         )
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See :class:`Tracker`; as Markdown, in which a response is indented and so is only text."""
+        """Adds responses as Markdown code blocks."""
         self._writer.add_text(tag, "\n\n---\n\n".join(map(as_markdown, rows)), step)
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
+        """Flushes and closes the event file."""
         self._writer.close()
 
 
 class Wandb:
-    """Weights & Biases. Its own environment variables say where to, and whether at all: WANDB_MODE=offline.
+    """Reports to Weights & Biases, which is configured by its own environment variables: WANDB_MODE=offline.
 
     Args:
-        project: See ``observe.project``.
-        output: Of the run; its name and its identity, so that a resumed run goes on.
-        config: Of the run.
+        project: Name of the project.
+        output: Output directory of the run. Name and id of the W&B run follow from it, so a resumed run continues.
+        config: Configuration of the run.
     """
 
     def __init__(self, project: str, output: Path, config: Mapping[str, Any]) -> None:
@@ -90,18 +90,18 @@ class Wandb:
 
         identity = hashlib.blake2b(str(output.resolve()).encode(), digest_size=8).hexdigest()
         self._wandb = wandb
-        # A run that has returned to an earlier step goes back, too, which W&B's own steps cannot.
+        # W&B's own steps cannot decrease, but a run may roll back to an earlier step.
         self._run = wandb.init(
             project=project, name=output.name, id=identity, resume="allow", dir=str(output), config=dict(config)
         )
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
+        """Logs the scalars of a step."""
         self._run.log({"step": step} | dict(values))
 
     def histogram(self, step: int, tag: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """See :class:`Tracker`; in at most 512 bins, which is what there may be."""
+        """Logs a histogram, merged into at most 512 bins, the limit of W&B."""
         used = np.flatnonzero(counts)
         first, last = int(used[0]), int(used[-1]) + 1
         width = -(-(last - first) // 512)
@@ -110,24 +110,24 @@ class Wandb:
         self._run.log({"step": step, f"histograms/{tag}": self._wandb.Histogram(np_histogram=histogram)})
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See :class:`Tracker`."""
+        """Logs responses as a table."""
         columns = ["step", "prompt", "response", "ground_truth", "reward", "accuracy", "advantage"]
-        table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+        table = self._wandb.Table(columns=[*columns], data=[[row[name] for name in columns] for row in rows])
         self._run.log({"step": step, tag: table})
 
     def close(self) -> None:
-        """See :class:`Tracker`; its own process ends, too."""
+        """Finishes the run and ends the process of W&B."""
         self._run.finish()
         self._wandb.teardown()
 
 
 class Swanlab:
-    """SwanLab. Its own environment variables say where to: SWANLAB_MODE=offline. It has no histograms.
+    """Reports to SwanLab, which is configured by its own environment variables: SWANLAB_MODE=offline.
 
     Args:
-        project: See ``observe.project``.
-        output: Of the run; its name.
-        config: Of the run.
+        project: Name of the project.
+        output: Output directory of the run; its last part is the name of the experiment.
+        config: Configuration of the run.
     """
 
     def __init__(self, project: str, output: Path, config: Mapping[str, Any]) -> None:
@@ -137,46 +137,46 @@ class Swanlab:
         swanlab.init(project=project, experiment_name=output.name, logdir=str(output / "swanlab"), config=dict(config))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
+        """Logs the scalars of a step."""
         self._swanlab.log(dict(values), step=step)
 
     def histogram(self, step: int, tag: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """Nothing: there is no such chart."""
+        """Does nothing: SwanLab has no histograms."""
 
     def text(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See :class:`Tracker`."""
+        """Logs responses as Markdown texts."""
         self._swanlab.log({tag: [self._swanlab.Text(as_markdown(row)) for row in rows]}, step=step)
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
+        """Finishes the experiment."""
         self._swanlab.finish()
 
 
-_SERVICES = {"wandb": Wandb, "swanlab": Swanlab}
+_SERVICES: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {"wandb": Wandb, "swanlab": Swanlab}
 
 
 def missing_packages(config: ObserveConfig) -> list[str]:
-    """What is asked for and not installed, a line each."""
+    """Lists configured trackers whose package is not installed, a line each."""
     asked = [("observe.tensorboard = True", "tensorboard")] if config.tensorboard else []
     asked += [(f"observe.trackers = {list(config.trackers)}", name) for name in config.trackers]
     return [f"{field}: {name} is not installed here" for field, name in asked if not importlib.util.find_spec(name)]
 
 
 def open_trackers(config: ObserveConfig, output: Path, described: Mapping[str, Any], first_step: int) -> list[Tracker]:
-    """All that a run is configured to report to.
+    """Opens all trackers that a run is configured to report to.
 
     Args:
-        config: See :class:`.config.ObserveConfig`.
-        output: Of the run.
-        described: Its whole configuration.
-        first_step: That will be reported.
+        config: The section ``observe``.
+        output: Output directory of the run.
+        described: Complete configuration of the run.
+        first_step: First step to be reported.
     """
     found: list[Tracker] = [TensorBoard(output / "tensorboard", first_step)] if config.tensorboard else []
     return found + [_SERVICES[name](config.project, output, described) for name in config.trackers]
 
 
 def as_markdown(row: Mapping[str, Any]) -> str:
-    """A response with what was asked, as code blocks by indentation, which nothing in them can end."""
+    """Formats prompt and response as indented code blocks, which no text inside them can end."""
     head = f"**{row['prompt_id']}/{row['sample']}** reward {row['reward']}, advantage {row['advantage']}, "
     head += f"{row['response_tokens']} tokens, truth {row['ground_truth']!r}"
     blocks = ("    " + row[name].replace("\n", "\n    ") for name in ("prompt", "response"))

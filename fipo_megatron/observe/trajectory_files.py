@@ -1,4 +1,4 @@
-"""Responses of a run as text, right and wrong ones: ``trajectories/from-000000.jsonl``, rotated and bounded."""
+"""Trajectory files: right and wrong responses of a run as text, in ``trajectories/from-000000.jsonl`` and following."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import TokenPart
 
 _DIGITS = 6
-"""Significant digits of numbers per token."""
+"""Significant digits of per-token numbers."""
 
 
 def choose(records: Sequence[GroupRecord], count: int) -> list[str]:
-    """Names of so many responses: a right and a wrong one of groups that are evenly spread over the prompts."""
+    """Selects ``count`` responses by name: a right and a wrong one of each of some evenly spaced groups."""
     ordered = sorted(records, key=lambda record: record.prompt)
     groups = min(len(ordered), -(-count // 2))
     names = []
@@ -36,13 +36,13 @@ def choose(records: Sequence[GroupRecord], count: int) -> list[str]:
 def row_of(
     trajectory: Trajectory, step: int, mini_batch: int, decode: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
-    """What the file says of a response.
+    """Returns the row of a response.
 
     Args:
-        trajectory: Scored, with its advantage.
-        step: That learns from it.
-        mini_batch: Number of the update that does; −1: none.
-        decode: Text of tokens.
+        trajectory: The scored response with its advantage.
+        step: Step that trains on it.
+        mini_batch: Number of the update that trains on it; −1: none.
+        decode: Function from token ids to text.
     """
     prompt, spans = trajectory.prompt, trajectory.spans
     ends = [span.start for span in spans[1:]] + [len(trajectory.tokens)]
@@ -67,12 +67,12 @@ def row_of(
 def token_columns(
     trajectory: Trajectory, parts: Iterable[TokenPart], decode: Callable[[Sequence[int]], str]
 ) -> dict[str, list[Any]]:
-    """Per token of a response: its text, and what the ranks that hold it have found; null where it is not learned from.
+    """Returns text and numbers per token of a response; null for tokens outside the loss.
 
     Args:
         trajectory: The response.
-        parts: Of all ranks.
-        decode: Text of tokens.
+        parts: Values of all ranks that hold a part of it.
+        decode: Function from token ids to text.
     """
     count = len(trajectory.tokens)
     found: dict[str, np.ndarray[Any, Any]] = {}
@@ -89,23 +89,23 @@ def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
 
 
 class TrajectoryFiles:
-    """Writes them.
+    """Writes trajectory files of bounded size.
 
     Args:
-        directory: Of the files; made with the first row.
-        file_bytes: A new file is begun when one has so much.
-        total_bytes: Of all; then the oldest one is removed. The one that is written to stays.
+        directory: Directory of the files; created with the first row.
+        file_bytes: File size in bytes after which a new file is begun.
+        total_bytes: Total size in bytes beyond which the oldest files are removed, except the newest file.
     """
 
     def __init__(self, directory: Path, file_bytes: int, total_bytes: int) -> None:
         self._directory, self._file_bytes, self._total_bytes = directory, file_bytes, total_bytes
 
     def files(self) -> list[Path]:
-        """In the order of their steps."""
+        """Returns the files in the order of their steps."""
         return sorted(self._directory.glob("from-*.jsonl"))
 
     def append(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The rows of a step; they stay together in one file."""
+        """Appends the rows of a step to one file."""
         if not rows:
             return
         self._directory.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ class TrajectoryFiles:
             sizes.pop(0)
 
     def cut(self, step: int) -> None:
-        """Removes what was written of this step and later ones."""
+        """Removes the rows of ``step`` and later from the files."""
         for file in reversed(self.files()):
             if int(file.stem.partition("-")[2]) >= step:
                 file.unlink()
@@ -131,7 +131,7 @@ class TrajectoryFiles:
 
 
 def cut_rows(file: Path, step: int) -> None:
-    """Removes rows of this step and later ones from a file of JSON objects, and a line that is not whole."""
+    """Removes the rows of ``step`` and later from a file of JSON objects, and incomplete lines."""
     if not file.exists():
         return
     kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _before(line, step)]

@@ -1,1 +1,1 @@
-"""Curves, a comparison and a token view of one or several runs: ``python -m fipo_megatron.report RUN [RUN …]``."""
+"""A page and a picture of one or several runs: curves, a comparison and a token view (``fipo report RUN [RUN …]``)."""

@@ -1,10 +1,12 @@
-"""``python -m fipo_megatron.report RUN [RUN …]``: one picture and one page for one or several runs."""
+"""``fipo report RUN [RUN …]``: one page and one picture for one or several runs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fipo_megatron.report.page import render
@@ -13,10 +15,15 @@ from fipo_megatron.report.runs import RunError, read_runs
 from fipo_megatron.storage.atomic import write_atomic
 
 DONE, REFUSED = 0, 2
+NO_PICTURE = "{}: not drawn, matplotlib is not installed; the page is complete (pip install 'fipo-megatron[report]')"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Writes the report; returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the report and returns the exit code.
+
+    Args:
+        arguments: Command-line arguments; None reads them from ``sys.argv``.
+    """
     given = _parser().parse_args(arguments)
     try:
         runs = read_runs(given.run)
@@ -24,7 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         stem.parent.mkdir(parents=True, exist_ok=True)
         page = render(runs, smooth=given.smooth, responses=given.token_view, token_limit=given.token_limit)
         _publish(stem.with_name(f"{stem.name}.html"), page.encode())
-        _publish(stem.with_name(f"{stem.name}.png"), draw(runs, smooth=given.smooth))
+        picture = stem.with_name(f"{stem.name}.png")
+        if importlib.util.find_spec("matplotlib") is None:
+            print(NO_PICTURE.format(picture), file=sys.stderr)
+        else:
+            _publish(picture, draw(runs, smooth=given.smooth))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -33,51 +44,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fipo_megatron.report",
+        prog="fipo report",
         description="Draws the curves of one or several runs into a PNG and a self-contained HTML page.",
-        epilog="exit codes: 0 done, 2 wrong arguments, or a path that holds no run or a damaged one",
+        epilog="exit codes: 0 done, 2 wrong arguments, or a path that holds no run or a damaged run",
     )
     parser.add_argument(
-        "run", nargs="+", type=Path, metavar="RUN", help="run.output of a run; it may still be going on"
+        "run", nargs="+", type=Path, metavar="RUN", help="run.output of a run; the run need not have ended"
     )
     parser.add_argument(
         "--output",
         metavar="DIR_OR_STEM",
-        help="directory that gets report.html and report.png, or a path to which .html and .png are added"
-        " (default: the run's directory for one run, the current one for several)",
+        help="directory for report.html and report.png, or a path to which .html and .png are added"
+        " (default: the run's directory for one run, the current directory for several)",
     )
     parser.add_argument(
-        "--smooth", type=_count, default=1, metavar="N", help="mean over N steps; the page can change it"
+        "--smooth", type=_count, default=1, metavar="N", help="smooth over N steps; the page has a control for it"
     )
     parser.add_argument(
         "--token-view",
         type=_count,
         default=40,
         metavar="N",
-        help="responses of each run in the page (default 40; 0: none)",
+        help="responses of each run on the page (default 40; 0: none)",
     )
     parser.add_argument(
-        "--token-limit", type=_positive, default=4000, metavar="N", help="tokens of each of them (default 4000)"
+        "--token-limit", type=_positive, default=4000, metavar="N", help="tokens of each response (default 4000)"
     )
     return parser
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+    return _at_least(0, text)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
+    return _at_least(1, text)
+
+
+def _at_least(low: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least {low}")
     return value
 
 
 def _stem(output: str | None, runs: list[Path]) -> Path:
-    """Where the report goes, without suffix."""
+    """Returns the path of the report without a suffix."""
     if output is None:
         return (runs[0] if len(runs) == 1 else Path()) / "report"
     path = Path(output)

@@ -1,4 +1,4 @@
-"""Which charts there are: declared once, for the page and for the picture."""
+"""Declarations of the charts, shared by the page and the picture."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fipo_megatron.observe.metrics import METRICS, PARTS
 from fipo_megatron.report.runs import Run
 
 TEXTS = {metric.tag: metric for metric in METRICS}
-"""What the tags mean; those of evaluation with their placeholder."""
+"""Metrics by tag; those of data sets have a placeholder."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A tag in a chart.
+    """A line of a chart.
 
     Attributes:
-        tag: Of the registry.
-        label: In the legend.
+        tag: Tag of the metric.
+        label: Label in the legend.
     """
 
     tag: str
@@ -27,13 +27,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Band:
-    """The space between two tags, with the widest first.
+    """The area between two metrics; of several bands the widest comes first.
 
     Attributes:
-        low: Tag of its lower edge.
-        high: Tag of its upper edge.
-        label: In the legend.
-        always: Also where several runs are shown.
+        low: Tag of the lower edge.
+        high: Tag of the upper edge.
+        label: Label in the legend.
+        always: Draw the band even if several runs are shown.
     """
 
     low: str
@@ -47,17 +47,17 @@ class Chart:
     """A chart of the report.
 
     Attributes:
-        key: Its id in the page.
-        section: Heading that it stands under.
-        title: With the unit.
-        lines: In the order of the legend.
-        bands: Behind the lines.
-        log: Logarithmic at first; the page can switch.
-        percent: Values are shares.
-        marks: Points are drawn, and never smoothed: values are few.
-        picture: Rank among the charts of the PNG; 0: not in it.
-        stacked: Lines lie upon each other; one chart for every run.
-        legend: Needed: there are several lines or bands, or there were before those without data were left out.
+        key: Id on the page.
+        section: Heading above the chart.
+        title: Title with the unit.
+        lines: Lines in the order of the legend.
+        bands: Bands behind the lines.
+        log: Start with a logarithmic scale; the page can switch it.
+        percent: Show values, which are fractions, in percent.
+        marks: Draw the points and do not smooth, because there are few values.
+        picture: Rank among the charts of the PNG; 0: not part of it.
+        stacked: Stack the lines; each run has a chart of its own.
+        legend: Show a legend: the chart has several lines or bands, including those without data.
     """
 
     key: str
@@ -74,7 +74,7 @@ class Chart:
 
     @property
     def tags(self) -> list[str]:
-        """All that it shows."""
+        """Tags of all lines and bands."""
         return [line.tag for line in self.lines] + [tag for band in self.bands for tag in (band.low, band.high)]
 
 
@@ -108,7 +108,7 @@ def _ratios(sign: str, title: str, picture: int) -> Chart:
 
 
 def held_out(data_set: str, several: bool) -> list[Chart]:
-    """The charts of a data set."""
+    """Returns the charts of a data set."""
     tag, of = f"evaluation/{data_set}", f": {data_set}" if several else ""
     return [
         Chart(
@@ -264,7 +264,7 @@ CHARTS: tuple[Chart, ...] = (
 
 
 def charts_of(runs: list[Run]) -> list[Chart]:
-    """Those for which at least one run has something to show, without the lines that no run has."""
+    """Returns the charts for which at least one run has data, without lines that no run has."""
     data_sets = sorted({name for run in runs for name in run.data_sets})
     every = [chart for name in data_sets for chart in held_out(name, len(data_sets) > 1)]
     every += [chart for chart in CHARTS if chart.key != "accuracy-all" or len(data_sets) != 1]
@@ -282,23 +282,23 @@ def _with_data(chart: Chart, runs: list[Run]) -> Chart:
 
 
 def lines_shown(chart: Chart, runs: int) -> tuple[Line, ...]:
-    """Of one run, quantiles other than the median are bands; of several they are lines."""
+    """Returns the lines to draw: quantiles other than the median are bands for one run, lines for several."""
     return chart.lines[:1] if chart.key.startswith("ratio-") and runs == 1 and chart.bands else chart.lines
 
 
 def bands_shown(chart: Chart, runs: int) -> tuple[Band, ...]:
-    """With several runs only those that stay readable upon each other."""
+    """Returns the bands to draw: with several runs only those that stay readable when they overlap."""
     return tuple(band for band in chart.bands if runs == 1 or band.always)
 
 
 def explained(chart: Chart) -> Iterator[tuple[str, str, str]]:
-    """Labels, tags and texts of what a chart shows."""
+    """Yields label, tag and description of each line."""
     for line in chart.lines:
         yield line.label, line.tag, text_of(line.tag)
 
 
 def text_of(tag: str) -> str:
-    """What a tag means, from the registry; empty where it is not one of the registry."""
+    """Returns the description of a tag from the registry of metrics; empty if the tag is unknown."""
     metric = TEXTS.get(tag)
     if metric is None and tag.startswith("evaluation/"):
         metric = TEXTS.get(f"evaluation/{{data_set}}/{tag.rsplit('/', 1)[1]}")

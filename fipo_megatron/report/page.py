@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: style, programs and data; it asks the network for nothing."""
+"""The HTML page: one file with style, scripts and data that makes no network request."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SCRIPTS = ("base.js", "chart.js", "curves.js", "tokens.js", "main.js")
 
 
 def render(runs: list[Run], *, smooth: int, responses: int, token_limit: int) -> str:
-    """The page.
+    """Returns the HTML of the page.
 
     Args:
-        runs: In the order of their colours.
-        smooth: Window of the smoothing control at first, in steps.
-        responses: Of each run that the token view gets, at most.
-        token_limit: Tokens of each.
+        runs: Runs in the order of their colours.
+        smooth: Initial smoothing window in steps.
+        responses: Maximum number of responses per run in the token view.
+        token_limit: Maximum number of tokens per response.
     """
     style = (PARTS / "style.css").read_text("utf-8")
     script = "\n".join((PARTS / name).read_text("utf-8") for name in SCRIPTS)
@@ -49,20 +49,20 @@ def _hash(text: str) -> str:
 
 
 def escaped_json(data: Any) -> str:
-    """JSON in ASCII that cannot end a script element or begin a comment: no <, > or & is left in it."""
+    """Returns ASCII JSON without <, > and &, so that it can neither end a script element nor begin a comment."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 class StepTable:
-    """Arrays of steps, each written once: most tags of a run share theirs."""
+    """The distinct step arrays of the page: most tags of a run share theirs."""
 
     def __init__(self) -> None:
         self.arrays: list[list[int]] = []
         self._index: dict[bytes, int] = {}
 
     def packed(self, series: Series) -> dict[str, Any]:
-        """A series as the page has it."""
+        """Returns a series in the format of the page."""
         key = series.steps.tobytes()
         if key not in self._index:
             self._index[key] = len(self.arrays)
@@ -70,7 +70,7 @@ class StepTable:
         return {"s": self._index[key], "v": _rounded_all(series)}
 
     def thinned(self, series: Series) -> dict[str, Any]:
-        """A series of any length, with its extremes where it was thinned."""
+        """Returns a series of any length in the format of the page, with extremes if it was thinned."""
         thinned = thin(series)
         ends = {name: _rounded_all(end) for name, end in zip(("low", "high"), thinned.extremes or (), strict=False)}
         return self.packed(thinned.line) | ends
@@ -81,7 +81,7 @@ def _rounded_all(series: Series) -> list[float | None]:
 
 
 def edge(series: Series, side: int) -> Series:
-    """For the lower (0) or upper (1) edge of a band."""
+    """Thins a series for the lower (0) or upper (1) edge of a band."""
     thinned = thin(series)
     return thinned.extremes[side] if thinned.extremes else thinned.line
 
@@ -91,7 +91,7 @@ def _rounded(value: float) -> float | None:
 
 
 def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int) -> dict[str, Any]:
-    """All that the page shows."""
+    """Returns the data of the page."""
     steps = StepTable()
     verdict = compare(runs)
     charts = [packed for chart in charts_of(runs) for packed in _charts(chart, runs, steps)]
@@ -100,8 +100,8 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
     notes = [note for run in runs for note in run.notes]
     if longest > MAX_POINTS:
         notes.append(
-            f"Long curves ({longest:,} points) are thinned to {MAX_POINTS:,} numbers: a line is the mean over a"
-            " stretch of steps, the shade around it reaches from the smallest to the largest value."
+            f"Long curves ({longest:,} points) are thinned to {MAX_POINTS:,} numbers: a line is the mean over an"
+            " interval of steps, the shade around it reaches from the smallest to the largest value."
         )
     return {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -131,14 +131,14 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
 
 
 def _range(runs: list[Run]) -> list[int]:
-    """First and last step of all, two different ones."""
+    """Returns the first and last step of all runs; they differ."""
     ends = [int(series.steps[i]) for run in runs for series in run.series.values() for i in (0, -1)]
     first = min(ends, default=0)
     return [first, max(first + 1, max(ends, default=0))]
 
 
 def _charts(chart: Chart, runs: list[Run], steps: StepTable) -> list[dict[str, Any]]:
-    """A chart of all runs, or one of each where lines are stacked."""
+    """Returns one chart of all runs, or one chart per run if lines are stacked."""
     if not chart.stacked:
         return [_chart(chart, runs, steps)]
     charts = []
@@ -182,7 +182,7 @@ def _chart(chart: Chart, runs: list[Run], steps: StepTable) -> dict[str, Any]:
 
 
 def _stack(chart: Chart, run: Run, steps: StepTable) -> list[dict[str, Any]]:
-    """Parts of a step; 0 where a part does not exist in a step."""
+    """Returns the stacked lines of a run; a part that a step does not have is 0."""
     there = [(slot, line, run.get(line.tag).finite()) for slot, line in enumerate(chart.lines)]
     there = [part for part in there if len(part[2])]
     if not there:

@@ -1,4 +1,4 @@
-"""The most telling charts in one PNG."""
+"""The picture: the most important charts in one PNG."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6D00")
-"""Of Okabe and Ito, told apart with any colour vision; the page has them too."""
+"""Colours of the runs, after Okabe and Ito for any colour vision; the same as on the page."""
 
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _MOST, _COLUMNS, _SENTENCES = 12, 3, 3
 
 
 def draw(runs: list[Run], *, smooth: int) -> bytes:
-    """The PNG: up to twelve charts, 1600 pixels wide."""
+    """Draws up to twelve charts; returns a PNG 1600 pixels wide."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ def _head(figure: Figure, runs: list[Run], sentences: list[str], height: float) 
 
 
 def _safe(text: str) -> str:
-    """Without what matplotlib would take for mathematics, or cannot draw."""
+    """Escapes mathematics and replaces characters that matplotlib cannot draw."""
     return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
 
 
@@ -129,7 +129,7 @@ def _scale(axis: Axes, chart: Chart, runs: list[Run]) -> None:
 
 
 def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: str, label: str, window: int) -> None:
-    """A line, its unsmoothed values behind it; colours tell runs apart, or lines where there is one run."""
+    """Draws a line and its unsmoothed values; the colour marks the run, or the line if there is one run."""
     i, slot, count = place
     series = run.get(tag)
     if not len(series):
@@ -148,13 +148,13 @@ def _line(axis: Axes, chart: Chart, run: Run, place: tuple[int, int, int], tag: 
 
 
 def _positive(chart: Chart, runs: list[Run]) -> bool:
-    """Whether a logarithmic scale shows something, and hides nothing but zeros."""
+    """Returns whether a logarithmic scale shows some values and hides only zeros."""
     found = np.concatenate([run.get(line.tag).finite().values for run in runs for line in chart.lines])
     return bool((found >= 0).all() and (found > 0).any())
 
 
 def _legend(axis: Axes, chart: Chart, runs: int) -> None:
-    """Once for each label; in grey where colours stand for runs."""
+    """Draws the legend, each label once; its lines are grey if colours mark runs."""
     handles, labels = axis.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     if not chart.legend or not first:

@@ -1,4 +1,4 @@
-"""What a run has left in its ``run.output``, as it is now: also while the run goes on."""
+"""Reads the files in ``run.output``, also of a run that has not ended."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SCALARS = ("metrics.jsonl", "evaluation.jsonl", "timing.jsonl")
 
 
 class RunError(ValueError):
-    """A path that holds no run, or a file of a run that cannot be read; the text names it."""
+    """A path without a run, or an unreadable file of a run; the message names it."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A number over steps.
+    """A metric over steps.
 
     Attributes:
-        steps: Increasing.
-        values: NaN where the run wrote null: not finite, or it did not exist.
+        steps: Increasing step numbers, ``[n]`` int64.
+        values: Values, ``[n]`` float64; NaN where the file has null: a value that is not finite or does not exist.
     """
 
     steps: Steps
@@ -42,17 +42,17 @@ class Series:
         return len(self.steps)
 
     def finite(self) -> Series:
-        """Without what is not finite."""
+        """Returns the series without values that are not finite."""
         kept = np.isfinite(self.values)
         return Series(self.steps[kept], self.values[kept])
 
     def at(self, step: int) -> float:
-        """The value of this step, NaN where there is none."""
+        """Returns the value of a step; NaN if there is none."""
         index = int(np.searchsorted(self.steps, step))
         return float(self.values[index]) if index < len(self) and self.steps[index] == step else float("nan")
 
     def filled(self, steps: list[int]) -> Series:
-        """Over these steps, which contain its own; 0 where it has none."""
+        """Returns the series over ``steps``, a superset of its own; missing values are 0."""
         values = np.zeros(len(steps))
         values[np.searchsorted(steps, self.steps)] = self.values
         return Series(np.array(steps, np.int64), values)
@@ -72,17 +72,17 @@ class Alarm:
 
 @dataclass
 class Run:
-    """A run, read.
+    """The files of a run.
 
     Attributes:
-        path: Its directory.
-        name: The directory's name, made longer where two runs share it.
-        series: By tag.
-        config: ``config.yaml``, flattened to dotted keys; empty where there is none.
-        alarms: In order.
-        steps: How many steps are there.
-        written: When ``metrics.jsonl`` was last written.
-        notes: What a reader should know about the files.
+        path: Directory of the run.
+        name: Name of the directory, with parent directories if two runs share it.
+        series: Series by tag.
+        config: ``config.yaml`` flattened to dotted keys; empty without one.
+        alarms: Alarms in the order of their steps.
+        steps: Number of steps in the files.
+        written: Time of the last write to ``metrics.jsonl``, UTC.
+        notes: Remarks on the files for the reader.
     """
 
     path: Path
@@ -95,27 +95,27 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def get(self, tag: str) -> Series:
-        """The series of a tag; empty where the run has none."""
+        """Returns the series of a tag; empty if the run has none."""
         return self.series.get(tag, EMPTY)
 
     @property
     def planned_steps(self) -> int | None:
-        """``run.steps`` of its configuration."""
+        """``run.steps`` of the configuration; None if it is not known."""
         steps = self.config.get("run.steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def data_sets(self) -> list[str]:
-        """Held-out data sets, by name."""
+        """Names of the held-out data sets."""
         parts = [tag.split("/", 1)[1].rsplit("/", 1) for tag in self.series if tag.startswith("evaluation/")]
         return sorted({name for name, *rest in parts if rest == ["avg"]})
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads runs, in the order given.
+    """Reads runs in the order given.
 
     Raises:
-        RunError: a path is missing, holds no run, or a file of it is damaged.
+        RunError: A path is missing or holds no run, or a file is damaged.
     """
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, _names([run.path.resolve() for run in runs]), strict=True):
@@ -124,7 +124,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """As few trailing parts of the paths as tell them apart; numbered where they are the same path."""
+    """Returns the shortest distinct suffixes of the paths; equal paths are numbered."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -156,10 +156,10 @@ def read_run(path: Path) -> Run:
 
 
 def rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Byte offsets and objects of a JSONL file; a last line that is not whole is left out: the run is writing it.
+    """Yields byte offset and object of each line of a JSONL file; an incomplete last line is left out.
 
     Raises:
-        RunError: another line is not a JSON object.
+        RunError: Another line is not a JSON object.
     """
     with path.open("rb") as file:
         offset, damaged = 0, None
@@ -176,7 +176,7 @@ def rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None; NaN and lone surrogates, which orjson refuses, are read."""
+    """Parses a JSON object; None if it is none. Accepts NaN and lone surrogates, which orjson rejects."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -188,7 +188,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_scalars(path: Path) -> dict[str, Series]:
-    """All numbers of a file, by tag; where a step is there twice, the later line counts."""
+    """Reads all numbers of a file by tag; of lines with the same step, the last counts."""
     steps: dict[str, array[int]] = {}
     values: dict[str, array[float]] = {}
     for _, row in rows(path):
@@ -221,7 +221,7 @@ def _ordered(steps: Steps, values: Floats) -> Series:
 
 
 def read_alarms(path: Path) -> list[Alarm]:
-    """The alarms of a run, if any."""
+    """Reads the alarms of a run."""
     found = []
     for name, action in (("alarms.jsonl", ""), ("roll_backs.jsonl", "roll_back")):
         if (file := path / name).is_file():
@@ -233,7 +233,7 @@ def read_alarms(path: Path) -> list[Alarm]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.yaml`` as dotted keys; lists and empty mappings stay values."""
+    """Reads ``config.yaml`` as dotted keys; lists and empty mappings stay values."""
     if not path.is_file():
         return {}
     try:
@@ -256,7 +256,7 @@ def _flat(nested: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Keys of the configurations that are not the same in all runs, with the values; `run.output` is left out."""
+    """Returns the keys whose values differ between the runs, with the values; ``run.output`` is left out."""
     keys = sorted({key for run in runs for key in run.config} - {"run.output"})
     table = [(key, [_shown(run.config, key) for run in runs]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]

@@ -1,4 +1,4 @@
-"""Fewer points, smoother lines."""
+"""Thinning and smoothing of series."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from fipo_megatron.report.runs import Floats, Series, Steps
 
 MAX_POINTS = 1500
-"""Numbers of a series in a report: more than a chart has pixels."""
+"""Maximum number of values of a series in a report; more than a chart has pixels."""
 
 
 @dataclass(frozen=True)
 class Thinned:
-    """A series that a chart can hold.
+    """A series of bounded length.
 
     Attributes:
-        line: The series itself, or means over stretches of steps, at the middle step of each.
-        extremes: Smallest and largest values of the stretches; None where nothing was left out.
+        line: The series itself, or its means over intervals of steps, at the middle step of each.
+        extremes: Smallest and largest values of the intervals; None if nothing was left out.
     """
 
     line: Series
@@ -26,13 +26,13 @@ class Thinned:
 
 
 def thin(series: Series, points: int = MAX_POINTS) -> Thinned:
-    """At most so many numbers: of each stretch of steps the mean, the smallest and the largest value.
+    """Reduces a series to at most ``points`` values: mean, minimum and maximum of each interval of steps.
 
-    A smoothed curve of extremes alone would not be the mean; values that are not finite are left out.
+    Extremes alone, smoothed, would not give the mean. Values that are not finite are left out.
     """
     if len(series) <= points:
         return Thinned(series)
-    begin, steps = _stretches(series, points // 3)
+    begin, steps = _intervals(series, points // 3)
     finite = np.isfinite(series.values)
     counts = np.add.reduceat(finite.astype(np.int64), begin)
     sums = np.add.reduceat(np.where(finite, series.values, 0.0), begin)
@@ -41,23 +41,23 @@ def thin(series: Series, points: int = MAX_POINTS) -> Thinned:
     return Thinned(Series(steps, mean), (Series(steps, low), Series(steps, high)))
 
 
-def _stretches(series: Series, count: int) -> tuple[Steps, Steps]:
-    """Where they begin, and the step in the middle of each."""
+def _intervals(series: Series, count: int) -> tuple[Steps, Steps]:
+    """Returns the begin indices of ``count`` intervals, and the middle step of each."""
     edges = np.linspace(0, len(series), count + 1).astype(np.int64)
     return edges[:-1], series.steps[(edges[:-1] + edges[1:] - 1) // 2]
 
 
 def thin_together(aligned: list[Series], points: int = MAX_POINTS) -> list[Series]:
-    """For series that are stacked, over the same steps: means over stretches, so that sums stay sums."""
+    """Reduces series over the same steps to means over intervals, so that stacked sums stay correct."""
     if not aligned or len(aligned[0]) <= points:
         return aligned
-    begin, steps = _stretches(aligned[0], points)
+    begin, steps = _intervals(aligned[0], points)
     counts = np.diff(np.append(begin, len(aligned[0])))
     return [Series(steps, np.add.reduceat(series.values, begin) / counts) for series in aligned]
 
 
 def smoothed(series: Series, window: int) -> Floats:
-    """Centred means over so many steps, of what is finite; a window of 1 or less changes nothing."""
+    """Returns centred means of the finite values over ``window`` steps; a window of 1 or less changes nothing."""
     if window <= 1 or not len(series):
         return series.values
     finite = np.isfinite(series.values)

@@ -1,4 +1,4 @@
-"""The tables of a report: the headline, and the numbers of the end."""
+"""The tables of a report: the headline and the final numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cell = tuple[str, str]
 
 
 def headline(runs: list[Run]) -> dict[str, Any]:
-    """Columns and, for every run, one cell per column: its text, and what belongs to it in smaller type."""
+    """Returns the columns, and for every run a cell per column: its text and a remark in smaller type."""
     names = sorted({name for run in runs for name, found in scores(run).items() if found})
     several = len(names) > 1
     columns = names if several else [f"{kind} held-out accuracy" for _ in names for kind in ("Final", "Best")]
@@ -59,11 +59,11 @@ def _steps(run: Run) -> Cell:
     planned = run.planned_steps
     if planned is None or run.steps >= planned:
         return f"{run.steps}", ""
-    return f"{run.steps} of {planned}", f"runs, or ended early; last written {run.written:%Y-%m-%d %H:%M} UTC"
+    return f"{run.steps} of {planned}", f"running, or ended early; last written {run.written:%Y-%m-%d %H:%M} UTC"
 
 
 def last_values(runs: list[Run]) -> list[dict[str, Any]]:
-    """Every tag with its meaning, unit, and for every run the mean of its last steps."""
+    """Returns every tag with description, unit, and the mean over the last steps of each run."""
     order = {tag: i for i, tag in enumerate(TEXTS)}
     tags = sorted({tag for run in runs for tag in run.series if "/" in tag}, key=lambda tag: (order.get(tag, 999), tag))
     return [

@@ -1,4 +1,4 @@
-"""Which responses of a run the report shows, and what of their tokens."""
+"""Selection of the responses for the token view, and the values of their tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from fipo_megatron.report.runs import Run, parse
 
 NUMBERS = ("behaviour_log_prob", "old_log_prob", "shift", "future_kl", "weight", "entropy")
-"""Parallel lists of a row's ``tokens``, beside ``text``."""
+"""Parallel lists of values in a row's ``tokens``, beside ``text``."""
 
 PLAIN = ("prompt_id", "sample", "data_source", "reward", "accuracy", "advantage", "finish_reason", "mini_batch")
-"""What is taken as it is."""
+"""Fields of a row that are copied unchanged."""
 
 MAX_CHARACTERS = 20_000
-"""Of a prompt, and of a response without tokens."""
+"""Maximum number of characters of a prompt, and of a response without token values."""
 
 T = TypeVar("T")
 _STEP = re.compile(rb'^\{"step": ?(\d+)')
@@ -27,22 +27,22 @@ _ROWS_PER_STEP = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row is."""
+    """Position of a row: a file and a byte offset."""
 
     file: Path
     offset: int
 
 
 def chosen_responses(run: Run, limit: int, token_limit: int) -> tuple[list[dict[str, Any]], str]:
-    """Responses evenly over the steps, right and wrong ones, those with tokens first.
+    """Selects responses evenly over the steps, both right and wrong ones, those with token values first.
 
     Args:
-        run: Whose ``trajectories/`` are read: one pass for the steps of all lines, and the lines of the chosen steps.
-        limit: How many at most.
-        token_limit: Tokens of each that are shown, the first ones.
+        run: Run whose ``trajectories/`` are read: one pass over all lines, then the rows of the selected steps.
+        limit: Maximum number of responses.
+        token_limit: Maximum number of tokens shown of each response, from its beginning.
 
     Returns:
-        The responses, by step, and a sentence on what was left out.
+        The responses in the order of their steps, and a sentence about what was left out.
     """
     places = _by_step(run.path / "trajectories")
     total = sum(map(len, places.values()))
@@ -52,7 +52,7 @@ def chosen_responses(run: Run, limit: int, token_limit: int) -> tuple[list[dict[
     kept = _pick({step: _rows(_evenly(places[step], _ROWS_PER_STEP)) for step in steps}, limit)
     shown = [_shown(row, token_limit) for row in kept]
     text = f"{run.name}: {len(shown)} of {total} recorded responses are shown, from {len({r['step'] for r in shown})}"
-    text += f" of {len(places)} steps, chosen evenly over the steps, right and wrong ones in turn"
+    text += f" of {len(places)} steps, selected evenly over the steps, right and wrong ones in turn"
     cut = sum(1 for row in shown if row["cut"])
     return shown, text + (
         f"; {cut} of them are cut at {token_limit} tokens or {MAX_CHARACTERS} characters." if cut else "."
@@ -60,7 +60,7 @@ def chosen_responses(run: Run, limit: int, token_limit: int) -> tuple[list[dict[
 
 
 def _by_step(folder: Path) -> dict[int, list[Place]]:
-    """Places of all rows; lines that are not whole are left out."""
+    """Returns the positions of all rows by step; incomplete lines are left out."""
     places: dict[int, list[Place]] = defaultdict(list)
     for file in sorted(folder.glob("*.jsonl")):
         with file.open("rb") as lines:
@@ -75,7 +75,7 @@ def _by_step(folder: Path) -> dict[int, list[Place]]:
 
 
 def _evenly(things: list[T], count: int) -> list[T]:
-    """So many of them, the first and the last included."""
+    """Selects ``count`` evenly spaced items, including the first and the last."""
     if len(things) <= count:
         return things
     if count == 1:
@@ -95,7 +95,7 @@ def _rows(places: list[Place]) -> list[dict[str, Any]]:
 
 
 def _pick(by_step: dict[int, list[dict[str, Any]]], limit: int) -> list[dict[str, Any]]:
-    """In turns over the steps: a right one, then a wrong one, then the rest, until there are enough."""
+    """Selects rows from the steps in turn: a right one, a wrong one, then the rest, up to ``limit``."""
     queues = []
     for rows in by_step.values():
         rows = sorted(rows, key=lambda row: not isinstance(row.get("tokens"), dict))
@@ -128,7 +128,7 @@ def _shown(row: dict[str, Any], token_limit: int) -> dict[str, Any]:
 
 
 def _versions(versions: Any) -> list[list[int]]:
-    """Pairs of a weight version and a number of tokens."""
+    """Returns the valid pairs of weight version and number of tokens."""
     pairs = versions if isinstance(versions, list) else []
     return [
         pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
@@ -136,7 +136,7 @@ def _versions(versions: Any) -> list[list[int]]:
 
 
 def _tokens(tokens: Any, limit: int) -> dict[str, list[Any]] | None:
-    """The lists, cut and rounded; None where there are none, or they are not what they should be."""
+    """Returns the lists of token values, cut and rounded; None if they are missing or malformed."""
     if not isinstance(tokens, dict) or not isinstance(tokens.get("text"), list) or not tokens["text"]:
         return None
     shown: dict[str, list[Any]] = {"text": [str(text) for text in tokens["text"][:limit]]}

@@ -1,4 +1,4 @@
-"""Which run is better, and why: computed, and no surer than the intervals are."""
+"""The verdict: which run is better and why, judged by confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fipo_megatron.report.runs import Run, Series
 from fipo_megatron.report.series import smoothed
 
 ALL = "all data sets"
-"""Name of the accuracy that has no interval: over several data sets."""
+"""Name of the accuracy over all data sets, which has no interval."""
 
 LAST_STEPS = 10
-"""Over which numbers of the end are averaged."""
+"""Number of last steps that final numbers are averaged over."""
 
 _FALLS = (("rollout/accuracy", "training accuracy", 0.1, True), ("rollout/reward", "training reward", 0.2, False))
-"""Tag, name, smallest fall that is one, whether it is a share."""
+"""Tag, name, smallest drop that counts as a fall, and whether the value is a fraction."""
 
 _SIGNALS = (
     ("policy/policy_kl", "policy KL", 1e-6),
@@ -26,12 +26,12 @@ _SIGNALS = (
     ("policy/entropy", "entropy", 1e-9),
     ("rollout/response_tokens_mean", "response length", 1e-9),
 )
-"""Tag, name, and what is small enough to count as nothing: what a fall is looked at beside."""
+"""Signals reported beside a fall: tag, name, and a floor below which values count as zero."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A held-out accuracy; the interval is NaN where there is none."""
+    """A held-out accuracy at a step with its 95 % interval; NaN without an interval."""
 
     step: int
     value: float
@@ -39,7 +39,7 @@ class Score:
     high: float
 
     def below(self, other: Score) -> bool:
-        """Whether the interval lies below the other's, wholly."""
+        """Returns whether the whole interval lies below that of ``other``."""
         return self.high < other.low
 
     def __str__(self) -> str:
@@ -52,12 +52,12 @@ class Fall:
     """An accuracy or a reward that ends well below its best.
 
     Attributes:
-        what: Fell.
-        begin: From which value, and to which, as text.
-        end: See begin.
-        best_step: Where it was best.
-        step: Where the fall begins.
-        beside: What else changed there, as text.
+        what: Name of the value.
+        begin: Best value as text.
+        end: Last value as text.
+        best_step: Step of the best value.
+        step: First step of the fall.
+        beside: Other changes at the same time as text.
     """
 
     what: str
@@ -72,7 +72,7 @@ class Fall:
 
 
 def scores(run: Run) -> dict[str, list[Score]]:
-    """Held-out accuracies by data set, in the order of steps; of all together where no data set is named."""
+    """Returns the held-out accuracies by data set in the order of steps; of all together if none is named."""
     names = run.data_sets
     found = {name: _scores(run, f"evaluation/{name}/avg") for name in names}
     return found if names else {ALL: _scores(run, "evaluation/accuracy")}
@@ -88,13 +88,13 @@ def _scores(run: Run, tag: str) -> list[Score]:
 
 
 def last_mean(series: Series, steps: int = LAST_STEPS) -> float:
-    """Mean of the last so many finite values; NaN without any."""
+    """Returns the mean of the last ``steps`` finite values; NaN without any."""
     values = series.finite().values[-steps:]
     return float(values.mean()) if len(values) else float("nan")
 
 
 def held_out_fall(run: Run) -> Fall | None:
-    """A last evaluation whose interval lies below that of the best one, on the first data set where it does."""
+    """Returns the fall of the first data set whose last interval lies below its best one; None without a fall."""
     for name, found in scores(run).items():
         if not found:
             continue
@@ -107,7 +107,7 @@ def held_out_fall(run: Run) -> Fall | None:
 
 
 def training_fall(run: Run) -> Fall | None:
-    """An accuracy or a reward in training whose end lies below its best by more than its noise."""
+    """Returns a fall of training accuracy or reward that exceeds its noise; None without a fall."""
     for tag, name, least, share in _FALLS:
         series = run.get(tag).finite()
         window = _window(len(series))
@@ -132,7 +132,7 @@ def _window(steps: int) -> int:
 
 
 def _beside(run: Run, before: int, after: int) -> str:
-    """What changed twofold or more between the steps up to one and the steps from another on."""
+    """Describes signals that changed at least twofold between the steps before ``before`` and from ``after`` on."""
     changes = []
     for tag, name, floor in _SIGNALS:
         series = run.get(tag).finite()
@@ -148,10 +148,10 @@ def _beside(run: Run, before: int, after: int) -> str:
 
 
 def collapse(run: Run) -> Fall | None:
-    """The fall of a run: of held-out accuracy where there is any since, of training otherwise.
+    """Returns the fall of a run: of held-out accuracy if there is one, otherwise of training; None without a fall.
 
-    A fall in training that held-out accuracy does not share is none: dynamic sampling changes which prompts are learned
-    from.
+    A fall in training that a later evaluation does not share does not count: dynamic sampling changes which prompts are
+    trained on.
     """
     held, training = held_out_fall(run), training_fall(run)
     if held and training and training.step <= held.step:
@@ -162,12 +162,12 @@ def collapse(run: Run) -> Fall | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs beside each other.
+    """The result of a comparison.
 
     Attributes:
-        leader: Index of the run with the highest held-out accuracy where they can be compared.
-        equals: Indices of runs that are not clearly worse than it, itself included.
-        sentences: The verdict; the first says most.
+        leader: Index of the run with the highest held-out accuracy; None if the runs cannot be compared.
+        equals: Indices of the runs that are not clearly worse than the leader, including the leader.
+        sentences: Sentences of the verdict, the most important one first.
     """
 
     leader: int | None
@@ -176,7 +176,7 @@ class Comparison:
 
 
 def compare(runs: list[Run]) -> Comparison:
-    """Judges by held-out accuracy at the last step that all runs were evaluated at; only disjoint intervals differ."""
+    """Compares held-out accuracy at the last step that all runs evaluated; only disjoint intervals differ."""
     if len(runs) == 1:
         return Comparison(None, (0,), [_alone(runs[0]), *_troubles(runs)])
     tables = [scores(run) for run in runs]
@@ -210,7 +210,7 @@ def _at(found: list[Score], step: int) -> Score:
 
 
 def _clearly_below(found: dict[str, Score], best: dict[str, Score]) -> bool:
-    """On one data set at least, and above on none."""
+    """Returns whether ``found`` is below ``best`` on at least one data set and above on none."""
     return any(found[name].below(best[name]) for name in best) and not any(best[n].below(found[n]) for n in best)
 
 
@@ -255,7 +255,7 @@ def _since(first: Score, last: Score) -> str:
 
 
 def _troubles(runs: list[Run], told: set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """Falls that were not told, and first alarms."""
+    """Returns sentences about falls that are not in ``told``, and about first alarms."""
     sentences = []
     for run in runs:
         fall = collapse(run)

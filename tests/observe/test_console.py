@@ -53,7 +53,7 @@ def test_sampling_is_shown_in_the_log_and_on_a_terminal(caplog, monkeypatch):
         time.sleep(0.1)
     said = caplog.records[0].getMessage()
     assert "sampling: 12 of 8,192 responses" in said
-    assert "the longest in flight for 62 s" in said
+    assert "oldest request in flight for 62 s" in said
     terminal = Console(force_terminal=True, width=140, record=True)
     with console.show_sampling_progress(terminal, lambda: now):
         time.sleep(0.6)

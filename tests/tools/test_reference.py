@@ -17,9 +17,9 @@ def test_pages_are_current():
     assert not differences, "run `python -m tools.reference`\n" + "\n".join(differences)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in reference.rooms()])
+@pytest.mark.parametrize("name", [name for name, _ in reference.all_sections()])
 def test_every_field_has_a_description(name):
-    of = dict(reference.rooms())[name]
+    of = dict(reference.all_sections())[name]
     said = reference.descriptions(of)
     assert set(said) == {entry.name for entry in fields(of)}
     assert all(text.strip() for text in said.values())
@@ -27,7 +27,7 @@ def test_every_field_has_a_description(name):
 
 def test_every_key_and_every_tag_is_on_its_page():
     page = reference.configuration_page()
-    inner = {name for name, _ in reference.rooms()}
+    inner = {name for name, _ in reference.all_sections()}
     for key in keys():
         assert (f"\n## `{key}`\n" if key in inner else f'<a id="{key}"></a>`{key.split(".")[-1]}`') in page
     page = reference.metrics_page()
@@ -38,8 +38,8 @@ def test_every_key_and_every_tag_is_on_its_page():
 
 
 @dataclass
-class Room:
-    """A room.
+class Section:
+    """A section.
 
     Attributes:
         first: What it is,
@@ -53,13 +53,13 @@ class Room:
 
 
 def test_a_missing_description_is_noticed():
-    with pytest.raises(reference.DescriptionError, match=r"Room\.third: has no description"):
-        reference.descriptions(Room)
+    with pytest.raises(reference.DescriptionError, match=r"Section\.third: has no description"):
+        reference.descriptions(Section)
 
 
 def test_a_description_of_nothing_is_noticed():
     @dataclass
-    class Described(Room):
+    class Described(Section):
         """Attributes: below.
 
         Attributes:
@@ -69,12 +69,12 @@ def test_a_description_of_nothing_is_noticed():
 
     with pytest.raises(reference.DescriptionError) as caught:
         reference.descriptions(Described)
-    assert str(caught.value) == "Described.fourth: is described, but is no field"
+    assert str(caught.value) == "Described.fourth: is described, but is not a field"
 
 
 def test_inherited_descriptions_count_and_continue_over_lines():
     @dataclass
-    class Whole(Room):
+    class Whole(Section):
         """Complete.
 
         Attributes:
@@ -87,8 +87,8 @@ def test_inherited_descriptions_count_and_continue_over_lines():
 
 
 def test_types_and_bounds_in_words():
-    hints = {entry.name: entry for entry in fields(Room)}
-    assert reference.valid(Room, hints["first"], Annotated[int, Field(ge=1, multiple_of=4)] | None) == (
+    hints = {entry.name: entry for entry in fields(Section)}
+    assert reference.valid(Section, hints["first"], Annotated[int, Field(ge=1, multiple_of=4)] | None) == (
         "integer or null, ≥ 1, a multiple of 4"
     )
     assert reference.type_text(Literal["a", "b", "c"]) == "`a`, `b` or `c`"
@@ -98,7 +98,7 @@ def test_types_and_bounds_in_words():
 
 
 def test_bounds_that_only_an_error_knows():
-    of = dict(reference.rooms())["algorithm"]
+    of = dict(reference.all_sections())["algorithm"]
     assert reference.refusal(of, "half_life") == "> 0 tokens, or inf for no decay"
     assert reference.refusal(of, "sequence_drop_threshold") == "≥ 0 tokens"
     assert not reference.refusal(of, "future_kl_filter")
@@ -139,16 +139,16 @@ def test_check_fails_with_the_difference_and_writing_mends_it(tmp_path, capsys):
     assert "The whole step." in said
 
 
-def test_a_new_room_is_found(monkeypatch):
+def test_a_new_section_is_found(monkeypatch):
     @dataclass
     class Outer:
         """A run.
 
         Attributes:
-            room: See it.
+            section: A section.
         """
 
-        room: Room = field(default_factory=Room)
+        section: Section = field(default_factory=Section)
 
-    assert [name for name, _ in reference.rooms(Outer)] == ["", "room"]
-    assert [name for name, _ in reference.rooms(Config)][:2] == ["", "run"]
+    assert [name for name, _ in reference.all_sections(Outer)] == ["", "section"]
+    assert [name for name, _ in reference.all_sections(Config)][:2] == ["", "run"]

@@ -1,5 +1,5 @@
 "use strict";
-// What all parts of the page use. Texts of runs reach the page as text nodes only.
+// Helpers of all parts of the page. Texts of runs enter the page as text nodes only.
 const data = JSON.parse(document.getElementById("data").textContent);
 const several = data.runs.length > 1;
 const state = { hidden: new Set(), from: 0, to: 1, smooth: 1 };

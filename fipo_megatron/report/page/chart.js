@@ -200,7 +200,7 @@ class Chart {
     return [bottom, high + room];
   }
 
-  // Of unsmoothed values, which lie behind smoothed ones: a spike shall not flatten the rest.
+  // Range of the unsmoothed values behind the smoothed line: a spike must not flatten the rest.
   withoutExtremes(steps, values) {
     const there = values.map((value, i) => [steps[i], value])
       .filter(([step, value]) => value !== null && step >= state.from && step <= state.to).sort((a, b) => a[1] - b[1]);

@@ -1,4 +1,4 @@
-// All charts, and what they have in common: shown runs, range of steps, smoothing.
+// All charts and their common state: visible runs, range of steps, smoothing.
 class Curves {
   constructor() {
     this.charts = data.charts.map((spec, i) => new Chart(spec, this, i));
@@ -20,7 +20,7 @@ class Curves {
       make("h3", { text: name }),
       this.grid(this.charts.filter((chart) => chart.spec.section === name)),
     ]));
-    if (!this.charts.length) byId("charts").append(make("p", { class: "card", text: "No step is there yet: there is nothing to draw." }));
+    if (!this.charts.length) byId("charts").append(make("p", { class: "card", text: "There are no steps yet; nothing can be drawn." }));
   }
 
   grid(charts) {

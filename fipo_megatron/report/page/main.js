@@ -1,4 +1,4 @@
-// Summary and tables, then the rest.
+// The summary and the tables, then the other parts.
 function summary() {
   const names = data.runs.map((run) => run.name);
   const title = names.length > 3 ? `${names.length} runs` : names.join(" · ");
@@ -26,12 +26,12 @@ function differences() {
   const target = byId("differences");
   if (!several) { target.append(make("p", { class: "quiet", text: "One run: there is nothing to compare." })); return; }
   if (data.configured.includes(false)) target.append(make("p", { class: "quiet", text: "Not all runs have a config.yaml." }));
-  if (!data.differences.length) { target.append(make("p", { text: "The configurations are the same, but for run.output." })); return; }
+  if (!data.differences.length) { target.append(make("p", { text: "The configurations are equal except for run.output." })); return; }
   const body = make("table", { id: "differing" });
   table(body, ["Key", ...data.runs.map((run) => run.name)], data.differences.map(({ key, values }) =>
     make("tr", {}, make("th", { scope: "row" }, make("code", { text: key })), ...values.map((text) => make("td", {}, make("code", { text }))))));
   target.append(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Configuration" }, body),
-    make("p", { class: "quiet", text: "All other keys are the same; run.output is left out." }));
+    make("p", { class: "quiet", text: "All other keys are equal; run.output is left out." }));
 }
 
 function finalNumbers() {

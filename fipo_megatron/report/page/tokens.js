@@ -1,4 +1,4 @@
-// Responses, token by token: coloured by a number, all numbers of a token under the pointer.
+// The token view: tokens coloured by a value, and all values of the token under the pointer.
 const MODES = [
   { key: "weight", label: "Future-KL weight f", centre: 1, of: (t, i) => t.weight?.[i] },
   { key: "shift", label: "log-prob shift d", centre: 0, of: (t, i) => t.shift?.[i] },
@@ -98,7 +98,7 @@ class TokenView {
 
   plain(response) {
     const text = response.tokens ? response.tokens.text.join("") : response.response;
-    return make("div", {}, make("p", { class: "quiet", text: "Of this response no numbers of tokens are recorded (observe.trajectory_tokens)." }),
+    return make("div", {}, make("p", { class: "quiet", text: "No token values are recorded for this response (observe.trajectory_tokens)." }),
       make("pre", { class: "text plain-response", text }));
   }
 
@@ -127,7 +127,7 @@ class TokenView {
     return make("div", { class: "colouring" }, make("label", {}, "Colour by ", select), this.scale, this.profile);
   }
 
-  // The same for all responses, so that colours can be compared: where 98 % of the tokens are.
+  // The range of 98 % of all tokens, the same for all responses, so that colours can be compared.
   reach(mode) {
     if (!this.extent.has(mode.key)) {
       const sizes = [];

@@ -27,8 +27,8 @@ def test_the_whole_signature_raises_it():
     found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [COLLAPSED] * 2)
     assert [bool(one) for one in found] == [False] * 6 + [True]
     assert (found[-1].step, found[-1].began) == (6, 4)
-    assert "5.00% of the tokens are clipped from below (bound 2.00%)" in found[-1].reason
-    assert "40% of its best (bound 75%)" in found[-1].reason
+    assert "low-clip fraction 5.00% (limit 2.00%)" in found[-1].reason
+    assert "length 40% of its best (limit 75%)" in found[-1].reason
 
 
 @pytest.mark.parametrize("part", range(3))

@@ -1,4 +1,4 @@
-"""The report as its users make it, without a browser: verdicts, thinning, bad input, what is embedded."""
+"""The report without a browser: verdicts, thinning, bad input, embedded data."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from fipo_megatron.report.series import smoothed, thin, thin_together
 from fipo_megatron.report.summary import headline
 from fipo_megatron.report.tokens import chosen_responses
 from fipo_megatron.report.verdict import collapse, compare, training_fall
-from tests.tools.report_runs import HOSTILE, make_run, write
+from tests.report.report_runs import HOSTILE, make_run, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_runs_of_different_lengths_are_compared_where_both_were_evaluated(runs, 
     assert "Compared at step 30" in found.sentences[-1]
     steps = headline(read_runs([tmp_path / "short"]))["rows"][0][2]
     assert steps[0] == "37 of 80"
-    assert steps[1].startswith("runs, or ended early")
+    assert steps[1].startswith("running, or ended early")
 
 
 def test_one_data_set_better_and_one_worse_is_no_clear_difference(tmp_path):
@@ -283,3 +283,13 @@ def test_as_a_command(runs, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.png"]
+
+
+def test_without_matplotlib_the_page_is_written_and_the_picture_is_said_to_be_missing(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "policy/loss": 1.0}])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(tmp_path / "run")]) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("report*")) == ["report.html"]
+    said = capsys.readouterr().err
+    assert "report.png: not drawn, matplotlib is not installed" in said
+    assert "fipo-megatron[report]" in said

@@ -1,4 +1,4 @@
-"""The report's page in a real chromium: what a person sees, points at and clicks; and that nothing else happens."""
+"""The report's page in a real chromium: what a person sees, points at and clicks, and that nothing else happens."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fipo_megatron.report.__main__ import main
-from tests.tools.report_runs import HOSTILE, make_run
+from tests.report.report_runs import HOSTILE, make_run
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +31,7 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     driver.get("about:blank")
-    driver.get_log("performance")  # of the browser's own first page
+    driver.get_log("performance")  # discards the log of the browser's own first page
     yield driver
     driver.quit()
 
@@ -49,7 +49,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, pages):
-    """The page of two runs, newly opened; afterwards: nothing was complained of, nothing was asked of the network."""
+    """Opens the page of two runs; checks afterwards that the console is empty and nothing was requested."""
     browser.get(f"file://{pages}/two.html")
     yield browser
     check_quiet(browser)
@@ -263,7 +263,7 @@ def test_hostile_text_is_text(page):
         page.execute_script("arguments[0].click()", row)
         inside = page.execute_script("return document.getElementById('response').textContent")
         if "text only" in row.text:
-            found["plain"] |= "no numbers of tokens are recorded" in inside
+            found["plain"] |= "No token values are recorded" in inside
         else:
             tokens = page.execute_script("return [...document.querySelectorAll('.token')].map(t => t.textContent)")
             found["token"] |= HOSTILE in tokens

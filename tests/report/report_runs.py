@@ -1,4 +1,4 @@
-"""Run directories for the tests of the report: every tag of the registry, with values as real runs have them."""
+"""Synthetic run directories for the tests of the report, with the tags and typical values of real runs."""
 
 import json
 import math
@@ -14,7 +14,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='broken into'\"><!-- <sc
 def make_run(
     path, *, steps=80, planned=None, lr=3e-4, collapse=None, seed=0, tokens=True, alarm=None, data_sets=("held_out",)
 ):
-    """A run that gets better, and from the step `collapse` on worse."""
+    """Writes a run that improves, and gets worse from the step ``collapse`` on."""
     draw = random.Random(seed)
     path.mkdir(parents=True)
     write(path / "metrics.jsonl", [{"step": s} | metrics(s, collapse, draw) for s in range(steps)])
@@ -48,7 +48,7 @@ def config(path, steps, lr):
 
 
 def health(step, collapse):
-    """Accuracy, and how far the collapse has come, both 0 to 1."""
+    """Returns the accuracy and the extent of the collapse, both from 0 to 1."""
     broken = 0.0 if collapse is None else min(1.0, max(0.0, (step - collapse) / 15))
     return (0.18 + 0.7 * (1 - math.exp(-step / 12))) * (1 - 0.7 * broken), broken
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fipo_megatron.config import Config, ConfigError, keys, load_config, notices
+from fipo_megatron.config import Config, ConfigError, as_dict, keys, load_config, notices
+from fipo_megatron.config.renamed_keys import RENAMED_KEYS
 
-PRESETS = Path(__file__).parents[1] / "examples" / "configs"
+PRESETS = Path(__file__).parents[2] / "examples" / "configs"
 FIPO_32B = PRESETS / "fipo_qwen2.5_32b.yaml"
 
 PAPER_32B = {
@@ -119,7 +120,7 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
     [
         (["algorithm.half_live=3"], ["algorithm.half_live = 3: unknown key; did you mean algorithm.half_life?"]),
         (["rollout.samples=3"], ["rollout.samples = 3: unknown key; did you mean rollout.samples_per_prompt?"]),
-        (["zzz=1"], ["zzz = 1: unknown key; see the rooms: run, model, algorithm, data,"]),
+        (["zzz=1"], ["zzz = 1: unknown key; see the sections: run, model, algorithm, data,"]),
         (["rollout.top_p=2"], ["rollout.top_p = 2: must be less than or equal to 1"]),
         (["rollout.samples_per_prompt=1.5"], ["rollout.samples_per_prompt = 1.5: must be a valid integer"]),
         (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo', 'grpo' or 'sft'"]),
@@ -171,7 +172,7 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.engine=embedded", "rollout.servers.colocated=true", "rollout.embedded_slots=20"],
             ["rollout.embedded_slots = 20: must be a multiple of 16"],
         ),
-        (["run.replay=a", "run.rollout_only=true"], ["run.replay = a: cannot go with run.rollout_only"]),
+        (["run.replay=a", "run.rollout_only=true"], ["run.replay = a: cannot be combined with run.rollout_only"]),
         (["run.replay=a", "algorithm.kind=sft"], ["run.replay = a: must be null with algorithm.kind = sft"]),
         (
             ["health.action=roll_back", "run.replay=a", "observe.trajectory_mib=3"],
@@ -214,7 +215,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load_config(tmp_path / "latin.yaml")
 
 
-def test_empty_rooms_anchors_and_numbers_as_people_write_them(tmp_path):
+def test_empty_sections_anchors_and_numbers_as_people_write_them(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("algorithm:\nactor:\n  optimizer: &o {lr: 2e-6}\n  ddp: {<<: *o, bucket_size: 3}\n")
     config = load_config(file, ["algorithm.half_life=inf", "algorithm.dual_clip=1e1"])
@@ -228,9 +229,63 @@ def test_importance_is_corrected_where_tokens_may_be_of_older_weights():
     stale = ["rollout.max_staleness=1"]
     assert load_config(FIPO_32B, stale).algorithm.importance_cap == 2.0
     assert load_config(FIPO_32B, [*stale, "algorithm.importance_cap=5"]).algorithm.importance_cap == 5.0
+    for cap in ("2", "5"):
+        found = notices(load_config(FIPO_32B, [*stale, f"algorithm.importance_cap={cap}"]))
+        assert any(f"algorithm.importance_cap = {cap} is in effect; its default is 2 with" in one for one in found)
+    assert not any("importance_cap" in one for one in notices(load_config(FIPO_32B)))
     off = load_config(FIPO_32B, [*stale, "algorithm.importance_cap=null"])
     assert off.algorithm.importance_cap is None
     assert any("max_staleness = 1 without algorithm.importance_cap" in notice for notice in notices(off))
+
+
+MOVED = {
+    "run.save_every = 20: moved; it is checkpoint.save_every now": "run.save_every=20",
+    "run.async_save = False: moved; it is checkpoint.async_save now": "run.async_save=false",
+    "run.keep_last = 2: moved; it is checkpoint.keep_last now": "run.keep_last=2",
+    "run.keep_best = None: moved; it is checkpoint.keep_best now": "run.keep_best=null",
+    "run.optimizer_sharding = 'x': moved; it is checkpoint.optimizer_sharding now": "run.optimizer_sharding=x",
+    "run.export_every = 0: moved; it is checkpoint.export_every now": "run.export_every=0",
+    "run.resume = 'never': moved; it is checkpoint.resume now": "run.resume=never",
+}
+
+
+def test_moved_keys_are_named_with_their_new_place_beside_all_other_problems():
+    with pytest.raises(ConfigError) as caught:
+        load_config(FIPO_32B, [*MOVED.values(), "seed=-1", "rollout.samples=1"])
+    assert set(MOVED) < set(map(str.strip, str(caught.value).splitlines()))
+    assert "9 problem(s)" in str(caught.value)
+    assert {key.old for key in RENAMED_KEYS if key.kind is None} == {one.partition("=")[0] for one in MOVED.values()}
+
+
+def test_renamed_keys_exist_under_their_new_name_and_not_under_the_old_one():
+    assert {key.new for key in RENAMED_KEYS} <= set(keys())
+    assert not {key.old for key in RENAMED_KEYS if key.kind is None} & set(keys())
+
+
+def test_moved_keys_of_a_base_file_are_found(tmp_path):
+    (tmp_path / "base.yaml").write_text("run: {save_every: 3}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nrun: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"run\.save_every = 3: moved; it is checkpoint\.save_every now"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_the_batch_of_sft_is_not_that_of_rollouts(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("algorithm: {kind: sft}\nrollout: {prompts_per_step: 192}\nsft: {examples_per_step: 64}\n")
+    line = "rollout.prompts_per_step = 192: has no effect with algorithm.kind = sft; it is sft.examples_per_step now"
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert line in str(caught.value)
+    assert load_config(file, ["algorithm.kind=dapo"]).groups_per_step == 192
+    with pytest.raises(ConfigError, match=r"rollout\.prompts_per_step = 'x': has no effect"):
+        load_config(FIPO_32B, ["algorithm.kind=sft", "rollout.prompts_per_step=x"])
+
+
+def test_a_complete_configuration_of_sft_loads(tmp_path):
+    config = load_config(FIPO_32B, ["algorithm.kind=sft", "sft.examples_per_step=64"])
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(as_dict(config)))
+    assert load_config(tmp_path / "printed.yaml") == config
+    assert config.groups_per_step == 64
 
 
 def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():

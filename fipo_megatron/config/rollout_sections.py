@@ -1,0 +1,164 @@
+"""The sections about data, responses and rewards: ``data``, ``rollout``, ``reward`` and ``evaluation``."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fipo_megatron.config.field_types import STRICT, Count, Fraction, NotNegative, Positive, PositiveNumber
+
+
+@dataclass(config=STRICT, frozen=True)
+class DataConfig:
+    """Training prompts.
+
+    Attributes:
+        files: Training prompts: parquet in the schema of DAPO-Math-17k, or jsonl with ``prompt`` and ``answer``; for
+            ``algorithm.kind = sft`` with ``prompt`` and ``response``.
+        max_prompt_tokens: Maximum prompt length; longer prompts are left out.
+        epochs: Maximum number of epochs over the prompts; null: as many as the run needs.
+        chat_template: ``tokenizer`` applies the chat template of the model's tokenizer; ``none`` joins the contents of
+            the messages with line breaks.
+        shuffle: Shuffle the prompts anew in each epoch; otherwise they keep the order of the files.
+    """
+
+    files: tuple[str, ...] = ()
+    max_prompt_tokens: Positive = 2048
+    epochs: Positive | None = None
+    chat_template: Literal["tokenizer", "none"] = "tokenizer"
+    shuffle: bool = True
+
+
+@dataclass(config=STRICT, frozen=True)
+class ServersConfig:
+    """SGLang servers.
+
+    Attributes:
+        urls: URLs of running servers; if empty, the run starts its own.
+        router: URL of a router in front of the servers for ``/generate`` requests. Control requests still go to each
+            of ``urls``.
+        per_host: Servers to start on each host of the actor if ``urls`` is empty.
+        python: Python interpreter of SGLang's environment (``make sglang-env``).
+        api_key_variable: Environment variable that holds the servers' API key. The key itself is written to no file.
+        concurrency: Requests in flight per server and leader.
+        progress_seconds: Seconds without a new token after which a server with requests in flight counts as lost.
+        patience_seconds: Seconds to wait for a lost server to return when none is left. Also the time-out of the
+            weight broadcast with ``sync = distributed``.
+        ready_seconds: Seconds within which a started server must accept requests.
+        restarts: Maximum number of restarts of each server that the run has started.
+        colocated: Servers and actor share the same GPUs and use them in turns.
+        sync: Transport of the weights to the servers: files in a directory that both sides see (``disk``), the request
+            itself (``tensor``), or a broadcast (``distributed``).
+        bucket_mib: MiB of weights sent at a time.
+        probe_tokens: Tokens sampled after each weight update to compare the servers' log-probs with the actor's; 0
+            disables the comparison.
+        max_probe_shift: Largest difference of log-probs that this comparison accepts, in nats.
+    """
+
+    urls: tuple[str, ...] = ()
+    router: str | None = None
+    per_host: Positive = 1
+    python: str = ".venv-sglang/bin/python"
+    api_key_variable: str = "FIPO_SGLANG_API_KEY"
+    concurrency: Positive = 256
+    progress_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 300.0
+    patience_seconds: PositiveNumber = 600.0
+    ready_seconds: PositiveNumber = 600.0
+    restarts: Count = 3
+    colocated: bool = False
+    sync: Literal["disk", "tensor", "distributed"] = "distributed"
+    bucket_mib: Positive = 256
+    probe_tokens: Count = 32
+    max_probe_shift: NotNegative = 0.5
+
+
+@dataclass(config=STRICT, frozen=True)
+class RolloutConfig:
+    """Sampling of responses.
+
+    Attributes:
+        prompts_per_step: Prompts whose groups are kept per rollout step.
+        samples_per_prompt: Responses per prompt (G).
+        max_response_tokens: Maximum response length.
+        temperature: Sampling temperature. Log-probs are those of the tempered distribution.
+        top_p: Cumulative probability of nucleus sampling; 1 disables it.
+        max_generation_batches: Maximum number of prompt batches that dynamic sampling draws in a step.
+        on_exhausted: Reaction to too few groups after ``max_generation_batches``: an error, or a smaller step.
+        over_sampling: Oversampling factor. Once enough groups have finished, the rest are aborted.
+        max_staleness: Maximum age of a response's tokens in weight versions. Above 0, aborted responses continue in
+            the next step, and ``algorithm.importance_cap`` defaults to 2.
+        overlap: Sample the next step while this one is trained on. Its tokens are then one version old, which counts
+            towards ``max_staleness``. Engine and actor need separate devices.
+        silence_seconds: Seconds without a sign of life after which a rank that others wait for counts as failed.
+        engine: ``sglang`` uses SGLang servers; ``embedded`` runs transformers in the trainer's own processes and needs
+            no GPU.
+        embedded_slots: Requests that the embedded engine samples at the same time.
+        servers: The SGLang servers; a section of its own.
+        sglang: Arguments of the servers by the names of SGLang's ``ServerArgs``.
+    """
+
+    prompts_per_step: Positive = 512
+    samples_per_prompt: Positive = 16
+    max_response_tokens: Positive = 20480
+    temperature: PositiveNumber = 1.0
+    top_p: Fraction = 1.0
+    max_generation_batches: Positive = 10
+    on_exhausted: Literal["error", "smaller"] = "error"
+    over_sampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    max_staleness: Count = 0
+    overlap: bool = False
+    silence_seconds: PositiveNumber = 600.0
+    engine: Literal["sglang", "embedded"] = "sglang"
+    embedded_slots: Annotated[int, Field(ge=16, multiple_of=16)] = 32
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    sglang: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(config=STRICT, frozen=True)
+class RewardConfig:
+    """The reward of a response: +1 or −1 from the verifier, and a length penalty.
+
+    Attributes:
+        verifier: Verifier of the answers: ``math``, ``exact``, ``python:MODULE.FUNCTION`` or a URL.
+        verifier_processes: Answers checked at the same time.
+        verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong.
+        verifier_memory_mib: Memory limit of a verifier process in MiB; an answer that needs more counts as wrong.
+        overlong_buffer_tokens: Tokens before the length limit over which the penalty grows; 0 disables the penalty.
+        overlong_penalty: Penalty at the length limit.
+        truncated_is_wrong: Count every response that was cut off at the length limit as wrong.
+    """
+
+    verifier: str = "math"
+    verifier_processes: Positive = 4
+    verifier_seconds: PositiveNumber = 5.0
+    verifier_memory_mib: Positive = 2048
+    overlong_buffer_tokens: Count = 4096
+    overlong_penalty: NotNegative = 1.0
+    truncated_is_wrong: bool = False
+
+
+@dataclass(config=STRICT, frozen=True)
+class EvaluationConfig:
+    """Evaluation, during training (``run.evaluate_every``) and alone (``python -m fipo_megatron.evaluate``).
+
+    Attributes:
+        files: Problems, in the formats of ``data.files``. Results are reported for each ``data_source``, or for each
+            file.
+        samples_per_prompt: Responses per problem: k of avg@k, cons@k and pass@k.
+        temperature: Sampling temperature.
+        top_p: Cumulative probability of nucleus sampling; 1 disables it.
+        checkpoint: Megatron checkpoint (torch_dist) to evaluate; null: the model in ``model.path``. Only for
+            evaluation alone.
+        name: Suffix of the result directory ``evaluation-NAME`` in ``run.output``; null: the last part of the path
+            that is evaluated. Only for evaluation alone.
+    """
+
+    files: tuple[str, ...] = ()
+    samples_per_prompt: Positive = 32
+    temperature: PositiveNumber = 1.0
+    top_p: Fraction = 0.7
+    checkpoint: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None

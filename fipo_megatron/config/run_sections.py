@@ -1,0 +1,121 @@
+"""The sections about a run as a whole: ``run``, ``checkpoint``, ``observe`` and ``health``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from fipo_megatron.config.field_types import STRICT, Count, Fraction, NotNegative, Positive, PositiveNumber
+
+
+@dataclass(config=STRICT, frozen=True)
+class RunConfig:
+    """Length, output and mode of the run.
+
+    Attributes:
+        steps: Rollout steps, each with ``updates_per_step`` optimizer steps.
+        output: Directory for everything that the run writes.
+        evaluate_every: Steps between two evaluations; 0 disables evaluation.
+        noise_floor_every: Steps between two reports of the noise floor, the difference of two passes at equal weights;
+            0 disables the reports. The first step of every process that trains checks it regardless.
+        record_rollouts: Keep the sampled responses of every step, for ``replay``.
+        replay: Directory of recorded responses to train on instead of sampling.
+        rollout_only: Sample and score responses without training.
+    """
+
+    steps: Positive = 100
+    output: str = "output"
+    evaluate_every: Count = 0
+    noise_floor_every: Count = 50
+    record_rollouts: bool = False
+    replay: str | None = None
+    rollout_only: bool = False
+
+
+@dataclass(config=STRICT, frozen=True)
+class CheckpointConfig:
+    """Checkpoints, resuming from them, and exports as Hugging Face models.
+
+    Attributes:
+        save_every: Steps between two checkpoints; 0 saves only after the last step.
+        async_save: Write checkpoints in the background, from a copy in host memory.
+        keep_last: Number of newest checkpoints to keep. Up to two older ones stay for the collapse alarm to roll back
+            to.
+        keep_best: Also keep the checkpoint with the best evaluation accuracy.
+        optimizer_sharding: Format of the distributed optimizer's state. ``fully_reshardable`` loads under any layout
+            but is gathered on the hosts before it is written; ``dp_reshardable`` is written as it is, and tensor- and
+            pipeline-parallel sizes must then stay the same.
+        export_every: Steps between two exports as a Hugging Face model; 0 exports only after the last step.
+        resume: ``auto`` resumes from the newest checkpoint in ``run.output`` if there is one; ``never`` requires a new
+            or empty ``run.output``.
+    """
+
+    save_every: Count = 20
+    async_save: bool = True
+    keep_last: Positive = 2
+    keep_best: bool = True
+    optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    export_every: Count = 0
+    resume: Literal["auto", "never"] = "auto"
+
+
+@dataclass(config=STRICT, frozen=True)
+class ObserveConfig:
+    """Output for people and trackers, beside ``metrics.jsonl``, ``evaluation.jsonl`` and ``timing.jsonl``.
+
+    Attributes:
+        tensorboard: Write TensorBoard event files to ``tensorboard/`` in ``run.output``.
+        trackers: Services that receive the same metrics; their packages must be installed.
+        project: Project name of the run in these services.
+        texts: Responses per step that TensorBoard and the services show, both right and wrong ones.
+        trajectories: Responses per step written to ``trajectories/``, both right and wrong ones; 0 writes none.
+        trajectories_every: Interval in steps between two writes of responses.
+        trajectory_tokens: Also write log-probs, Future-KL, weight and entropy of every token of these responses.
+        trajectory_file_mib: File size in MiB after which a new trajectory file is begun.
+        trajectory_mib: Total size of the trajectory files in MiB; beyond it the oldest file is removed.
+        plain_console: Print plain log lines even on a terminal, without colours and progress bar.
+    """
+
+    tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "swanlab"], ...] = ()
+    project: str = "fipo_megatron"
+    texts: Count = 4
+    trajectories: Count = 8
+    trajectories_every: Positive = 1
+    trajectory_tokens: bool = False
+    trajectory_file_mib: PositiveNumber = 32.0
+    trajectory_mib: PositiveNumber = 256.0
+    plain_console: bool = False
+
+
+@dataclass(config=STRICT, frozen=True)
+class HealthConfig:
+    """The collapse alarm: many low-clipped tokens and a rising policy KL, while length or accuracy falls.
+
+    Triggers if the medians of low-clip fraction and policy KL exceed their limits while length or accuracy falls below
+    its ratio, or if the median of policy KL alone exceeds ``policy_kl_limit``. Medians are taken over ``window`` steps,
+    so one bad step does not trigger it.
+
+    Attributes:
+        action: Reaction to the alarm: log a warning (``warn``), save a checkpoint and end the run (``stop``), or
+            return to an earlier checkpoint (``roll_back``). ``off`` disables the alarm.
+        window: Number of steps for the medians.
+        low_clip: Limit of the low-clip fraction: tokens with A < 0 clipped at 1 − ε_low, as a fraction of all tokens.
+        policy_kl: Limit of the policy KL's absolute value: the mean of −d over the updates of a step, in nats.
+        length_ratio: Lower limit of the mean response length, relative to its best value so far.
+        accuracy_ratio: Lower limit of the training accuracy, relative to its best value so far.
+        policy_kl_limit: Limit of the policy KL's absolute value, in nats, that triggers the alarm by itself.
+        max_roll_backs: Maximum number of returns to an earlier checkpoint; the next alarm ends the run.
+        roll_back_lr: Factor that the learning rate is multiplied by at each return.
+    """
+
+    action: Literal["off", "warn", "stop", "roll_back"] = "stop"
+    window: Positive = 3
+    low_clip: NotNegative = 0.02
+    policy_kl: NotNegative = 0.01
+    length_ratio: Fraction = 0.75
+    accuracy_ratio: Fraction = 0.6
+    policy_kl_limit: NotNegative = 0.1
+    max_roll_backs: Positive = 2
+    roll_back_lr: Fraction = 0.5

@@ -1,0 +1,60 @@
+"""Metrics of a step do not depend on the order of groups; values that are not finite are null."""
+
+from math import inf, nan
+
+import numpy as np
+import pytest
+
+from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+from fipo_megatron.data.group_record import GroupRecord
+from fipo_megatron.observe.metrics import METRICS
+from fipo_megatron.observe.step_metrics import noise_metrics, rollout_metrics, update_metrics
+from fipo_megatron.rollout.sampler import SampledGroups
+
+TAGS = {metric.tag for metric in METRICS}
+
+
+def record(prompt, lengths, accuracies):
+    count = len(lengths)
+    rewards = tuple(2.0 * accuracy - 1 for accuracy in accuracies)
+    samples = tuple(range(count))
+    return GroupRecord(prompt, 0, samples, 9, tuple(lengths), rewards, tuple(accuracies), oldest=3, truncated=1)
+
+
+def update(loss, *, skipped="", **statistics):
+    return UpdateMetrics(loss, 8.0, 0.5, 1e-3, skipped, statistics, np.zeros((2, 4), np.int64))
+
+
+def test_rollout_metrics_do_not_depend_on_the_order_of_groups():
+    records = [record("a", (1, 2), (0, 1)), record("b", (3, 10), (1, 1))]
+    found = rollout_metrics(SampledGroups(tuple(records), (), {"batches": 2}), 5)
+    assert found == rollout_metrics(SampledGroups(tuple(reversed(records)), (), {"batches": 2}), 5)
+    assert set(found) <= TAGS
+    assert (found["rollout/accuracy"], found["rollout/reward"]) == (0.75, 0.5)
+    assert (found["rollout/response_tokens_mean"], found["rollout/response_tokens_max"]) == (4.0, 10)
+    assert found["rollout/truncated_fraction"] == 0.5
+    assert (found["rollout/staleness_max"], found["sampler/batches"], found["sampler/groups_kept"]) == (2, 2, 0)
+    assert rollout_metrics(None, 5) == {}
+
+
+def test_updates_are_reduced_to_means_and_extremes_without_skipped_ones():
+    updates = [
+        update(1.0, entropy=0.25, weight_min=1.0, weight_max=1.0),
+        update(3.0, entropy=0.75, weight_min=0.9, weight_max=1.1),
+        update(nan, skipped="non-finite loss"),
+    ]
+    found = update_metrics(updates)
+    assert set(found) <= TAGS
+    assert (found["policy/loss"], found["policy/entropy"]) == (2.0, 0.5)
+    assert (found["future_kl/weight_min"], found["future_kl/weight_max"]) == (0.9, 1.1)
+    assert found["future_kl/inert_updates_fraction"] == 0.5
+    assert (found["optimizer/updates"], found["optimizer/skipped_updates"]) == (3, 1)
+    assert update_metrics([update(inf)])["policy/loss"] is None
+
+
+@pytest.mark.parametrize("noise", [inf, nan])
+def test_a_noise_floor_that_is_no_number_is_not_one_in_the_file(noise):
+    values = {"policy/shift_abs_max": 0.1, "future_kl/abs_max": 0.1}
+    found = noise_metrics(NoiseFloor(noise, 0.01), values, fipo=True)
+    assert found["noise/shift"] is found["noise/shift_ratio"] is None
+    assert (found["noise/future_kl"], found["noise/future_kl_ratio"]) == (0.01, pytest.approx(0.1))
