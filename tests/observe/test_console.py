@@ -50,14 +50,18 @@ def test_sampling_is_shown_in_the_log_and_on_a_terminal(caplog, monkeypatch):
     monkeypatch.setattr(console, "_QUIET_SECONDS", 0.01)
     now = ProgressSnapshot(12, 8192, 90_000, 61.7)
     with console.show_sampling_progress(None, lambda: now):
-        time.sleep(0.1)
+        while not caplog.records:
+            time.sleep(0.01)
     said = caplog.records[0].getMessage()
     assert "sampling: 12 of 8,192 responses" in said
     assert "oldest request in flight for 62 s" in said
-    terminal = Console(force_terminal=True, width=140, record=True)
+    terminal, shown = Console(force_terminal=True, width=140, record=True), ""
+    end = time.monotonic() + 30
     with console.show_sampling_progress(terminal, lambda: now):
-        time.sleep(0.6)
-    assert "12 of 8,192 responses" in terminal.export_text()
+        while "12 of 8,192 responses" not in shown and time.monotonic() < end:
+            time.sleep(0.1)
+            shown += terminal.export_text()
+    assert "12 of 8,192 responses" in shown
 
 
 def test_progress_of_several_ranks():
