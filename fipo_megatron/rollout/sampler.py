@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 
+from fipo_megatron.algorithm.advantages import is_informative
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group, Prompt, Score, TokenSpan, Trajectory
 from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
@@ -303,11 +304,11 @@ class Sampler:
             await asyncio.gather(watcher, return_exceptions=True)
 
     def _keeps(self, group: Group) -> bool:
-        right = sum(trajectory.accuracy or 0 for trajectory in group.trajectories)
-        if not self.settings.dynamic_sampling or 0 < right < len(group.trajectories):
+        accuracies = [trajectory.accuracy or 0 for trajectory in group.trajectories]
+        if not self.settings.dynamic_sampling or is_informative(accuracies):
             self._counts["groups_kept"] += 1
             return True
-        self._counts["groups_all_right" if right else "groups_all_wrong"] += 1
+        self._counts["groups_all_right" if any(accuracies) else "groups_all_wrong"] += 1
         return False
 
     async def _complete(self, one: PartialGroup) -> Group | PartialGroup:
