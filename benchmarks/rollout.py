@@ -25,14 +25,12 @@ from benchmarks.report import print_table, write_result
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer, free_port
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-)
+from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from tests.sglang import models
 
 TOKENS = 200
@@ -80,13 +78,17 @@ def sync_seconds(url: str, path: Path) -> dict[str, float]:
         models.save(target)
 
     side = ActorWeights(0, 1, 0, (0,), lambda _: iter([tensors]), save, lambda _: contextlib.nullcontext())
-    servers, found = ServerControl([url]), {}
+    found = {}
+
+    def servers() -> BlockingControlClient:
+        return BlockingControlClient([url])
+
     with tempfile.TemporaryDirectory() as directory:
         for name, sender in (
-            ("disk", DiskSender(side, servers, Path(directory))),
-            ("tensor", TensorSender(side, servers)),
-            ("distributed plain", DistributedSender(side, servers, [1], backend="gloo", flattened=False)),
-            ("distributed bucketed", DistributedSender(side, servers, [1], backend="gloo")),
+            ("disk", DiskSender(side, servers(), Path(directory))),
+            ("tensor", TensorSender(side, servers())),
+            ("distributed plain", DistributedSender(side, servers(), [1], backend="gloo", flattened=False)),
+            ("distributed bucketed", DistributedSender(side, servers(), [1], backend="gloo")),
         ):
             times = []
             for version in range(5):

@@ -230,7 +230,7 @@ def test_what_can_never_be_served_is_refused(server):
     async def use(client):
         with pytest.raises(RequestError, match=f"do not fit into the model's context of {models.CONTEXT}"):
             await client.generate(request(1, 100, length=models.CONTEXT - 50))
-        with pytest.raises(RequestError, match="is not in the vocabulary"):
+        with pytest.raises(RequestError, match="is not in the model's vocabulary"):
             await client.generate(replace(request(1), tokens=np.array([models.VOCAB], dtype=np.int32)))
         return (await client.generate(request(1, 3))).finish_reason
 

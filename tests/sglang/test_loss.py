@@ -46,7 +46,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(pair, model_path, tmp_path):
 
     async def send_current(url):
         """Before anybody else uses it."""
-        assert not [worker for worker in client._workers.values() if worker.url == url and worker.alive]
+        assert not [worker for worker in client.pool.alive if worker.url == url]
         payload = {"model_path": str(new_model), "weight_version": "3"}
         await client.control("/update_weights_from_disk", payload, workers=[url])
         events.append(f"updated {url}")
@@ -67,12 +67,12 @@ def test_nothing_is_lost_and_nothing_comes_twice(pair, model_path, tmp_path):
             tasks = [asyncio.create_task(client.generate(one)) for one in requests]
             await until(lambda: sum(task.done() for task in tasks) >= 3)
             victim = pair[0].process_id
-            lost = len(client._workers[pair[0].url].tasks)
+            lost = len(client.pool.workers[pair[0].url].tasks)
             started.extend(server.starts for server in pair)
             for process in alive(victim):
                 os.kill(process, signal.SIGKILL)
             found = await asyncio.gather(*tasks)
-            await until(lambda: client._workers[pair[0].url].alive)
+            await until(lambda: client.pool.workers[pair[0].url].alive)
             after = await asyncio.gather(*(client.generate(request(n, 10)) for n in range(1000, 1008)))
             return requests, found, lost, after, await client.weight_version()
         finally:

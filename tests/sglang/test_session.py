@@ -131,7 +131,7 @@ def test_the_device_is_handed_over_in_order(opened, monkeypatch):
 def kill_when_busy(session, killed):
     """Ends the first server as soon as it samples."""
     server = session._opened.pool.servers[0]
-    worker = session._client._workers[server.url]
+    worker = session._client.pool.workers[server.url]
     while not worker.tasks:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -160,7 +160,7 @@ def test_servers_that_die_cost_nothing(opened):
     assert max(first["mismatch"], second["mismatch"]) < 1e-4
     given = prompts.given
     assert given == 8, "the prompts of the step that was interrupted were sampled, not new ones"
-    session._client._patience = 3.0
+    session._client.pool.patience_seconds = 3.0
     thread = threading.Thread(target=kill_when_busy, args=(session, killed))
     thread.start()
     with session.generating(2):
@@ -170,8 +170,8 @@ def test_servers_that_die_cost_nothing(opened):
     thread.join()
     assert time.monotonic() - told < 60, "nothing waits for what is dead"
     assert not alive(session._opened.pool.servers[0].process_id or 0)
-    groups, unfinished = session.sampler.carried()
+    groups, partial = session.sampler.carried()
     assert not groups
-    assert [one.prompt.id for one in unfinished] == [str(n) for n in range(given, given + 4)]
-    assert all(len(one.drafts) == 2 for one in unfinished)
-    assert replace(unfinished[0].prompt).tokens.tolist() == prompt(given).tokens.tolist()
+    assert [one.prompt.id for one in partial] == [str(n) for n in range(given, given + 4)]
+    assert all(len(one.partial) == 2 for one in partial)
+    assert replace(partial[0].prompt).tokens.tolist() == prompt(given).tokens.tolist()

@@ -13,14 +13,11 @@ from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
 from fipo_megatron.rollout.weight_sync.probe import check_probe
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-)
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor.models import logits
 from tests.distributed.launch import torchrun
@@ -96,7 +93,7 @@ def test_served_weights_are_the_actors(path, server, actor, tmp_path):
     version = 10 + PATHS.index(path)
     before, found_before, _ = served(server)
     chunks, side = actor(seed=version)
-    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, BlockingControlClient([server.url], "secret"), tmp_path)
     try:
         for again in range(2):  # the connection is used more than once
             sender.send(version + 100 * again)
@@ -119,7 +116,7 @@ def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
         return tensor.roll(1, 0) if name == "model.layers.1.mlp.down_proj.weight" else tensor
 
     chunks, side = actor(seed=77, spoil=spoil)
-    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, BlockingControlClient([server.url], "secret"), tmp_path)
     sender.send(77)
     sender.close()
     one, found, _ = served(server)
@@ -131,15 +128,16 @@ def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
 
 def test_a_server_that_refuses_is_named(server, actor, tmp_path):
     _, side = actor(seed=5)
-    sender = TensorSender(side, ServerControl([server.url], "wrong"))
-    with pytest.raises(EngineError, match=r"/begin_weight_update: HTTP status 401"):
-        sender.send(1)
-    with pytest.raises(EngineError, match=r"127.0.0.1:9/begin_weight_update: cannot be reached"):
-        TensorSender(side, ServerControl(["http://127.0.0.1:9"])).send(1)
-    with pytest.raises(EngineError, match="HTTP status 400"):
-        DiskSender(side, ServerControl([server.url], "secret"), tmp_path)._servers.all(
-            "/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")}
-        )
+    for url, key, text in (
+        (server.url, "wrong", r"/begin_weight_update: HTTP status 401: unauthorised"),
+        ("http://127.0.0.1:9", None, r"127.0.0.1:9/begin_weight_update: cannot be reached"),
+    ):
+        sender = TensorSender(side, BlockingControlClient([url], key))
+        with contextlib.closing(sender), pytest.raises(EngineError, match=text):
+            sender.send(1)
+    servers = BlockingControlClient([server.url], "secret")
+    with contextlib.closing(servers), pytest.raises(EngineError, match="HTTP status 400"):
+        servers.all("/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")})
     assert DistributedSender.send is TensorSender.send
 
 
