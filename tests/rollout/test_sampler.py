@@ -239,8 +239,8 @@ def test_what_is_sampled_does_not_depend_on_how_long_scoring_takes(path):
         async def go():
             sampler = Sampler(EmbeddedEngine(path, slots=16), LONG, score)
             groups = [group for _ in range(2) for group in (await sampler.step(prompts, 0)).groups]
-            drafts = [d for one in sampler.carried()[1] for d in one.drafts]
-            return names(groups), [(d.prompt.id, d.sample, d.tokens.tolist()) for d in drafts]
+            partial = [r for one in sampler.carried()[1] for r in one.partial]
+            return names(groups), [(r.prompt.id, r.sample, r.tokens.tolist()) for r in partial]
 
         return asyncio.run(go())
 
