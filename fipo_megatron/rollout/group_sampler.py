@@ -65,7 +65,8 @@ class GroupSampler:
         if not partial:
             return Group(group.prompt, tuple(sorted(finished, key=lambda trajectory: trajectory.sample)))
         if not self._keep_partial:
-            return PartialGroup(group.prompt, (), tuple(PartialResponse.new(group.prompt, r.sample) for r in partial))
+            restarted = tuple(PartialResponse.new(group.prompt, response.sample) for response in group.partial)
+            return PartialGroup(group.prompt, (), restarted)
         return PartialGroup(group.prompt, tuple(finished), tuple(partial))
 
     async def _sample_response(self, response: PartialResponse) -> Trajectory | PartialResponse:

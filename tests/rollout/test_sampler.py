@@ -188,6 +188,25 @@ def test_nothing_stale_is_used(path):
             assert bool(statistics["prompts_restarted_stale"] + statistics["groups_dropped_stale"]) == restarted
 
 
+def test_aborted_groups_are_restarted_as_a_whole(path):
+    """Without staleness the finished responses of an aborted group are sampled again, too."""
+
+    async def go():
+        prompts = Prompts([2] * 60)
+        sampler = Sampler(EmbeddedEngine(path, slots=16), replace(LONG, max_staleness=0), prompts.score)
+        carried = []
+        for _ in range(3):
+            groups = (await sampler.step(prompts, 0)).groups
+            assert all(len(group.trajectories) == 4 for group in groups)
+            carried += sampler.carried()[1]
+        return carried
+
+    carried = asyncio.run(go())
+    assert carried
+    assert all((len(one.finished), len(one.partial)) == (0, 4) for one in carried)
+    assert not any(len(response.tokens) for one in carried for response in one.partial)
+
+
 def test_a_restored_sampler_goes_on_as_if_nothing_had_happened(path):
     def both(restored):
         prompts = Prompts([2] * 60)
