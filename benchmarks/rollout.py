@@ -1,7 +1,7 @@
-"""Rollouts: tokens per second of both engines, seconds per way to send weights, and the client alone.
+"""Benchmarks of rollouts: tokens per second of both engines, seconds per weight sender, and the client alone.
 
-A tiny model on this machine's cores, so that what is compared is the engines' overhead. The client alone asks a server
-of this benchmark's, in a process of its own, for 1,000 responses of 20,000 tokens that were made beforehand.
+The model is tiny and runs on this machine's cores, so the overhead of the engines is compared. For the client alone, a
+server in another process returns 1,000 prepared responses of 20,000 tokens.
 
     python -m benchmarks.rollout
 """
@@ -45,7 +45,7 @@ def request(number: int, tokens: int = TOKENS) -> GenerationRequest:
 
 
 async def rates(engine: RolloutEngine) -> dict[int, float]:
-    """Sampled tokens per second by batch size; the best of three."""
+    """Returns sampled tokens per second by batch size; the best of three."""
     found = {}
     for batch in BATCHES:
         times = []
@@ -71,7 +71,7 @@ async def sglang(path: Path, log: Path) -> tuple[dict[int, float], dict[str, flo
 
 
 def sync_seconds(url: str, path: Path) -> dict[str, float]:
-    """Median of five updates by each way, with the tensors already at hand."""
+    """Returns the median seconds of five updates with each sender; the tensors are prepared."""
     tensors = [(name, tensor.clone()) for name, tensor in weights_of(models.model()).items()]
 
     def save(target: Path) -> None:
@@ -101,7 +101,7 @@ def sync_seconds(url: str, path: Path) -> dict[str, float]:
 
 
 def answer_for_ever(port: int) -> None:
-    """A server that knows one answer."""
+    """Runs a server that always returns the same answer."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, 150_000, RESPONSE_TOKENS).tolist()
     log_probs = [
@@ -123,7 +123,7 @@ def answer_for_ever(port: int) -> None:
 
 
 async def client_alone(url: str) -> dict[str, float]:
-    """Seconds, longest stall of the event loop, growth of this process."""
+    """Returns the seconds, the stalls of the event loop and the growth of this process."""
     client = SglangClient([url], context=1 << 20, vocab=1 << 20, look_seconds=3600)
     stalls: list[float] = []
 

@@ -66,36 +66,37 @@ Carried = tuple[list[Group], list[PartialGroup]]
 """Complete and partial groups that a sampler carries from one step to the next."""
 
 
-def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -> dict[str, NDArray[Any]]:
-    """Concatenates all arrays of a dtype to one.
+class _ArrayPacker:
+    """Collects arrays by dtype, and describes objects by records that refer to their arrays."""
 
-    Returns:
-        The concatenated arrays by dtype, and under ``records`` everything else as JSON, ``[bytes]`` uint8.
-    """
-    parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
-    ends = dict.fromkeys(parts, 0)
+    def __init__(self) -> None:
+        self._parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
+        self._ends = dict.fromkeys(self._parts, 0)
 
-    def keep(array: NDArray[Any]) -> list[Any]:
+    def add(self, array: NDArray[Any]) -> list[Any]:
         """Adds an array; returns its dtype, first element and one past its last element."""
         kind = str(array.dtype)
-        parts[kind].append(array)
-        ends[kind] += len(array)
-        return [kind, ends[kind] - len(array), ends[kind]]
+        self._parts[kind].append(array)
+        self._ends[kind] += len(array)
+        return [kind, self._ends[kind] - len(array), self._ends[kind]]
 
-    def prompt_of(prompt: Prompt) -> dict[str, Any]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in self._parts.items()}
+
+    def prompt(self, prompt: Prompt) -> dict[str, Any]:
         return {
             "id": prompt.id,
-            "tokens": keep(prompt.tokens),
+            "tokens": self.add(prompt.tokens),
             "ground_truth": prompt.ground_truth,
             "data_source": prompt.data_source,
         }
 
-    def trajectory_of(one: Trajectory) -> dict[str, Any]:
+    def trajectory(self, one: Trajectory) -> dict[str, Any]:
         return {
             "sample": one.sample,
-            "tokens": keep(one.tokens),
-            "behaviour_log_probs": keep(one.behaviour_log_probs),
-            "mask": keep(one.mask),
+            "tokens": self.add(one.tokens),
+            "behaviour_log_probs": self.add(one.behaviour_log_probs),
+            "mask": self.add(one.mask),
             "spans": [(span.start, span.weight_version) for span in one.spans],
             "finish_reason": one.finish_reason,
             "reward": one.reward,
@@ -103,31 +104,42 @@ def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -
             "advantage": one.advantage,
         }
 
-    def partial_of(one: PartialResponse) -> dict[str, Any]:
+    def partial_response(self, one: PartialResponse) -> dict[str, Any]:
         return {
             "sample": one.sample,
-            "tokens": keep(one.tokens),
-            "log_probs": keep(one.log_probs),
+            "tokens": self.add(one.tokens),
+            "log_probs": self.add(one.log_probs),
             "spans": [(span.start, span.weight_version) for span in one.spans],
             "interruptions": one.interruptions,
         }
 
+
+def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -> dict[str, NDArray[Any]]:
+    """Concatenates all arrays of a dtype to one.
+
+    Returns:
+        The concatenated arrays by dtype, and under ``records`` everything else as JSON, ``[bytes]`` uint8. Its keys
+        ``unfinished`` and ``drafts``, for partial groups and partial responses, are those of older checkpoints.
+    """
+    packer = _ArrayPacker()
     records = {
         "groups": [
-            {"prompt": prompt_of(group.prompt), "trajectories": [trajectory_of(t) for t in group.trajectories]}
+            {
+                "prompt": packer.prompt(group.prompt),
+                "trajectories": [packer.trajectory(trajectory) for trajectory in group.trajectories],
+            }
             for group in groups
         ],
         "unfinished": [
             {
-                "prompt": prompt_of(one.prompt),
-                "finished": [trajectory_of(t) for t in one.finished],
-                "drafts": [partial_of(response) for response in one.partial],
+                "prompt": packer.prompt(group.prompt),
+                "finished": [packer.trajectory(trajectory) for trajectory in group.finished],
+                "drafts": [packer.partial_response(response) for response in group.partial],
             }
-            for one in partial
+            for group in partial
         ],
     }
-    arrays = {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in parts.items()}
-    return arrays | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
+    return packer.arrays() | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
 def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:

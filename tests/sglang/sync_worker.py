@@ -1,4 +1,4 @@
-"""An actor of several ranks sends its weights to a server, one way after the other: run under torchrun."""
+"""Sends the weights of an actor of several ranks to a server with each sender; run under torchrun."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sender_of(path: str, side: ActorWeights, servers: BlockingControlClient, dir
 
 
 def probe(url: str, model: transformers.PreTrainedModel) -> tuple[int, float]:
-    """The version that the server has, and how far its log-probs are from the model's."""
+    """Returns the server's weight version, and the largest difference of its log-probs from the model's."""
     from tests.sglang import models
     from tests.sglang.test_client import expected, request
 

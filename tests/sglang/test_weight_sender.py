@@ -1,4 +1,4 @@
-"""Every way to send weights makes a real server serve the actor's; a wrong bucket is noticed."""
+"""Every weight sender makes a real server serve the actor's weights; a corrupted bucket is detected."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.sglang
 
 
 def served(server, number=11, **options):
-    """A probe: what the server samples now, and with which version."""
+    """Returns a request, the server's response to it, and its weight version."""
 
     async def run():
         client = client_of(server, **options)
@@ -54,7 +54,7 @@ def layout():
 
 @pytest.fixture
 def actor(layout, tmp_path):
-    """Builds an actor with these weights, and what a sender needs of it."""
+    """Returns a function that builds an actor and its :class:`ActorWeights`."""
 
     def build(seed, spoil=lambda name, tensor: tensor):
         path = models.save(tmp_path / f"actor{seed}", seed=seed)
@@ -111,7 +111,7 @@ def test_served_weights_are_the_actors(path, server, actor, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["tensor", "distributed bucketed"])
-def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
+def test_a_corrupted_bucket_is_detected(path, server, actor, tmp_path):
     def spoil(name, tensor):
         return tensor.roll(1, 0) if name == "model.layers.1.mlp.down_proj.weight" else tensor
 
@@ -143,7 +143,7 @@ def test_a_server_that_refuses_is_named(server, actor, tmp_path):
 
 @pytest.mark.parametrize("layout_name", ["TP2", "PP2"])
 def test_actors_of_two_ranks_send(layout_name, server, tmp_path):
-    """Two ranks that share every matrix, and two stages that send one after the other."""
+    """The two ranks share every matrix, or are two stages that send one after the other."""
     paths = {version: models.save(tmp_path / f"v{version}", seed=version) for version in range(20, 20 + len(PATHS))}
     torchrun(
         "tests.sglang.sync_worker",

@@ -83,7 +83,7 @@ class SlotModel:
         """Runs a pass over one token per slot; unused slots are rows, too.
 
         Args:
-            last_tokens: By slot in use: its last token, and the position of that token in the sequence.
+            last_tokens: Last token of each slot in use and its position in the sequence, by slot.
 
         Returns:
             Logits of the next tokens, ``[slots, V]``; rows of unused slots have no meaning.

@@ -81,7 +81,7 @@ class SglangClient:
 
     @property
     def losses(self) -> int:
-        """How often a worker was lost."""
+        """Number of times a worker was lost."""
         return self.pool.losses
 
     @property

@@ -155,7 +155,7 @@ class SglangServer:
         port: Port to listen at; None for a free one, which it keeps when it is restarted.
 
     Attributes:
-        starts: How often it was started.
+        starts: Number of times it was started.
     """
 
     def __init__(self, spec: ServerSpec, port: int | None = None) -> None:

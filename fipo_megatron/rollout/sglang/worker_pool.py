@@ -51,7 +51,7 @@ class WorkerPool:
     Attributes:
         workers: The workers, by URL.
         router: The router, or None.
-        losses: How often a worker was lost.
+        losses: Number of times a worker was lost.
         expected_version: Version of the weights that a returning worker must have; None for any.
         paused: Whether sampling is paused on all workers.
         resumed: Time of the last resume, of ``time.monotonic``.
