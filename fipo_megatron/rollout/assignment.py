@@ -25,7 +25,8 @@ def assign_prompts(wanted: int, partial: Sequence[int]) -> tuple[list[int], list
         most = max(range(len(left)), key=lambda n: (left[n], -n))
         left[most] -= 1
         taken[most] += 1
-    loads, new = list(taken), [[] for _ in partial]  # type: tuple[list[int], list[list[int]]]
+    loads = list(taken)
+    new: list[list[int]] = [[] for _ in partial]
     for number in range(wanted - sum(taken)):
         least = min(range(len(loads)), key=lambda n: (loads[n], n))
         loads[least] += 1

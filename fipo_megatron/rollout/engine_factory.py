@@ -101,7 +101,8 @@ async def open_engine(
         engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
         await coordinator.gather({})
         return OpenedEngine(engine)
-    pool, error = None, None
+    pool: ServerPool | None = None
+    error: Exception | None = None
     try:
         if not config.rollout.servers.urls and host.local_rank == 0:
             pool = ServerPool(local_servers(config, host), restarts=config.rollout.servers.restarts)
@@ -111,7 +112,8 @@ async def open_engine(
         error = failed
     started = await everyone.gather(pool.urls if pool else (), error)
     urls = config.rollout.servers.urls or tuple(url for part in started for url in part)
-    client, facts = None, ()  # type: tuple[SglangClient | None, tuple[ServerFacts, ...]]
+    client: SglangClient | None = None
+    facts: tuple[ServerFacts, ...] = ()
     try:
         if leads:
             client = _client(config, urls, coordinator, vocab)

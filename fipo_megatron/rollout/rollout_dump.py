@@ -47,7 +47,7 @@ def read(directory: Path, step: int, *, keep: bool) -> SampledGroups:
     for file in found:
         try:
             groups += carry_over.deserialize_groups(file.read_bytes())[0]
-        except Exception as error:  # a damaged archive raises anything
+        except Exception as error:  # a damaged archive raises errors of any type
             raise ValueError(f"{file}: is damaged: {error!r}") from error
     records = tuple(GroupRecord.of(group, 0) for group in groups)
     return SampledGroups(records, tuple(groups) if keep else (), statistics)

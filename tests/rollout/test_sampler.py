@@ -120,7 +120,7 @@ def test_groups_kept_before_the_error_are_carried(path):
 
 
 def test_surplus_groups_are_carried_to_the_next_step(path):
-    """With twice as many prompts as missing groups, six groups are complete at the same token; three are surplus."""
+    """Six groups, twice as many as missing, are complete at the same token; three of them are surplus."""
     prompts = Prompts([2] * 12)
     settings = replace(SETTINGS, over_sampling=2.0)
     _, found = run(EmbeddedEngine(path), settings, prompts, steps=3)
@@ -189,7 +189,7 @@ def test_nothing_stale_is_used(path):
 
 
 def test_aborted_groups_are_restarted_as_a_whole(path):
-    """Without staleness the finished responses of an aborted group are sampled again, too."""
+    """Finished responses of an aborted group are sampled again if no staleness is allowed."""
 
     async def go():
         prompts = Prompts([2] * 60)

@@ -97,7 +97,7 @@ def test_every_response_arrives_once(pair, model_path, tmp_path):
 
 
 def test_requests_fail_in_time_when_all_servers_are_dead(pair):
-    """Without restarts left, requests fail with a clear error within ``patience_seconds``."""
+    """Requests fail with a clear error within ``patience_seconds`` if no restarts are left."""
 
     async def run():
         pool = ServerPool([replace_log(server) for server in pair[:1]], restarts=0, interval=0.1)
