@@ -1,7 +1,7 @@
-"""Rollouts: tokens per second of both engines, seconds per way to send weights, and the client alone.
+"""Benchmarks of rollouts: tokens per second of both engines, seconds per weight sender, and the client alone.
 
-A tiny model on this machine's cores, so that what is compared is the engines' overhead. The client alone asks a server
-of this benchmark's, in a process of its own, for 1,000 responses of 20,000 tokens that were made beforehand.
+The model is tiny and runs on this machine's cores, so the overhead of the engines is compared. For the client alone, a
+server in another process returns 1,000 prepared responses of 20,000 tokens.
 
     python -m benchmarks.rollout
 """
@@ -25,14 +25,12 @@ from benchmarks.report import print_table, write_result
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer, free_port
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-)
+from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from tests.sglang import models
 
 TOKENS = 200
@@ -47,7 +45,7 @@ def request(number: int, tokens: int = TOKENS) -> GenerationRequest:
 
 
 async def rates(engine: RolloutEngine) -> dict[int, float]:
-    """Sampled tokens per second by batch size; the best of three."""
+    """Returns sampled tokens per second by batch size; the best of three."""
     found = {}
     for batch in BATCHES:
         times = []
@@ -73,20 +71,24 @@ async def sglang(path: Path, log: Path) -> tuple[dict[int, float], dict[str, flo
 
 
 def sync_seconds(url: str, path: Path) -> dict[str, float]:
-    """Median of five updates by each way, with the tensors already at hand."""
+    """Returns the median seconds of five updates with each sender; the tensors are prepared."""
     tensors = [(name, tensor.clone()) for name, tensor in weights_of(models.model()).items()]
 
     def save(target: Path) -> None:
         models.save(target)
 
     side = ActorWeights(0, 1, 0, (0,), lambda _: iter([tensors]), save, lambda _: contextlib.nullcontext())
-    servers, found = ServerControl([url]), {}
+    found = {}
+
+    def servers() -> BlockingControlClient:
+        return BlockingControlClient([url])
+
     with tempfile.TemporaryDirectory() as directory:
         for name, sender in (
-            ("disk", DiskSender(side, servers, Path(directory))),
-            ("tensor", TensorSender(side, servers)),
-            ("distributed plain", DistributedSender(side, servers, [1], backend="gloo", flattened=False)),
-            ("distributed bucketed", DistributedSender(side, servers, [1], backend="gloo")),
+            ("disk", DiskSender(side, servers(), Path(directory))),
+            ("tensor", TensorSender(side, servers())),
+            ("distributed plain", DistributedSender(side, servers(), [1], backend="gloo", flattened=False)),
+            ("distributed bucketed", DistributedSender(side, servers(), [1], backend="gloo")),
         ):
             times = []
             for version in range(5):
@@ -99,7 +101,7 @@ def sync_seconds(url: str, path: Path) -> dict[str, float]:
 
 
 def answer_for_ever(port: int) -> None:
-    """A server that knows one answer."""
+    """Runs a server that always returns the same answer."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, 150_000, RESPONSE_TOKENS).tolist()
     log_probs = [
@@ -121,7 +123,7 @@ def answer_for_ever(port: int) -> None:
 
 
 async def client_alone(url: str) -> dict[str, float]:
-    """Seconds, longest stall of the event loop, growth of this process."""
+    """Returns the seconds, the stalls of the event loop and the growth of this process."""
     client = SglangClient([url], context=1 << 20, vocab=1 << 20, look_seconds=3600)
     stalls: list[float] = []
 

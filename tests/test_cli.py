@@ -38,7 +38,7 @@ def test_a_command_gets_its_arguments_and_its_code_is_returned(name, monkeypatch
     assert found == [["a", "--b=1"], []]
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "convert"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_modules_take_arguments_and_return_a_code(name, capsys):
     main = import_module(cli.COMMANDS[name][0]).main
     try:

@@ -6,6 +6,7 @@ response, so the order of the responses does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -62,29 +63,19 @@ def group_advantages(
     return advantages.float()
 
 
-def informative_groups(accuracy: Tensor, group_ids: Tensor) -> Tensor:
-    """Dynamic sampling (DAPO): the responses of groups that are neither all right nor all wrong.
+def is_informative(accuracies: Sequence[int]) -> bool:
+    """Returns whether dynamic sampling (DAPO) keeps a group: its responses are neither all right nor all wrong.
 
     Args:
-        accuracy: ``[N]``, 0 or 1: the verifier's verdict, before any shaping of the reward.
-        group_ids: ``[N]`` integer.
-
-    Returns:
-        ``[N]`` bool: keep.
+        accuracies: Verdict of the verifier for each response of the group, 0 or 1, before any shaping of the reward.
 
     Raises:
-        ValueError: an accuracy that is neither 0 nor 1, or not one per group id.
+        ValueError: an accuracy is neither 0 nor 1.
     """
-    if accuracy.shape != group_ids.shape:
-        raise ValueError(
-            f"accuracy, group_ids: expected equal shapes, got {[*accuracy.shape]} and {[*group_ids.shape]}"
-        )
-    right = accuracy == 1
-    if not (right | (accuracy == 0)).all():
-        raise ValueError(f"accuracy: expected 0 or 1, got {accuracy[~(right | (accuracy == 0))][0].item()}")
-    groups, index, sizes = _groups(group_ids)
-    hits = torch.zeros(len(groups), dtype=torch.int64, device=index.device).index_add(0, index, right.long())
-    return ((hits > 0) & (hits < sizes))[index]
+    for accuracy in accuracies:
+        if accuracy not in (0, 1):
+            raise ValueError(f"accuracy: expected 0 or 1, got {accuracy}")
+    return 0 < sum(accuracies) < len(accuracies)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:

@@ -1,1 +1,1 @@
-"""Sampling of responses: engines, what feeds them with weights, and what drives them."""
+"""Sampling of responses: rollout engines, the sampler that drives them, and the senders of their weights."""

@@ -1,4 +1,4 @@
-"""Groups and unfinished responses as few arrays, and back: for checkpoints, and for the way to another rank."""
+"""Serialises groups and partial groups to a few arrays: for checkpoints, and for sending them to other ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class PartialResponse:
     """A response that is not finished.
 
     Attributes:
-        prompt: What was asked.
-        sample: Its number.
-        tokens: ``[R]`` int32 so far.
-        log_probs: ``[R]`` float32.
-        spans: Of the tokens; empty without.
-        interruptions: How often it was aborted.
+        prompt: Prompt of the response.
+        sample: Number of the response among those to its prompt.
+        tokens: ``[R]`` int32, the tokens so far.
+        log_probs: ``[R]`` float32, log-probs of ``tokens``.
+        spans: Weight versions of ``tokens``; empty without tokens.
+        interruptions: Number of times it was aborted.
     """
 
     prompt: Prompt
@@ -38,55 +38,65 @@ class PartialResponse:
 
     @classmethod
     def new(cls, prompt: Prompt, sample: int) -> PartialResponse:
-        """Nothing sampled yet."""
+        """Returns a response without tokens."""
         return cls(prompt, sample, np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class PartialGroup:
-    """A prompt whose group is not complete.
+    """A group whose responses are not all finished.
 
     Attributes:
-        prompt: What was asked.
-        finished: Responses that are finished, and scored.
-        drafts: The others.
+        prompt: Prompt of the group.
+        finished: Finished and scored responses.
+        partial: The other responses.
     """
 
     prompt: Prompt
     finished: tuple[Trajectory, ...]
-    drafts: tuple[PartialResponse, ...]
+    partial: tuple[PartialResponse, ...]
+
+    @classmethod
+    def new(cls, prompt: Prompt, samples: int) -> PartialGroup:
+        """Returns a group of this many responses without tokens."""
+        return cls(prompt, (), tuple(PartialResponse.new(prompt, sample) for sample in range(samples)))
 
 
 Carried = tuple[list[Group], list[PartialGroup]]
-"""What a sampler carries from one step to the next."""
+"""Complete and partial groups that a sampler carries from one step to the next."""
 
 
-def groups_to_arrays(groups: Iterable[Group], unfinished: Iterable[PartialGroup]) -> dict[str, NDArray[Any]]:
-    """All arrays of a type in one, under its name; ``records`` holds the rest as JSON, ``[bytes]`` uint8."""
-    parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
-    ends = dict.fromkeys(parts, 0)
+class _ArrayPacker:
+    """Collects arrays by dtype, and describes objects by records that refer to their arrays."""
 
-    def keep(array: NDArray[Any]) -> list[Any]:
-        """Where it is: type, first and one past the last element."""
+    def __init__(self) -> None:
+        self._parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
+        self._ends = dict.fromkeys(self._parts, 0)
+
+    def add(self, array: NDArray[Any]) -> list[Any]:
+        """Adds an array; returns its dtype, first element and one past its last element."""
         kind = str(array.dtype)
-        parts[kind].append(array)
-        ends[kind] += len(array)
-        return [kind, ends[kind] - len(array), ends[kind]]
+        self._parts[kind].append(array)
+        self._ends[kind] += len(array)
+        return [kind, self._ends[kind] - len(array), self._ends[kind]]
 
-    def prompt_of(prompt: Prompt) -> dict[str, Any]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in self._parts.items()}
+
+    def prompt(self, prompt: Prompt) -> dict[str, Any]:
         return {
             "id": prompt.id,
-            "tokens": keep(prompt.tokens),
+            "tokens": self.add(prompt.tokens),
             "ground_truth": prompt.ground_truth,
             "data_source": prompt.data_source,
         }
 
-    def trajectory_of(one: Trajectory) -> dict[str, Any]:
+    def trajectory(self, one: Trajectory) -> dict[str, Any]:
         return {
             "sample": one.sample,
-            "tokens": keep(one.tokens),
-            "behaviour_log_probs": keep(one.behaviour_log_probs),
-            "mask": keep(one.mask),
+            "tokens": self.add(one.tokens),
+            "behaviour_log_probs": self.add(one.behaviour_log_probs),
+            "mask": self.add(one.mask),
             "spans": [(span.start, span.weight_version) for span in one.spans],
             "finish_reason": one.finish_reason,
             "reward": one.reward,
@@ -94,35 +104,46 @@ def groups_to_arrays(groups: Iterable[Group], unfinished: Iterable[PartialGroup]
             "advantage": one.advantage,
         }
 
-    def draft_of(one: PartialResponse) -> dict[str, Any]:
+    def partial_response(self, one: PartialResponse) -> dict[str, Any]:
         return {
             "sample": one.sample,
-            "tokens": keep(one.tokens),
-            "log_probs": keep(one.log_probs),
+            "tokens": self.add(one.tokens),
+            "log_probs": self.add(one.log_probs),
             "spans": [(span.start, span.weight_version) for span in one.spans],
             "interruptions": one.interruptions,
         }
 
+
+def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -> dict[str, NDArray[Any]]:
+    """Concatenates all arrays of a dtype to one.
+
+    Returns:
+        The concatenated arrays by dtype, and under ``records`` everything else as JSON, ``[bytes]`` uint8. Its keys
+        ``unfinished`` and ``drafts``, for partial groups and partial responses, are those of older checkpoints.
+    """
+    packer = _ArrayPacker()
     records = {
         "groups": [
-            {"prompt": prompt_of(group.prompt), "trajectories": [trajectory_of(t) for t in group.trajectories]}
+            {
+                "prompt": packer.prompt(group.prompt),
+                "trajectories": [packer.trajectory(trajectory) for trajectory in group.trajectories],
+            }
             for group in groups
         ],
         "unfinished": [
             {
-                "prompt": prompt_of(one.prompt),
-                "finished": [trajectory_of(t) for t in one.finished],
-                "drafts": [draft_of(d) for d in one.drafts],
+                "prompt": packer.prompt(group.prompt),
+                "finished": [packer.trajectory(trajectory) for trajectory in group.finished],
+                "drafts": [packer.partial_response(response) for response in group.partial],
             }
-            for one in unfinished
+            for group in partial
         ],
     }
-    arrays = {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in parts.items()}
-    return arrays | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
+    return packer.arrays() | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
 def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:
-    """What :func:`groups_to_arrays` was given."""
+    """Returns the groups and partial groups of :func:`groups_to_arrays`."""
     records = json.loads(bytes(arrays[_RECORDS]).decode())
 
     def at(where: list[Any]) -> NDArray[Any]:
@@ -139,27 +160,27 @@ def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:
     def trajectory_of(prompt: Prompt, record: dict[str, Any]) -> Trajectory:
         return Trajectory(prompt=prompt, **filled(record, "tokens", "behaviour_log_probs", "mask"))
 
-    groups, unfinished = [], []
+    groups, partial = [], []
     for record in records["groups"]:
         prompt = prompt_of(record["prompt"])
         groups.append(Group(prompt, tuple(trajectory_of(prompt, t) for t in record["trajectories"])))
     for record in records["unfinished"]:
         prompt = prompt_of(record["prompt"])
         finished = tuple(trajectory_of(prompt, t) for t in record["finished"])
-        drafts = tuple(PartialResponse(prompt=prompt, **filled(d, "tokens", "log_probs")) for d in record["drafts"])
-        unfinished.append(PartialGroup(prompt, finished, drafts))
-    return groups, unfinished
+        responses = tuple(PartialResponse(prompt=prompt, **filled(r, "tokens", "log_probs")) for r in record["drafts"])
+        partial.append(PartialGroup(prompt, finished, responses))
+    return groups, partial
 
 
-def serialize_groups(groups: Iterable[Group], unfinished: Iterable[PartialGroup] = ()) -> bytes:
-    """:func:`groups_to_arrays` as the content of an ``.npz`` file."""
+def serialize_groups(groups: Iterable[Group], partial: Iterable[PartialGroup] = ()) -> bytes:
+    """Returns the arrays of :func:`groups_to_arrays` as the content of an ``.npz`` file."""
     file = io.BytesIO()
-    arrays: dict[str, Any] = groups_to_arrays(groups, unfinished)
+    arrays: dict[str, Any] = groups_to_arrays(groups, partial)
     np.savez(file, **arrays)
     return file.getvalue()
 
 
 def deserialize_groups(content: bytes) -> Carried:
-    """What :func:`serialize_groups` was given."""
+    """Returns the groups and partial groups of :func:`serialize_groups`."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return arrays_to_groups(dict(arrays))

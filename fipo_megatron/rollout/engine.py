@@ -1,7 +1,7 @@
-"""What samples responses: the protocol of rollout engines, requests to them and what they return.
+"""The protocol of rollout engines, the requests that they take and the results that they return.
 
-Token ids go in and come out; text is nobody's business here. All log-probs are after temperature and before nucleus
-filtering: ``log_softmax(logits / temperature)``.
+Engines take and return token ids, not text. All log-probs are after temperature and before nucleus filtering:
+``log_softmax(logits / temperature)``.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ EngineMemory = Literal["kv_cache", "weights"]
 
 
 class EngineError(RuntimeError):
-    """The engine cannot go on; the message says why and what to do."""
+    """The engine cannot continue; the message gives the reason and what to do."""
 
 
 class RequestError(ValueError):
-    """This request can never be served: trying it again, or elsewhere, does not help."""
+    """A request that no worker can serve; sending it again does not help."""
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How tokens are drawn.
+    """The parameters with which tokens are drawn.
 
     Attributes:
-        temperature: Logits are divided by it.
-        max_tokens: Generation stops after so many new tokens.
-        top_p: Nucleus; 1: off.
-        stop_token_ids: Generation stops with one of these, which is part of the response.
+        temperature: Divisor of the logits.
+        max_tokens: Most new tokens.
+        top_p: Probability of the nucleus from which tokens are drawn; 1 turns it off.
+        stop_token_ids: Tokens that end the response; the one that ends it is part of it.
     """
 
     temperature: float
@@ -57,14 +57,14 @@ class SamplingParameters:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """A response, or the rest of one, to be sampled.
+    """A request for a response, or for the rest of one.
 
     Attributes:
         id: Unique among the requests in flight.
-        group: Requests of one group go to one worker, which has then read their prompt once.
-        tokens: ``[P]`` int32: the prompt, and what there is of the response already.
-        sampling: How to sample.
-        seed: See :func:`sampling_seed`. The embedded engine is bound to it; SGLang only with deterministic inference.
+        group: Name of the group. All requests of a group are sent to one worker, which reads their prompt once.
+        tokens: ``[P]`` int32: the prompt, and the tokens of the response so far.
+        sampling: Sampling parameters.
+        seed: Seed of :func:`sampling_seed`. SGLang uses it with deterministic inference only.
     """
 
     id: str
@@ -76,12 +76,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What was sampled.
+    """The result of a request.
 
     Attributes:
-        tokens: ``[R]`` int32, new ones only; empty where a request was aborted before its first.
-        log_probs: ``[R]`` float32, of ``tokens``.
-        spans: Which weights sampled what, from 0 on; empty without tokens.
+        tokens: ``[R]`` int32, the new tokens; empty if the request was aborted before its first token.
+        log_probs: ``[R]`` float32, log-probs of ``tokens``.
+        spans: Weight versions of ``tokens``; the first span starts at 0. Empty without tokens.
         finish_reason: ``stop``, ``length`` or ``abort``.
     """
 
@@ -93,13 +93,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class WorkerHealth:
-    """How a worker is.
+    """The state of a worker.
 
     Attributes:
-        name: Its URL, or ``embedded``.
-        alive: Whether it answers.
-        weight_version: Of its weights; None where it does not answer.
-        running: Requests in flight.
+        name: URL of a server, or ``embedded``.
+        alive: Whether it answers and is used.
+        weight_version: Version of its weights; None if it does not answer.
+        running: Number of requests in flight.
     """
 
     name: str
@@ -109,66 +109,91 @@ class WorkerHealth:
 
 
 def sampling_seed(run_seed: int, prompt_id: str, sample: int, span: int) -> int:
-    """A seed that depends on what is sampled alone, not on when or beside what: 63 bits of a BLAKE2 hash.
+    """Returns a seed that identifies a span of a response: 63 bits of a BLAKE2 hash of the arguments.
 
     Args:
         run_seed: ``seed`` of the configuration.
         prompt_id: ``Prompt.id``.
         sample: Number of the response among those to its prompt.
-        span: How many times the response was interrupted before.
+        span: Number of interruptions of the response so far.
     """
     text = f"{run_seed}/{sample}/{span}/{prompt_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def spans_of(versions: Sequence[int]) -> tuple[TokenSpan, ...]:
-    """Runs of equal weight versions of consecutive tokens."""
+    """Returns the spans of consecutive tokens with equal weight versions."""
     starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
     return tuple(TokenSpan(start, versions[start]) for start in starts)
 
 
+def check_request(request: GenerationRequest, context: int, vocab: int) -> None:
+    """Checks that a request fits a model.
+
+    Args:
+        request: Request to check.
+        context: Tokens that a prompt and its response may have together.
+        vocab: Vocabulary size.
+
+    Raises:
+        RequestError: the request has no tokens, is too long, or has a token id outside the vocabulary.
+    """
+    length, more = len(request.tokens), request.sampling.max_tokens
+    if not length:
+        raise RequestError(f"request {request.id}: has no tokens")
+    if length + more > context:
+        raise RequestError(
+            f"request {request.id}: {length} tokens and max_tokens = {more} do not fit into the model's context "
+            f"of {context}"
+        )
+    smallest, largest = int(request.tokens.min()), int(request.tokens.max())
+    if smallest < 0 or largest >= vocab:
+        token = smallest if smallest < 0 else largest
+        raise RequestError(f"request {request.id}: token {token} is not in the model's vocabulary of {vocab}")
+
+
 class RolloutEngine(Protocol):
-    """Samples responses, many at a time; all calls from one event loop."""
+    """Samples responses to many requests at the same time. All calls are made from one event loop."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Samples one response.
 
         Raises:
-            RequestError: it can never be served: longer than the model's context, for example.
-            EngineError: the engine cannot go on.
+            RequestError: the request can never be served; it is longer than the model's context, for example.
+            EngineError: the engine cannot continue.
         """
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
-        """Ends these requests, or all: each returns what it has, with finish reason ``abort``."""
+        """Ends the requests with these ids, or all. Each returns the tokens sampled so far, with reason ``abort``."""
 
     async def pause(self) -> None:
-        """No token is sampled any more until :meth:`resume`; requests in flight stay where they are."""
+        """Stops sampling until :meth:`resume`. Requests stay in flight."""
 
     async def resume(self) -> None:
-        """Goes on; after an update of the weights, with the new ones."""
+        """Continues sampling; after an update of the weights, with the new ones."""
 
     async def release_memory(self, *what: EngineMemory) -> None:
-        """Gives memory back; the engine must be idle. Released weights are gone: restore and update them."""
+        """Frees memory; the engine must be idle. Released weights are lost: restore and update them before sampling."""
 
     async def restore_memory(self, *what: EngineMemory) -> None:
-        """Takes it again."""
+        """Allocates released memory again."""
 
     def deciding(self) -> AbstractAsyncContextManager[None]:
-        """A block whose outcome decides what is sampled next.
+        """Opens a block whose outcome decides what is sampled next.
 
-        An engine whose results may not depend on time waits for all such blocks, and ends them in the order in which
+        An engine whose results must not depend on time waits for all such blocks, and ends them in the order in which
         they began.
         """
 
     async def weight_version(self) -> int:
-        """Of all workers.
+        """Returns the version of the weights of all workers.
 
         Raises:
-            EngineError: they differ, or one does not answer.
+            EngineError: the versions differ, or a worker does not answer.
         """
 
     async def health(self) -> tuple[WorkerHealth, ...]:
-        """Of every worker."""
+        """Returns the state of every worker."""
 
     async def close(self) -> None:
-        """Ends everything that the engine has started."""
+        """Ends the requests in flight and everything that the engine has started."""

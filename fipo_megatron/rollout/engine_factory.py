@@ -1,4 +1,4 @@
-"""Opens the engine of a run as configured: servers, clients, and what sends weights to them."""
+"""Opens the engine of a run as configured: servers, clients and weight senders."""
 
 from __future__ import annotations
 
@@ -17,30 +17,27 @@ from fipo_megatron.config import Config
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, RolloutEngine
 from fipo_megatron.rollout.sglang.client import SglangClient
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
 from fipo_megatron.rollout.sglang.server import ServerPool, ServerSpec, SglangServer
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
+from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
 from fipo_megatron.rollout.weight_sync.embedded_sender import EmbeddedSender
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-    WeightSender,
-)
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights, WeightSender
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 
 
 @dataclass(frozen=True)
 class HostInfo:
-    """Where this rank is.
+    """Position of this rank among ranks and hosts.
 
     Attributes:
-        rank: Of all ranks.
-        local_rank: Of those on this host; 0 starts the servers.
-        starters: The first rank of each host.
+        rank: Global rank.
+        local_rank: Rank on this host; local rank 0 starts the servers of the host.
+        starters: First rank of each host.
         cuda: Whether servers have GPUs.
-        directory: All ranks, and servers that are started here, see it: weights on their way, and server logs.
+        directory: Directory for weights in transfer and server logs; all ranks and the servers started here see it.
     """
 
     rank: int
@@ -52,12 +49,12 @@ class HostInfo:
 
 @dataclass(frozen=True)
 class OpenedEngine:
-    """An engine on this rank.
+    """The engine of this rank, and the servers that it has started.
 
     Attributes:
-        engine: Of this rank; None where it does not lead.
-        pool: Of the servers that this rank has started; None elsewhere.
-        facts: What every server says of itself; known to rank 0, and only of servers.
+        engine: Engine of this rank; None if the rank is not a leader.
+        pool: Servers that this rank has started, or None.
+        facts: Properties that every server reports; empty without servers and on other ranks than 0.
     """
 
     engine: RolloutEngine | None
@@ -65,7 +62,7 @@ class OpenedEngine:
     facts: tuple[ServerFacts, ...] = ()
 
     async def close(self) -> None:
-        """Ends connections, then the servers that were started."""
+        """Closes the engine, then stops the servers that were started."""
         if self.engine is not None:
             await self.engine.close()
         if self.pool is not None:
@@ -73,7 +70,7 @@ class OpenedEngine:
 
 
 def longest_request(config: Config) -> int:
-    """Tokens of the longest prompt with its response."""
+    """Returns the tokens of the longest prompt with its response."""
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
@@ -85,26 +82,27 @@ async def open_engine(
     tokenizer: PreTrainedTokenizerBase,
     vocab: int,
 ) -> OpenedEngine:
-    """Opens this rank's engine; starts servers first where that is asked for. On all ranks.
+    """Opens the engine of this rank; starts servers first if no URLs are configured. All ranks must call it.
 
     Args:
-        config: Of the run.
-        host: Where this rank is.
-        coordinator: Of the leaders.
-        everyone: Of the ranks that start servers (``host.starters``).
-        tokenizer: Of the model.
-        vocab: Token ids are below.
+        config: Configuration of the run.
+        host: Position of this rank.
+        coordinator: Coordinator whose leaders have an engine.
+        everyone: Coordinator whose leaders start servers (``host.starters``).
+        tokenizer: Tokenizer of the model.
+        vocab: Vocabulary size.
 
     Raises:
-        EngineError: servers do not start, cannot be reached, or serve another model.
-        ValueError: arguments that the installed SGLang does not have.
+        EngineError: servers do not start, cannot be reached, or serve another model; or another rank failed.
+        ValueError: the installed SGLang does not have an argument of ``rollout.sglang``.
     """
     leads = coordinator.rank in coordinator.leaders
     if config.rollout.engine == "embedded":
         engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
         await coordinator.gather({})
         return OpenedEngine(engine)
-    pool, error = None, None
+    pool: ServerPool | None = None
+    error: Exception | None = None
     try:
         if not config.rollout.servers.urls and host.local_rank == 0:
             pool = ServerPool(local_servers(config, host), restarts=config.rollout.servers.restarts)
@@ -114,7 +112,8 @@ async def open_engine(
         error = failed
     started = await everyone.gather(pool.urls if pool else (), error)
     urls = config.rollout.servers.urls or tuple(url for part in started for url in part)
-    client, facts = None, ()  # type: tuple[SglangClient | None, tuple[ServerFacts, ...]]
+    client: SglangClient | None = None
+    facts: tuple[ServerFacts, ...] = ()
     try:
         if leads:
             client = _client(config, urls, coordinator, vocab)
@@ -131,7 +130,7 @@ async def open_engine(
 
 
 def _client(config: Config, urls: Sequence[str], coordinator: StoreCoordinator, vocab: int) -> SglangClient:
-    """Leaders begin with different servers."""
+    """Opens the client of a leader. The order of the servers differs by leader, so that all servers are used."""
     servers = config.rollout.servers
     first = coordinator.leaders.index(coordinator.rank) % len(urls)
     return SglangClient(
@@ -148,12 +147,12 @@ def _client(config: Config, urls: Sequence[str], coordinator: StoreCoordinator, 
 
 
 def api_key(config: Config) -> str | None:
-    """Of the servers, from the environment."""
+    """Returns the API key of the servers from the environment, or None."""
     return os.environ.get(config.rollout.servers.api_key_variable)
 
 
 def local_servers(config: Config, host: HostInfo) -> list[SglangServer]:
-    """Those of this host, not started: one after the other on its GPUs."""
+    """Returns the servers of this host, not started; each has the next GPUs of the host."""
     servers, given = config.rollout.servers, dict(config.rollout.sglang)
     given.setdefault("context_length", longest_request(config) + 8)
     given.setdefault("dtype", config.actor.dtype)
@@ -186,37 +185,48 @@ def open_sender(
     config: Config,
     opened: OpenedEngine,
     urls: Sequence[str],
-    side: ActorWeights,
+    actor: ActorWeights,
     leaders: Sequence[int],
     host: HostInfo,
 ) -> WeightSender:
-    """What sends the actor's weights to these servers, or to the embedded engines. On all ranks.
+    """Opens the configured sender of the actor's weights. All ranks must call it.
 
     Args:
-        config: Of the run.
-        opened: Of this rank.
-        urls: Of servers; the same on every rank.
-        side: Of the actor on this rank.
+        config: Configuration of the run.
+        opened: Engine of this rank.
+        urls: URLs of the servers; the same on every rank.
+        actor: The actor's weights on this rank.
         leaders: Ranks with an engine.
-        host: Where this rank is.
+        host: Position of this rank.
 
     Raises:
-        EngineError: the servers cannot be connected.
+        EngineError: a server refused to connect or cannot be reached.
+        RuntimeError: another rank failed.
     """
     engine = opened.engine
     if config.rollout.engine == "embedded":
         assert engine is None or isinstance(engine, EmbeddedEngine)
-        return EmbeddedSender(side, engine, leaders, host.directory)
-    servers = ServerControl(urls, api_key(config))
+        return EmbeddedSender(actor, engine, leaders, host.directory)
+    servers = BlockingControlClient(urls, api_key(config))
+    try:
+        return _server_sender(config, servers, actor, host)
+    except BaseException:
+        servers.close()
+        raise
+
+
+def _server_sender(
+    config: Config, servers: BlockingControlClient, actor: ActorWeights, host: HostInfo
+) -> DiskSender | TensorSender | DistributedSender:
     ranks = int(config.rollout.sglang.get("tp_size", 1))
     if config.rollout.servers.sync == "disk":
-        return DiskSender(side, servers, host.directory)
+        return DiskSender(actor, servers, host.directory)
     if config.rollout.servers.sync == "tensor":
-        return TensorSender(side, servers, ranks)
+        return TensorSender(actor, servers, ranks)
     return DistributedSender(
-        side,
+        actor,
         servers,
-        [ranks] * len(urls),
+        [ranks] * len(servers.urls),
         address="127.0.0.1" if len(host.starters) == 1 and not config.rollout.servers.urls else socket.gethostname(),
         backend="nccl" if host.cuda else "gloo",
         timeout=timedelta(seconds=config.rollout.servers.patience_seconds),
@@ -224,7 +234,7 @@ def open_sender(
 
 
 def context_problem(config: Config, tokens: int) -> str | None:
-    """Why the model's context of so many tokens is too short, if it is."""
+    """Returns why a model's context of ``tokens`` is too short for the configuration; None if it is long enough."""
     longest = longest_request(config)
     if longest <= tokens:
         return None
@@ -241,6 +251,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         EngineError: there is none.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)  # type: ignore[no-untyped-call, no-any-return]
+        return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: no tokenizer: {error}") from error

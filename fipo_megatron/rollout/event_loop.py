@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: servers are watched, and responses sampled, while the trainer computes."""
+"""An event loop in a thread: servers are watched, and responses sampled, while the trainer computes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ T = TypeVar("T")
 
 
 class EventLoopThread:
-    """Runs coroutines; :meth:`close` ends the loop."""
+    """A thread that runs coroutines until :meth:`close`.
 
-    def __init__(self) -> None:
+    Args:
+        name: Name of the thread.
+    """
+
+    def __init__(self, name: str = "rollout") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts it; ``result()`` of what is returned waits."""
+        """Starts a coroutine; ``result()`` of the returned future waits for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Starts it and waits; where the wait is interrupted, it is cancelled."""
+        """Runs a coroutine and waits for its result. Cancels it if the wait is interrupted."""
         future = self.begin(work)
         try:
             return future.result()
@@ -33,7 +37,7 @@ class EventLoopThread:
             raise
 
     def close(self) -> None:
-        """Cancels what still runs."""
+        """Cancels the coroutines that still run, and ends the thread."""
         if self._loop.is_closed():
             return
         self.run(_cancel_others())

@@ -1,4 +1,4 @@
-"""How far sampling is, for people to look at; no decision depends on it."""
+"""Progress of sampling, for display only; no decision depends on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 
 class ProgressSnapshot(NamedTuple):
-    """How far sampling is.
+    """Progress of sampling at one moment.
 
     Attributes:
-        done: Responses that are complete.
-        begun: Responses that were asked for.
-        tokens: Of those that are complete.
-        oldest_seconds: Since the response that has been in flight longest was asked for.
+        done: Number of complete responses.
+        begun: Number of requested responses.
+        tokens: Tokens of the complete responses.
+        oldest_seconds: Seconds since the oldest response in flight was requested.
     """
 
     done: int = 0
@@ -32,12 +32,12 @@ class SamplingProgress:
         self._done = self._begun = self._tokens = 0
 
     def reset(self) -> None:
-        """A step begins."""
+        """Sets all counts to 0 at the beginning of a step."""
         self._done = self._begun = self._tokens = 0
 
     @contextmanager
     def response(self) -> Iterator[None]:
-        """A block in which one is in flight."""
+        """Opens a block during which a response is in flight."""
         self._begun += 1
         number = self._begun
         self._in_flight[number] = time.monotonic()
@@ -47,19 +47,22 @@ class SamplingProgress:
             self._in_flight.pop(number, None)
 
     def complete(self, tokens: int) -> None:
-        """One is complete."""
+        """Counts a complete response of this many tokens."""
         self._done += 1
         self._tokens += tokens
 
     def now(self) -> ProgressSnapshot:
-        """How far this rank is; from any thread."""
+        """Returns the progress of this rank; may be called from any thread."""
         started = min([*self._in_flight.values()], default=time.monotonic())
         return ProgressSnapshot(self._done, self._begun, self._tokens, time.monotonic() - started)
 
 
 def combine_snapshots(parts: Iterable[ProgressSnapshot]) -> ProgressSnapshot:
-    """Of several ranks."""
+    """Returns the progress of several ranks together."""
     found = [ProgressSnapshot(*part) for part in parts] or [ProgressSnapshot()]
     return ProgressSnapshot(
-        *(sum(part[field] for part in found) for field in range(3)), max(part.oldest_seconds for part in found)
+        done=sum(part.done for part in found),
+        begun=sum(part.begun for part in found),
+        tokens=sum(part.tokens for part in found),
+        oldest_seconds=max(part.oldest_seconds for part in found),
     )

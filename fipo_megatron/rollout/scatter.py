@@ -1,4 +1,4 @@
-"""Brings responses from the leaders that sampled them to the ranks that train on them, and to nobody else."""
+"""Scatters trajectories from the leaders that sampled them to the ranks that train on them, and to no others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from fipo_megatron.rollout.carry_over import deserialize_groups, serialize_group
 
 @dataclass(frozen=True)
 class Routes:
-    """Process groups on the host.
+    """Process groups in host memory (gloo) over which trajectories are scattered.
 
     Attributes:
-        data_rank: Of this rank.
-        leaders: The first rank of each data-parallel rank.
-        among_leaders: Of those; None on other ranks.
-        replica: Of the ranks that train on the same responses: tensor-, context- and pipeline-parallel peers.
+        data_rank: Data-parallel rank of this rank.
+        leaders: First global rank of each data-parallel rank.
+        among_leaders: Process group of the leaders; None on other ranks.
+        replica: Process group of the ranks that train on the same responses: tensor-, context- and pipeline-parallel
+            peers.
     """
 
     data_rank: int
@@ -34,11 +35,11 @@ class Routes:
 
     @classmethod
     def build(cls, data_rank: int, timeout: timedelta = timedelta(minutes=30)) -> Routes:
-        """A collective of all ranks.
+        """Creates the process groups; a collective of all ranks.
 
         Args:
-            data_rank: Of this rank.
-            timeout: Of one exchange.
+            data_rank: Data-parallel rank of this rank.
+            timeout: Limit of one collective in these groups.
         """
         everyone: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(everyone, data_rank)
@@ -52,16 +53,16 @@ class Routes:
 def scatter_trajectories(
     routes: Routes, groups: Iterable[Group], names: Sequence[str], plan: Sequence[MiniBatch]
 ) -> dict[int, Trajectory]:
-    """A collective of all ranks.
+    """Scatters the trajectories of a step; a collective of all ranks.
 
     Args:
-        routes: Of this rank.
-        groups: What this rank has sampled of the step.
+        routes: Process groups of this rank.
+        groups: Groups of the step that this rank has sampled.
         names: ``Trajectory.name`` of all trajectories of the step, in the order of their indices.
-        plan: Who trains on what.
+        plan: Mini-batches of the step; their micro-batches hold indices of trajectories by data-parallel rank.
 
     Returns:
-        By index: the trajectories that this rank trains on.
+        The trajectories that this rank trains on, by index.
     """
     index = {name: number for number, name in enumerate(names)}
     trains = {
@@ -87,7 +88,7 @@ def _by_destination(group: Group, index: Mapping[str, int], trains: Mapping[int,
 
 
 def _all_to_all(parts: Sequence[bytes], group: dist.ProcessGroup) -> list[bytes]:
-    """Part n goes to rank n of the group; what came from each."""
+    """Sends part n to rank n of the group; returns the part received from each rank."""
     if len(parts) == 1:
         return list(parts)
     sizes = torch.tensor([len(part) for part in parts])
@@ -95,7 +96,7 @@ def _all_to_all(parts: Sequence[bytes], group: dist.ProcessGroup) -> list[bytes]
     dist.all_to_all_single(incoming, sizes, group=group)
     received = torch.empty(int(incoming.sum()), dtype=torch.uint8)
     dist.all_to_all_single(received, _tensor(b"".join(parts)), incoming.tolist(), sizes.tolist(), group=group)
-    return [part.numpy().tobytes() for part in received.split(incoming.tolist())]
+    return [part.numpy().tobytes() for part in torch.split(received, incoming.tolist())]
 
 
 def _broadcast(content: bytes, source: int, group: dist.ProcessGroup) -> bytes:

@@ -1,7 +1,7 @@
-"""Messages between the ranks of a run while responses are sampled: through torch's store, outside all process groups.
+"""Messages between the ranks of a run while responses are sampled, through torch's store and outside process groups.
 
-Sampling takes longer than any collective may wait. So what ranks have to tell each other meanwhile is small, goes
-through a store, and every rank that is waited for shows from time to time that it is alive.
+Sampling takes longer than a collective may wait. So the messages are small and go through a store, and every rank that
+others wait for sends a heartbeat.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _BEAT_SECONDS = 1.0
 
 
 class StoreCoordinator:
-    """Where the ranks of a run meet. Every rank makes the same calls in the same order.
+    """Gathers reports of the ranks of a run. Every rank makes the same calls in the same order.
 
     Args:
-        store: Of all ranks; keys are below ``rollout/``.
-        rank: This one.
-        leaders: Ranks that have something to say; rank 0 is always heard.
-        ranks: How many there are; all of them hear.
-        silence_seconds: A rank that is waited for and has shown no sign for so long has failed.
+        store: Store of all ranks; keys are below ``rollout/``.
+        rank: This rank.
+        leaders: Ranks that report. Rank 0 collects the reports, whether it is a leader or not.
+        ranks: Number of ranks; all of them receive the reports.
+        silence_seconds: Seconds without a heartbeat after which a rank that others wait for counts as failed.
 
     Attributes:
-        progress: What this rank is doing; others see it (:meth:`others`).
+        progress: Progress of this rank, for :meth:`others`.
     """
 
     def __init__(
@@ -52,24 +52,25 @@ class StoreCoordinator:
 
     @property
     def rank(self) -> int:
-        """This one."""
+        """This rank."""
         return self._rank
 
     @property
     def leaders(self) -> tuple[int, ...]:
-        """Ranks that have something to say."""
+        """Ranks that report."""
         return self._leaders
 
     async def gather(self, report: Any, error: BaseException | None = None) -> list[Any]:
-        """What every leader reports, in the order of :attr:`leaders`, on every rank. Rank 0 collects and publishes it.
+        """Returns the reports of all leaders, in the order of :attr:`leaders`, on every rank.
 
         Args:
-            report: Of this rank, for JSON (dataclasses are objects); ignored where this rank does not lead.
-            error: Why this rank cannot go on; then every rank raises.
+            report: Report of this rank, written as JSON (a dataclass becomes an object); ignored on ranks that are not
+                leaders.
+            error: Error for which this rank cannot continue; every rank raises then.
 
         Raises:
-            EngineError: a rank failed, or has shown no sign for too long; the message says which and why. Where it is
-                this rank, its own ``error``, or one with its text.
+            EngineError: a rank failed, or its heartbeat stopped; the message names the rank and the reason. On the rank
+                that failed, its own ``error``, or an EngineError with its text.
         """
         key = f"round/{self._round}"
         if error is not None:
@@ -77,17 +78,17 @@ class StoreCoordinator:
             self._round += 1
             if isinstance(error, EngineError):
                 raise error
-            raise EngineError(f"{type(error).__name__}: {error}") from error  # all ranks raise alike, and go on alike
+            raise EngineError(f"{type(error).__name__}: {error}") from error  # all ranks raise the same type
         try:
             if self._rank in self._leaders:
-                self._store.set(f"{key}/{self._rank}", orjson.dumps(report))
+                self._store.set(f"{key}/{self._rank}", orjson.dumps(report).decode())
             if self._rank == 0:
                 parts = [await self._take(f"{key}/{leader}", leader) for leader in self._leaders]
-                self._store.set(key, b"[" + b",".join(parts) + b"]")
+                self._store.set(key, f"[{b','.join(parts).decode()}]")
                 for leader in self._leaders:
                     self._store.delete_key(f"{key}/{leader}")
             found: list[Any] = orjson.loads(await self._take(key, 0))
-            if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for those that do not lead
+            if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for the others to read
                 for name in (key, f"{key}/heard", f"count/{self._round}"):
                     self._store.delete_key(name)
             return found
@@ -95,22 +96,22 @@ class StoreCoordinator:
             self._round += 1
 
     def fail(self, error: BaseException) -> None:
-        """Tells every rank that waits, or looks, before the next :meth:`gather` is over: this one cannot go on."""
+        """Reports that this rank cannot continue; :meth:`gather` and :meth:`look` raise on the others this round."""
         if not self._store.check([f"failed/{self._round}"]):
             text = f"rank {self._rank}: {type(error).__name__}: {error}"
-            self._store.set(f"failed/{self._round}", text.encode())
+            self._store.set(f"failed/{self._round}", text)
 
     def count(self, more: int) -> int:
-        """Adds to a number that all ranks share until the next :meth:`gather`; what it is then."""
+        """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
         return int(self._store.add(f"count/{self._round}", more))
 
     def look(self) -> None:
-        """Raises EngineError where another rank has failed."""
+        """Raises EngineError if another rank has failed."""
         if self._store.check([f"failed/{self._round}"]):
             raise EngineError(self._store.get(f"failed/{self._round}").decode())
 
     def others(self) -> dict[int, dict[str, Any]]:
-        """What every leader is doing, by rank; without those that have not said."""
+        """Returns the progress of the leaders by rank, without those that have sent no heartbeat yet."""
         found = {}
         for leader in self._leaders:
             if self._store.check([f"beat/{leader}"]):
@@ -119,7 +120,7 @@ class StoreCoordinator:
 
     @asynccontextmanager
     async def alive(self) -> AsyncIterator[None]:
-        """A block in which this rank shows that it is alive."""
+        """Opens a block during which this rank sends a heartbeat."""
         task = asyncio.create_task(self._beat())
         try:
             yield
@@ -130,11 +131,13 @@ class StoreCoordinator:
     async def _beat(self) -> None:
         while True:
             self._beats += 1
-            self._store.set(f"beat/{self._rank}", orjson.dumps({"number": self._beats, "progress": self.progress}))
+            self._store.set(
+                f"beat/{self._rank}", orjson.dumps({"number": self._beats, "progress": self.progress}).decode()
+            )
             await asyncio.sleep(_BEAT_SECONDS)
 
     async def _take(self, key: str, of: int) -> bytes:
-        """Waits for a key that rank ``of`` sets."""
+        """Waits for a key that rank ``of`` sets, and returns its value."""
         pause, last, since = _SHORTEST_POLL, b"", time.monotonic()
         async with self.alive():
             while not self._store.check([key]):
@@ -142,7 +145,7 @@ class StoreCoordinator:
                 if self._store.check([f"beat/{of}"]) and (beat := self._store.get(f"beat/{of}")) != last:
                     last, since = beat, time.monotonic()
                 if time.monotonic() - since > self._silence:
-                    error = EngineError(f"rank {of} has shown no sign for {self._silence:g} s; see its log")
+                    error = EngineError(f"rank {of} has sent no heartbeat for {self._silence:g} s; see its log")
                     self.fail(error)
                     raise error
                 await asyncio.sleep(pause)

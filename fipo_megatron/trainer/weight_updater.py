@@ -17,8 +17,9 @@ from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine, open_se
 from fipo_megatron.rollout.event_loop import EventLoopThread
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
+from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
 from fipo_megatron.rollout.weight_sync.probe import check_probe, sample_probe
-from fipo_megatron.rollout.weight_sync.senders import ActorWeights, DiskSender, WeightSender
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights, WeightSender
 from fipo_megatron.weights.architecture import Architecture
 
 

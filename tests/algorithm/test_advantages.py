@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipo_megatron.algorithm.advantages import group_advantages, informative_groups, overlong_penalty
+from fipo_megatron.algorithm.advantages import group_advantages, is_informative, overlong_penalty
 
 groups_of_rewards = st.lists(st.lists(st.floats(-2, 2), min_size=2, max_size=9), min_size=1, max_size=6)
 
@@ -61,14 +61,18 @@ def test_unknown_baseline_is_named():
         group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.int64), "mean")
 
 
-def test_only_mixed_groups_are_informative():
-    accuracy = torch.tensor([0, 1, 1, 0, 1, 0, 0])
-    ids = torch.tensor([3, 3, 9, 5, 9, 5, 5])
-    assert informative_groups(accuracy, ids).tolist() == [True, True, False, False, False, False, False]
-    with pytest.raises(ValueError, match=r"expected equal shapes, got \[2\] and \[1\]"):
-        informative_groups(torch.tensor([0, 1]), torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"expected 0 or 1, got 0\.5"):
-        informative_groups(torch.tensor([0.5]), torch.tensor([0]))
+@pytest.mark.parametrize(
+    ("accuracies", "informative"),
+    [([0, 1], True), ([1, 1, 0], True), ([1, 1], False), ([0, 0, 0], False), ([1], False), ([], False)],
+)
+def test_only_mixed_groups_are_informative(accuracies, informative):
+    assert is_informative(accuracies) is informative
+
+
+@pytest.mark.parametrize("wrong", [0.5, -1, 2])
+def test_an_accuracy_is_0_or_1(wrong):
+    with pytest.raises(ValueError, match=f"expected 0 or 1, got {wrong}"):
+        is_informative([1, wrong])
 
 
 def test_overlong_penalty_of_the_paper():

@@ -1,4 +1,4 @@
-"""Two leaders, each with an engine of its own, and ranks that only train: run under torchrun."""
+"""Samples with two leaders that have an engine each, and with ranks that only train; run under torchrun."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RIGHT = [0, 2, 4, 1, 2, 3, 4, 0, 2, 1, 1, 2, 3, 2, 0, 2, 3, 1, 1, 2]
 
 
 class Prompts:
-    """Prompt n has ``RIGHT[n % 20]`` right responses."""
+    """Prompts of which number n has ``RIGHT[n % 20]`` right responses."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -52,7 +52,7 @@ def describe(t: Trajectory) -> dict:
 
 
 def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dict]:
-    """Two steps; every trajectory that this rank would train on."""
+    """Samples two steps; returns every trajectory that this rank would train on."""
     routes = Routes.build(layout.data_rank)
     leads = layout.rank in routes.leaders
     sampler = Sampler(
@@ -88,7 +88,7 @@ def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dic
 
 
 def over_sampling(path: str, layout: parallel.RankLayout, store: dist.Store) -> dict:
-    """The tail is aborted everywhere as soon as all leaders together have enough."""
+    """Samples steps in which the tail is aborted on all leaders as soon as they have enough groups together."""
     settings = replace(
         SETTINGS,
         over_sampling=3.0,
@@ -117,7 +117,7 @@ def over_sampling(path: str, layout: parallel.RankLayout, store: dist.Store) -> 
 
 
 def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[str]:
-    """What each rank says where the engine of the last leader fails, where nothing is kept, and where one is silent."""
+    """Returns the error of this rank when the last leader's engine fails, no group is kept, and a rank is silent."""
     routes = Routes.build(layout.data_rank)
     leads, said = layout.rank in routes.leaders, []
 
@@ -131,7 +131,7 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         await Sampler(engine, SETTINGS, score, coordinator).step(Prompts(), 0)
 
     async def refused() -> None:
-        """A request that no engine can serve, on one rank."""
+        """Samples with a request on one rank that no engine can serve."""
         engine = EmbeddedEngine(path) if leads else None
         if layout.rank == routes.leaders[-1]:
             engine.context = 10
@@ -142,7 +142,7 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         try:
             await sampler.step(Prompts(), 0)
         finally:
-            await coordinator.gather({"again": layout.rank})  # the ranks are still in step
+            await coordinator.gather({"again": layout.rank})  # all ranks are still in the same round
 
     async def wrong(trajectory: Trajectory) -> Score:
         return Score(-1.0, 0)
@@ -176,7 +176,7 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
 
 
 def run_ahead(layout: parallel.RankLayout, store: dist.Store) -> list[list[int]]:
-    """Many rounds in which rank 0 alone has something to say, while the others are slow to hear it."""
+    """Gathers eight times; rank 0 alone reports, and the other ranks read slowly."""
     coordinator = StoreCoordinator(dist.PrefixStore("ahead", store), layout.rank, (0,), layout.world_size)
 
     async def run() -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Engine and actor of several ranks, as configured: one update of the weights, rollouts, a step of learning."""
+"""Runs three steps of rollout and training with an actor of several ranks, in each layout; run under torchrun."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 class Prompts:
-    """Any number of prompts."""
+    """An endless supply of prompts."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -54,7 +54,7 @@ def host_of(layout: parallel.RankLayout, directory: Path) -> HostInfo:
 
 
 def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, version: int) -> dict[str, float]:
-    """A step; how far the engine's log-probs were from the actor's."""
+    """Runs a step; returns its metrics and the largest difference of the engine's log-probs from the actor's."""
     with session.generating(version):
         sampled = session.sample(prompts)
     names = [name for record in sampled.records for name in record.names]

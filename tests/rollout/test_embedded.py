@@ -1,4 +1,4 @@
-"""The engine in this process: its log-probs are transformers', and nothing depends on what else is in the batch."""
+"""The embedded engine: its log-probs equal those of transformers, and no result depends on the rest of the batch."""
 
 import asyncio
 from dataclasses import replace
@@ -80,8 +80,8 @@ def test_log_probs_are_those_of_transformers(name, temperature, path):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
-def test_nothing_depends_on_what_else_is_there(name, path):
-    """Alone, in another order, among others and late: the same bits."""
+def test_results_do_not_depend_on_the_rest_of_the_batch(name, path):
+    """Requests have bitwise equal results alone, in another order, and together."""
     requests = [request(n) for n in range(40)]
     together = asyncio.run(all_of(EmbeddedEngine(path(name), slots=16), requests))
     assert len({found.tokens.tobytes() for found in together}) == 40
@@ -114,7 +114,7 @@ def test_stop_tokens_end_a_response_and_belong_to_it(path):
 
 
 async def until(engine, tokens):
-    """Lets the engine sample so many tokens of its first request."""
+    """Waits until the engine has sampled this many tokens of its first request."""
     while engine._running[0] is None or len(engine._running[0].tokens) < tokens:
         await asyncio.sleep(0)
 
@@ -136,8 +136,8 @@ def test_pause_changes_nothing(path):
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_an_aborted_response_goes_on_under_new_weights(path, paused):
-    """Counts, spans and versions add up, and every span has the log-probs of its own weights."""
+def test_an_aborted_response_is_continued_with_new_weights(path, paused):
+    """Token counts, spans and versions are consistent, and every span has the log-probs of its own weights."""
     sampling = SamplingParameters(1.0, 60)
     new = models("qwen3", seed=7)
 
@@ -169,7 +169,7 @@ def test_an_aborted_response_goes_on_under_new_weights(path, paused):
     assert (part.spans, rest.spans) == ((TokenSpan(0, 4),), (TokenSpan(0, 5),))
     np.testing.assert_allclose(part.log_probs, expected(models("qwen3"), first, part, 1.0), atol=1e-5)
     np.testing.assert_allclose(rest.log_probs, expected(new, rest_of, rest, 1.0), atol=1e-5)
-    # The other one was never interrupted: two spans in one response.
+    # The other response was not aborted, so it has two spans.
     assert other.finish_reason == "length"
     [old_span, new_span] = other.spans
     assert (old_span, new_span.weight_version) == (TokenSpan(0, 4), 5)
@@ -196,7 +196,7 @@ def test_weights_that_do_not_fit_are_refused(name, path):
         asyncio.run(engine.generate(request(1)))
 
 
-def test_released_memory_has_to_be_filled_again(path):
+def test_released_weights_must_be_updated(path):
     async def run():
         engine = EmbeddedEngine(path("qwen3"))
         before = await engine.generate(request(4))
@@ -222,7 +222,7 @@ def test_released_memory_has_to_be_filled_again(path):
     asyncio.run(run())
 
 
-def test_what_can_never_be_served_is_refused(path):
+def test_requests_that_can_never_be_served_are_refused(path):
     engine = EmbeddedEngine(path("qwen3"))
     for bad, text in (
         (request(1, CONTEXT - 10, SamplingParameters(1.0, 11)), f"do not fit into the model's context of {CONTEXT}"),
@@ -237,12 +237,12 @@ def test_what_can_never_be_served_is_refused(path):
     assert len(asyncio.run(engine.generate(request(1, CONTEXT - 10, SamplingParameters(1.0, 10)))).tokens) == 10
 
 
-def test_slots_fill_vector_registers(path):
+def test_slots_are_a_multiple_of_16(path):
     with pytest.raises(ValueError, match="slots = 8: must be a multiple of 16"):
         EmbeddedEngine(path("qwen3"), slots=8)
 
 
-def test_closing_ends_what_is_in_flight(path):
+def test_closing_ends_requests_in_flight(path):
     async def run():
         engine = EmbeddedEngine(path("qwen3"))
         tasks = [asyncio.create_task(engine.generate(request(n))) for n in range(3)]

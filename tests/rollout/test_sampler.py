@@ -1,4 +1,4 @@
-"""Groups of a step with the engine in this process and verdicts known beforehand: everything as computed by hand."""
+"""The sampler with the embedded engine and fixed verdicts: the groups of a step are those computed by hand."""
 
 import asyncio
 from dataclasses import replace
@@ -30,7 +30,7 @@ def path(tmp_path_factory):
 
 
 class Prompts:
-    """Prompt n has ``right[n]`` right responses; its number is its id."""
+    """Prompts of which number n has ``right[n]`` right responses; the id is the number."""
 
     def __init__(self, right, longest=None):
         self.right, self.given, self.asked = right, 0, []
@@ -67,7 +67,7 @@ def run(engine, settings, prompts, steps=1, state=None, versions=None):
 
 
 def test_kept_refilled_and_carried_as_computed_by_hand(path):
-    """Batch 1: prompts 0 1 2, of which 1 is kept. Two are missing: 3 4, of which 3 is kept. One: 5."""
+    """Batches of prompts 0 1 2, of which 1 is kept; 3 4, of which 3 is kept; and 5."""
     prompts = Prompts([0, 2, 4, 1, 4, 3, 2, 2])
     _, [(groups, statistics)] = run(EmbeddedEngine(path), SETTINGS, prompts)
     assert prompts.asked == [3, 2, 1]
@@ -95,8 +95,8 @@ def test_without_dynamic_sampling_all_are_kept(path):
 
 
 @pytest.mark.parametrize("right", [[0, 2, 4, 0, 0, 4, 0, 0, 2], [0, 2, 0]])
-def test_the_cap_ends_as_configured(right, path):
-    """After three batches, or where there are no more prompts."""
+def test_a_step_without_enough_groups_ends_as_configured(right, path):
+    """Sampling ends after three batches, or when there are no more prompts."""
     prompts = Prompts(right)
     with pytest.raises(SamplingExhaustedError, match=r"1 of 3 groups after \d batches .*max_generation_batches = 3"):
         run(EmbeddedEngine(path), SETTINGS, prompts)
@@ -105,7 +105,7 @@ def test_the_cap_ends_as_configured(right, path):
     assert statistics["batches"] == (3 if len(right) > 3 else 1)
 
 
-def test_what_was_kept_before_the_error_is_not_lost(path):
+def test_groups_kept_before_the_error_are_carried(path):
     prompts = Prompts([2, 0, 0, 0, 0, 0, 0, 2, 2, 2])
 
     async def go():
@@ -120,7 +120,7 @@ def test_what_was_kept_before_the_error_is_not_lost(path):
 
 
 def test_surplus_groups_are_carried_to_the_next_step(path):
-    """Twice as many prompts as missing: six groups are complete at the same token, three are too many."""
+    """Six groups, twice as many as missing, are complete at the same token; three of them are surplus."""
     prompts = Prompts([2] * 12)
     settings = replace(SETTINGS, over_sampling=2.0)
     _, found = run(EmbeddedEngine(path), settings, prompts, steps=3)
@@ -135,8 +135,8 @@ LONG = replace(
 )
 
 
-def test_the_tail_is_aborted_and_continued_under_the_next_weights(path):
-    """Spans and versions add up, nothing comes twice, and every response is whole."""
+def test_the_tail_is_aborted_and_continued_with_the_next_weights(path):
+    """Spans and versions are consistent, no group is returned twice, and every response is complete."""
     prompts = Prompts([2] * 40)
     engine = EmbeddedEngine(path, slots=16, weight_version=1)
 
@@ -168,7 +168,7 @@ def test_the_tail_is_aborted_and_continued_under_the_next_weights(path):
 
 
 def test_nothing_stale_is_used(path):
-    """Without staleness the aborted start again; with it, what is older than allowed does."""
+    """Aborted responses restart without staleness; with it, only those older than allowed do."""
     for allowed, versions, restarted in ((0, [1, 2], None), (1, [1, 3], True), (2, [1, 3], False)):
         prompts = Prompts([2] * 60)
         engine = EmbeddedEngine(path, slots=16, weight_version=1)
@@ -188,7 +188,26 @@ def test_nothing_stale_is_used(path):
             assert bool(statistics["prompts_restarted_stale"] + statistics["groups_dropped_stale"]) == restarted
 
 
-def test_a_restored_sampler_goes_on_as_if_nothing_had_happened(path):
+def test_aborted_groups_are_restarted_as_a_whole(path):
+    """Finished responses of an aborted group are sampled again if no staleness is allowed."""
+
+    async def go():
+        prompts = Prompts([2] * 60)
+        sampler = Sampler(EmbeddedEngine(path, slots=16), replace(LONG, max_staleness=0), prompts.score)
+        carried = []
+        for _ in range(3):
+            groups = (await sampler.step(prompts, 0)).groups
+            assert all(len(group.trajectories) == 4 for group in groups)
+            carried += sampler.carried()[1]
+        return carried
+
+    carried = asyncio.run(go())
+    assert carried
+    assert all((len(one.finished), len(one.partial)) == (0, 4) for one in carried)
+    assert not any(len(response.tokens) for one in carried for response in one.partial)
+
+
+def test_a_restored_sampler_continues_identically(path):
     def both(restored):
         prompts = Prompts([2] * 60)
         engine = EmbeddedEngine(path, slots=16)
@@ -225,8 +244,8 @@ def test_an_error_of_the_engine_ends_the_step(path):
         asyncio.run(go())
 
 
-def test_what_is_sampled_does_not_depend_on_how_long_scoring_takes(path):
-    """The moment at which the tail is aborted is a number of tokens, also where verdicts come late, in any order."""
+def test_results_do_not_depend_on_how_long_scoring_takes(path):
+    """The tail is aborted after a number of tokens, even if verdicts are late and in another order."""
 
     def sampled(seconds):
         prompts = Prompts([2] * 60)
@@ -239,8 +258,8 @@ def test_what_is_sampled_does_not_depend_on_how_long_scoring_takes(path):
         async def go():
             sampler = Sampler(EmbeddedEngine(path, slots=16), LONG, score)
             groups = [group for _ in range(2) for group in (await sampler.step(prompts, 0)).groups]
-            drafts = [d for one in sampler.carried()[1] for d in one.drafts]
-            return names(groups), [(d.prompt.id, d.sample, d.tokens.tolist()) for d in drafts]
+            partial = [r for one in sampler.carried()[1] for r in one.partial]
+            return names(groups), [(r.prompt.id, r.sample, r.tokens.tolist()) for r in partial]
 
         return asyncio.run(go())
 

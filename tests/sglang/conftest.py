@@ -1,4 +1,4 @@
-"""Real servers, started once for all tests that do not end them."""
+"""Real servers; one is started once and shared by all tests that do not end it."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def server(spec):
 
 @pytest.fixture(scope="session")
 def pair(spec):
-    """Two servers for the tests that end them."""
+    """Two servers, not started, for the tests that end them."""
     return [SglangServer(replace(spec, log=spec.log.with_name(f"server{n}.log"))) for n in range(2)]

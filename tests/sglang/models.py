@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer, as SGLang wants them."""
+"""Tiny random models with a tokenizer, as SGLang requires."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ VOCAB, CONTEXT = 384, 2048
 
 
 def model(name: str = "qwen3", seed: int = 0) -> transformers.PreTrainedModel:
-    """A random model whose next tokens are neither certain nor all alike."""
+    """Returns a random model; its next-token distribution is neither certain nor uniform."""
     return random_model(name, seed, vocab_size=VOCAB, max_position_embeddings=CONTEXT, eos_token_id=1, pad_token_id=0)
 
 
 def save(path: Path, name: str = "qwen3", seed: int = 0) -> Path:
-    """Model and tokenizer in a directory."""
+    """Saves a model and its tokenizer to a directory; returns the directory."""
     model(name, seed).save_pretrained(path)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""An actor of several ranks sends its weights to a server, one way after the other: run under torchrun."""
+"""Sends the weights of an actor of several ranks to a server with each sender; run under torchrun."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, load_hf, sav
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.sglang.client import SglangClient
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-)
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
+from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from fipo_megatron.weights.architecture import Architecture
 
 PATHS = ("disk", "tensor", "distributed plain", "distributed bucketed")
 LAYOUTS = {"TP2": ParallelConfig(tensor_parallel=2), "PP2": ParallelConfig(pipeline_parallel=2)}
 
 
-def sender_of(path: str, side: ActorWeights, servers: ServerControl, directory: Path) -> Any:
+def sender_of(path: str, side: ActorWeights, servers: BlockingControlClient, directory: Path) -> Any:
     if path == "disk":
         return DiskSender(side, servers, directory)
     if path == "tensor":
@@ -40,7 +38,7 @@ def sender_of(path: str, side: ActorWeights, servers: ServerControl, directory: 
 
 
 def probe(url: str, model: transformers.PreTrainedModel) -> tuple[int, float]:
-    """The version that the server has, and how far its log-probs are from the model's."""
+    """Returns the server's weight version, and the largest difference of its log-probs from the model's."""
     from tests.sglang import models
     from tests.sglang.test_client import expected, request
 
@@ -77,7 +75,7 @@ def main(layout_name: str, url: str, versions: str, directory: str) -> None:
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
         moved = probe(url, model)[1] if layout.rank == 0 else 0.0
-        sender = sender_of(way, side, ServerControl([url], "secret"), Path(directory))
+        sender = sender_of(way, side, BlockingControlClient([url], "secret"), Path(directory))
         sender.send(int(version))
         sender.close()
         if layout.rank == 0:

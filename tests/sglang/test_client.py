@@ -1,4 +1,4 @@
-"""Against one real server: log-probs, stops, aborts, pauses, and what is refused."""
+"""The client with one real server: log-probs, stop tokens, aborts, pauses, and refused requests."""
 
 import asyncio
 import os
@@ -108,7 +108,7 @@ def test_an_aborted_response_can_be_continued(server):
     assert [len(other.tokens) for other in others] == [30, 30]
 
 
-def test_all_can_be_aborted_also_those_that_wait(server):
+def test_all_requests_can_be_aborted_also_waiting_ones(server):
     async def use(client):
         tasks = [asyncio.create_task(client.generate(request(n, 1500))) for n in range(6)]
         await asyncio.sleep(0.3)
@@ -129,7 +129,7 @@ def test_nothing_is_sampled_while_paused(server):
         await asyncio.sleep(0.5)
         await client.pause()
         late = asyncio.create_task(client.generate(request(8, 5)))
-        await asyncio.sleep(6.0)  # longer than the watcher's patience below: a pause is no lack of progress
+        await asyncio.sleep(6.0)  # longer than progress_seconds below, which must not count while paused
         before = task.done(), late.done()
         await client.resume()
         return before, await task, await late, client.losses
@@ -142,7 +142,7 @@ def test_nothing_is_sampled_while_paused(server):
 
 
 def scheduler_of(server):
-    """The process that samples; the one that answers is another."""
+    """Returns the id of the process that samples; another process answers requests."""
     [found] = [
         int(status.parent.name)
         for status in Path("/proc").glob("[0-9]*/status")
@@ -165,19 +165,19 @@ def test_a_server_that_answers_but_samples_nothing_is_lost_and_comes_back(server
         losses = client.losses
         os.kill(hangs, signal.SIGCONT)
         found = await task
-        await client.control("/flush_cache")  # refused while it is still at the first attempt
+        await client.control("/flush_cache")  # refused while the server still samples the first attempt
         return health, losses, found
 
     try:
         health, losses, found = with_client(server, use, progress_seconds=4.0)
     finally:
         os.kill(hangs, signal.SIGCONT)
-    assert (health.alive, health.weight_version, losses) == (False, 0, 1), "it is not taken for sound meanwhile"
+    assert (health.alive, health.weight_version, losses) == (False, 0, 1), "the hung server was used again"
     np.testing.assert_allclose(found.log_probs, expected(models.model(), request(7, 1200), found), atol=1e-4, rtol=0)
 
 
 def forget_all(server):
-    """What nobody waits for any more."""
+    """Ends the requests of earlier clients."""
 
     async def use(client):
         await client.control("/abort_request", {"abort_all": True})
@@ -186,7 +186,7 @@ def forget_all(server):
     with_client(server, use)
 
 
-def test_a_server_that_stays_so_is_told(server):
+def test_a_server_that_stays_hung_is_reported(server):
     hangs = scheduler_of(server)
 
     async def use(client):
@@ -226,11 +226,11 @@ def test_wrong_key(server):
     with_client(server, use, api_key="wrong")
 
 
-def test_what_can_never_be_served_is_refused(server):
+def test_requests_that_can_never_be_served_are_refused(server):
     async def use(client):
         with pytest.raises(RequestError, match=f"do not fit into the model's context of {models.CONTEXT}"):
             await client.generate(request(1, 100, length=models.CONTEXT - 50))
-        with pytest.raises(RequestError, match="is not in the vocabulary"):
+        with pytest.raises(RequestError, match="is not in the model's vocabulary"):
             await client.generate(replace(request(1), tokens=np.array([models.VOCAB], dtype=np.int32)))
         return (await client.generate(request(1, 3))).finish_reason
 
@@ -243,7 +243,7 @@ def test_what_can_never_be_served_is_refused(server):
     with_client(server, told_a_longer_context, context=9999)
 
 
-def test_nobody_there():
+def test_no_server_is_reachable():
     async def run():
         client = SglangClient(
             ["http://127.0.0.1:9"], context=100, vocab=models.VOCAB, patience_seconds=1.0, look_seconds=0.2
@@ -280,7 +280,7 @@ def test_a_server_that_cannot_start_says_why(spec, tmp_path):
     assert not broken.alive
 
 
-def test_strangers_cannot_use_the_server(server):
+def test_the_server_refuses_requests_without_the_key(server):
     async def run():
         async with aiohttp.ClientSession() as session, session.get(server.url + "/model_info") as answer:
             return answer.status

@@ -1,4 +1,4 @@
-"""An evaluation by real servers: one that runs already, and one that it starts with a converted checkpoint."""
+"""Evaluations with a real server that runs already, and with one started for a converted checkpoint."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
 
 @pytest.fixture
 def run(model_path, tmp_path, monkeypatch):
-    """Evaluates; the rows of the problems, or the exit code where there are none."""
+    """Returns a function that evaluates: it returns the rows of the problems, or the exit code on failure."""
     monkeypatch.setenv("FIPO_SGLANG_API_KEY", "secret")
     problems = [{"prompt": f"What is {n} plus five?", "answer": str(n + 5)} for n in range(6)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))

@@ -1,4 +1,4 @@
-"""What a real server says of itself is compared with the model to train."""
+"""The handshake compares what a real server reports with the model to train."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Two servers under load, one killed: every response arrives exactly once, and the dead one comes back up to date."""
+"""One of two servers is killed under load: every response arrives once, and the server comes back with new weights."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ REQUESTS = int(os.environ.get("FIPO_SGLANG_REQUESTS", "60"))
 
 
 def alive(process_id):
-    """Processes of a server's group that still run."""
+    """Returns the ids of running processes of a server's process group."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
@@ -39,14 +39,14 @@ async def until(condition, seconds=240.0):
             await asyncio.sleep(0.05)
 
 
-def test_nothing_is_lost_and_nothing_comes_twice(pair, model_path, tmp_path):
-    """The first server is killed while it samples; what it comes back with is older than what the other one has."""
+def test_every_response_arrives_once(pair, model_path, tmp_path):
+    """The first server is killed while it samples; it comes back with older weights than the other one."""
     new_model = models.save(tmp_path / "new", seed=9)
     events, started = [], []
 
     async def send_current(url):
-        """Before anybody else uses it."""
-        assert not [worker for worker in client._workers.values() if worker.url == url and worker.alive]
+        """Sends the current weights before the server is used again."""
+        assert not [worker for worker in client.pool.alive if worker.url == url]
         payload = {"model_path": str(new_model), "weight_version": "3"}
         await client.control("/update_weights_from_disk", payload, workers=[url])
         events.append(f"updated {url}")
@@ -67,12 +67,12 @@ def test_nothing_is_lost_and_nothing_comes_twice(pair, model_path, tmp_path):
             tasks = [asyncio.create_task(client.generate(one)) for one in requests]
             await until(lambda: sum(task.done() for task in tasks) >= 3)
             victim = pair[0].process_id
-            lost = len(client._workers[pair[0].url].tasks)
+            lost = len(client.pool.workers[pair[0].url].tasks)
             started.extend(server.starts for server in pair)
             for process in alive(victim):
                 os.kill(process, signal.SIGKILL)
             found = await asyncio.gather(*tasks)
-            await until(lambda: client._workers[pair[0].url].alive)
+            await until(lambda: client.pool.workers[pair[0].url].alive)
             after = await asyncio.gather(*(client.generate(request(n, 10)) for n in range(1000, 1008)))
             return requests, found, lost, after, await client.weight_version()
         finally:
@@ -96,8 +96,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(pair, model_path, tmp_path):
     print(f"{REQUESTS} requests, {lost} in flight at the server that was killed, all {len(found)} answered once")
 
 
-def test_with_all_dead_the_error_comes_in_time(pair):
-    """No restarts left: requests fail with a clear error, within the patience."""
+def test_requests_fail_in_time_when_all_servers_are_dead(pair):
+    """Requests fail with a clear error within ``patience_seconds`` if no restarts are left."""
 
     async def run():
         pool = ServerPool([replace_log(server) for server in pair[:1]], restarts=0, interval=0.1)
@@ -133,5 +133,5 @@ def test_with_all_dead_the_error_comes_in_time(pair):
 
 
 def replace_log(server):
-    """The same kind of server, not started yet."""
+    """Returns a server with the same settings and another log, not started."""
     return type(server)(replace(server.spec, log=server.spec.log.with_name("last.log")))

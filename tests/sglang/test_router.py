@@ -1,4 +1,4 @@
-"""SGLang's own router in front of two servers: requests go there, control calls to each server."""
+"""SGLang's router in front of two servers: requests are sent to it, control calls to each server."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
 @contextlib.contextmanager
 def router(spec, urls):
-    """Its URL and process."""
+    """Starts a router; yields its URL and process."""
     port = free_port("127.0.0.1")
     command = [
         *(str(spec.python), "-m", "sglang_router.launch_router", "--worker-urls", *urls),
@@ -52,7 +52,7 @@ def router(spec, urls):
 
 
 def test_requests_through_a_router(server, spec, tmp_path):
-    """Both servers are used, both get the weights and the aborts; one that dies, then the router, costs no response."""
+    """Both servers are used and receive weights and aborts. No response is lost when a server dies, then the router."""
     second = SglangServer(replace(spec, log=spec.log.with_name("second.log")))
     new_model = models.save(tmp_path / "new", seed=4)
 

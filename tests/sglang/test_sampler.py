@@ -1,4 +1,4 @@
-"""The sampler with a real server: what is aborted goes on under the next weights, and every group is whole."""
+"""The sampler with a real server: aborted responses are continued with the next weights; every group is complete."""
 
 import asyncio
 

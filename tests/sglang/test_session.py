@@ -1,4 +1,4 @@
-"""A run's rollout side with real servers of its own: weights, the hand-over of the device, servers that die."""
+"""A rollout session with real servers that it starts: weights, the hand-over of the device, servers that die."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def layout():
 
 @pytest.fixture
 def opened(layout, model_path, tmp_path, monkeypatch):
-    """Opens a session on this model; ends it after the test."""
+    """Returns a function that opens a session; the session is closed after the test."""
     monkeypatch.setenv("FIPO_SGLANG_API_KEY", "secret")
     sessions = []
 
@@ -70,7 +70,7 @@ def opened(layout, model_path, tmp_path, monkeypatch):
 
 
 def test_the_device_is_handed_over_in_order(opened, monkeypatch):
-    """Design: no two owners at a time, and nothing is used while it is away."""
+    """The device has one owner at a time, and nothing is used while it is offloaded."""
     session, actor = opened({"colocated": True, "sync": "tensor"})
     calls = []
     engine = session._opened.engine
@@ -129,9 +129,9 @@ def test_the_device_is_handed_over_in_order(opened, monkeypatch):
 
 
 def kill_when_busy(session, killed):
-    """Ends the first server as soon as it samples."""
+    """Kills the first server while it samples."""
     server = session._opened.pool.servers[0]
-    worker = session._client._workers[server.url]
+    worker = session._client.pool.workers[server.url]
     while not worker.tasks:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -140,9 +140,9 @@ def kill_when_busy(session, killed):
         os.kill(process, signal.SIGKILL)
 
 
-def test_servers_that_die_cost_nothing(opened):
-    """The only server is killed twice while it samples: it comes back and gets the weights; then it may not, and the
-    error comes in time, with all that was begun still there."""
+def test_no_prompt_is_lost_when_servers_die(opened):
+    """The only server is killed twice while it samples. First it is restarted and gets the weights. The second time it
+    has no restarts left: the error is raised in time, and the prompts of the step are carried."""
     session, actor = opened(
         {"sync": "distributed", "restarts": 1, "patience_seconds": 90.0, "progress_seconds": 30.0},
         max_response_tokens=200,
@@ -160,7 +160,7 @@ def test_servers_that_die_cost_nothing(opened):
     assert max(first["mismatch"], second["mismatch"]) < 1e-4
     given = prompts.given
     assert given == 8, "the prompts of the step that was interrupted were sampled, not new ones"
-    session._client._patience = 3.0
+    session._client.pool.patience_seconds = 3.0
     thread = threading.Thread(target=kill_when_busy, args=(session, killed))
     thread.start()
     with session.generating(2):
@@ -170,8 +170,8 @@ def test_servers_that_die_cost_nothing(opened):
     thread.join()
     assert time.monotonic() - told < 60, "nothing waits for what is dead"
     assert not alive(session._opened.pool.servers[0].process_id or 0)
-    groups, unfinished = session.sampler.carried()
+    groups, partial = session.sampler.carried()
     assert not groups
-    assert [one.prompt.id for one in unfinished] == [str(n) for n in range(given, given + 4)]
-    assert all(len(one.drafts) == 2 for one in unfinished)
-    assert replace(unfinished[0].prompt).tokens.tolist() == prompt(given).tokens.tolist()
+    assert [one.prompt.id for one in partial] == [str(n) for n in range(given, given + 4)]
+    assert all(len(one.partial) == 2 for one in partial)
+    assert replace(partial[0].prompt).tokens.tolist() == prompt(given).tokens.tolist()

@@ -1,4 +1,4 @@
-"""A whole run with a real server that it starts itself: the quickstart's loop, by one word of its configuration."""
+"""The quickstart's run with ``rollout.engine=sglang``: it starts a real server itself."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
 
 def processes_of(text):
-    """Command lines of running processes that name this."""
+    """Returns the command lines of running processes that contain a text."""
     found = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in found if text in line and not line.startswith("Z")]
 

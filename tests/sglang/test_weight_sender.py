@@ -1,4 +1,4 @@
-"""Every way to send weights makes a real server serve the actor's; a wrong bucket is noticed."""
+"""Every weight sender makes a real server serve the actor's weights; a corrupted bucket is detected."""
 
 import asyncio
 import contextlib
@@ -13,14 +13,11 @@ from fipo_megatron.actor.hf_weights import export_hf, load_hf, save_hf
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sglang.control import BlockingControlClient
+from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
 from fipo_megatron.rollout.weight_sync.probe import check_probe
-from fipo_megatron.rollout.weight_sync.senders import (
-    ActorWeights,
-    DiskSender,
-    DistributedSender,
-    ServerControl,
-    TensorSender,
-)
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor.models import logits
 from tests.distributed.launch import torchrun
@@ -32,7 +29,7 @@ pytestmark = pytest.mark.sglang
 
 
 def served(server, number=11, **options):
-    """A probe: what the server samples now, and with which version."""
+    """Returns a request, the server's response to it, and its weight version."""
 
     async def run():
         client = client_of(server, **options)
@@ -57,7 +54,7 @@ def layout():
 
 @pytest.fixture
 def actor(layout, tmp_path):
-    """Builds an actor with these weights, and what a sender needs of it."""
+    """Returns a function that builds an actor and its :class:`ActorWeights`."""
 
     def build(seed, spoil=lambda name, tensor: tensor):
         path = models.save(tmp_path / f"actor{seed}", seed=seed)
@@ -96,7 +93,7 @@ def test_served_weights_are_the_actors(path, server, actor, tmp_path):
     version = 10 + PATHS.index(path)
     before, found_before, _ = served(server)
     chunks, side = actor(seed=version)
-    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, BlockingControlClient([server.url], "secret"), tmp_path)
     try:
         for again in range(2):  # the connection is used more than once
             sender.send(version + 100 * again)
@@ -114,12 +111,12 @@ def test_served_weights_are_the_actors(path, server, actor, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["tensor", "distributed bucketed"])
-def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
+def test_a_corrupted_bucket_is_detected(path, server, actor, tmp_path):
     def spoil(name, tensor):
         return tensor.roll(1, 0) if name == "model.layers.1.mlp.down_proj.weight" else tensor
 
     chunks, side = actor(seed=77, spoil=spoil)
-    sender = sender_of(path, side, ServerControl([server.url], "secret"), tmp_path)
+    sender = sender_of(path, side, BlockingControlClient([server.url], "secret"), tmp_path)
     sender.send(77)
     sender.close()
     one, found, _ = served(server)
@@ -131,21 +128,22 @@ def test_a_corrupted_bucket_is_noticed(path, server, actor, tmp_path):
 
 def test_a_server_that_refuses_is_named(server, actor, tmp_path):
     _, side = actor(seed=5)
-    sender = TensorSender(side, ServerControl([server.url], "wrong"))
-    with pytest.raises(EngineError, match=r"/begin_weight_update: HTTP status 401"):
-        sender.send(1)
-    with pytest.raises(EngineError, match=r"127.0.0.1:9/begin_weight_update: cannot be reached"):
-        TensorSender(side, ServerControl(["http://127.0.0.1:9"])).send(1)
-    with pytest.raises(EngineError, match="HTTP status 400"):
-        DiskSender(side, ServerControl([server.url], "secret"), tmp_path)._servers.all(
-            "/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")}
-        )
+    for url, key, text in (
+        (server.url, "wrong", r"/begin_weight_update: HTTP status 401: unauthorised"),
+        ("http://127.0.0.1:9", None, r"127.0.0.1:9/begin_weight_update: cannot be reached"),
+    ):
+        sender = TensorSender(side, BlockingControlClient([url], key))
+        with contextlib.closing(sender), pytest.raises(EngineError, match=text):
+            sender.send(1)
+    servers = BlockingControlClient([server.url], "secret")
+    with contextlib.closing(servers), pytest.raises(EngineError, match="HTTP status 400"):
+        servers.all("/update_weights_from_disk", {"model_path": str(tmp_path / "nowhere")})
     assert DistributedSender.send is TensorSender.send
 
 
 @pytest.mark.parametrize("layout_name", ["TP2", "PP2"])
 def test_actors_of_two_ranks_send(layout_name, server, tmp_path):
-    """Two ranks that share every matrix, and two stages that send one after the other."""
+    """The two ranks share every matrix, or are two stages that send one after the other."""
     paths = {version: models.save(tmp_path / f"v{version}", seed=version) for version in range(20, 20 + len(PATHS))}
     torchrun(
         "tests.sglang.sync_worker",

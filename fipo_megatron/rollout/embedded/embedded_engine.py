@@ -1,41 +1,39 @@
-"""The engine in this process: a model of transformers, all requests in one batch, keys and values kept.
+"""The rollout engine in the trainer's own process: a model of transformers, all requests in one batch.
 
-For a machine without a GPU, and for tests. What is sampled depends on the weights, the request and its seed alone, not
-on what else is in the batch, nor on time: decisions follow counts of tokens, passes always have the same shape, and
-every request has random numbers of its own.
+For machines without a GPU, and for tests. What is sampled depends only on the weights, the request and its seed, not on
+the rest of the batch or on time: decisions follow counts of tokens, passes always have the same shape, and every
+request has its own random numbers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
+from fipo_megatron.data.trajectory import FinishReason
+from fipo_megatron.rollout.embedded.decision_barrier import DecisionBarrier, yield_turns
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
-from fipo_megatron.rollout.embedded.slot_cache import SlotCache
+from fipo_megatron.rollout.embedded.slot_model import SlotModel
 from fipo_megatron.rollout.engine import (
     EngineError,
     EngineMemory,
     Generation,
     GenerationRequest,
-    RequestError,
     WorkerHealth,
+    check_request,
     spans_of,
 )
 
-_PROMPTS_KEPT = 4
-_TURNS = 32
-"""Turns of the event loop in which all that follows from a response has happened; it takes about eight."""
 _VECTOR = 16  # float32 in a vector register of 512 bits
 
 
@@ -53,10 +51,10 @@ class _Sequence:
     aborted: bool = False
 
     @property
-    def everything(self) -> np.ndarray[Any, Any]:
+    def all_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([self.request.tokens, np.array(self.tokens, dtype=np.int32)])
 
-    def finish(self, reason: Any) -> None:
+    def finish(self, reason: FinishReason) -> None:
         if not self.done.done():
             self.done.set_result(
                 Generation(
@@ -73,13 +71,18 @@ class EmbeddedEngine:
 
     Args:
         path: Directory of a Hugging Face model.
-        dtype: Of the weights here.
-        slots: Requests that are sampled at a time; others wait in order. A multiple of 16: torch rounds SiLU and others
-            differently in what is left over by vector registers, which would then depend on the slot.
-        weight_version: Of the weights in ``path``.
+        dtype: Data type of the engine's weights.
+        slots: Number of requests that are sampled at the same time; others wait in order. Must be a multiple of 16:
+            torch rounds SiLU and other functions differently in the remainder of a vector register, and the result
+            would depend on the slot.
+        weight_version: Version of the weights in ``path``.
+
+    Attributes:
+        model: The model of transformers.
+        context: Tokens that a prompt and its response may have together.
 
     Raises:
-        ValueError: such a number of slots.
+        ValueError: ``slots`` is not a multiple of 16.
     """
 
     def __init__(
@@ -87,29 +90,24 @@ class EmbeddedEngine:
     ) -> None:
         if slots < 1 or slots % _VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {_VECTOR}")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        self.model.eval().requires_grad_(False)
+        self._model = SlotModel(path, dtype, slots, weight_version)
+        self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings
         self.slots = slots
-        self._version = weight_version
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence | None] = [None] * slots
-        self._cache: SlotCache | None = None
-        self._prompts: OrderedDict[bytes, tuple[DynamicCache, Tensor]] = OrderedDict()
-        self._stale = self._closed = self._weightless = False
-        self._shapes: list[torch.Size] = []
-        self._deciding = self._decisions = 0
-        self._decided = asyncio.Event()
-        self._last_decision: asyncio.Event | None = None
+        self._outdated = self._closed = False
+        self._decisions = DecisionBarrier()
         self._going = asyncio.Event()
         self._going.set()
+        self._aborting = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See :class:`.engine.RolloutEngine`."""
+        """Samples one response; see :meth:`.engine.RolloutEngine.generate`."""
         if self._closed:
             raise EngineError("the embedded engine is closed")
-        self._check(request)
+        check_request(request, self.context, self.model.config.vocab_size)
         sequence = _Sequence(
             request, asyncio.get_running_loop().create_future(), np.random.Generator(np.random.Philox(request.seed))
         )
@@ -118,37 +116,26 @@ class EmbeddedEngine:
             self._task = asyncio.create_task(self._run())
         return await sequence.done
 
-    def _check(self, request: GenerationRequest) -> None:
-        length, more = len(request.tokens), request.sampling.max_tokens
-        if length < 1:
-            raise RequestError(f"request {request.id}: has no tokens")
-        if length + more > self.context:
-            raise RequestError(
-                f"request {request.id}: {length} tokens and max_tokens = {more} do not fit into the model's context "
-                f"of {self.context}"
-            )
-        if (largest := int(request.tokens.max())) >= self.model.config.vocab_size or int(request.tokens.min()) < 0:
-            raise RequestError(f"request {request.id}: token {largest} is not in the model's vocabulary")
-
     async def _run(self) -> None:
-        """Passes through the model as long as there is something to sample."""
+        """Runs passes through the model while there is anything to sample."""
         try:
             while self._waiting or any(self._running):
                 self._end_aborted()
                 if not self._going.is_set():
-                    await self._pause_or_abort()
+                    await self._until_resumed_or_aborted()
                     continue
                 if not any(self._running):
-                    await _turns()  # all that is asked for at a time begins at a time
+                    await yield_turns()  # requests that are made together begin together
                     self._end_aborted()
-                if self._weightless:
+                if not self._model.usable:
                     raise EngineError("the weights were released; restore and update them before generating")
                 self._admit()
                 finished = self._sample()
                 self._decode()
-                await self._until_decided() if finished else await asyncio.sleep(0)
+                # What follows from a finished response must not depend on time.
+                await self._decisions.wait() if finished else await asyncio.sleep(0)
         except BaseException as error:
-            for sequence in [*self._waiting, *filter(None, self._running)]:
+            for sequence in self._in_flight():
                 if not sequence.done.done():
                     sequence.done.set_exception(error)
             self._waiting.clear()
@@ -156,192 +143,118 @@ class EmbeddedEngine:
             if not isinstance(error, Exception):
                 raise
 
-    async def _until_decided(self) -> None:
-        """Whoever waited for a response has had its turn, and decided what follows: else that would depend on time."""
-        await _turns()
-        seen = self._decisions if not self._deciding else -1
-        while self._deciding or seen != self._decisions:  # the turns are counted from the last one
-            if self._deciding:
-                self._decided.clear()
-                await self._decided.wait()
-            seen = self._decisions
-            await _turns()
+    def _in_flight(self) -> list[_Sequence]:
+        return [*self._waiting, *(sequence for _, sequence in self._running_slots())]
 
-    @asynccontextmanager
-    async def deciding(self) -> AsyncIterator[None]:
-        """See :class:`.engine.RolloutEngine`."""
-        before, mine = self._last_decision, asyncio.Event()
-        self._last_decision = mine
-        self._deciding += 1
-        try:
-            yield
-            if before is not None:
-                await before.wait()
-        finally:
-            mine.set()
-            self._deciding -= 1
-            self._decisions += 1
-            self._decided.set()
+    def _running_slots(self) -> Iterator[tuple[int, _Sequence]]:
+        for slot, sequence in enumerate(self._running):
+            if sequence is not None:
+                yield slot, sequence
 
-    async def _pause_or_abort(self) -> None:
-        """While paused, requests can still be aborted."""
-        self._aborting = asyncio.Event()
+    async def _until_resumed_or_aborted(self) -> None:
+        """Waits while paused; requests can be aborted meanwhile."""
+        self._aborting.clear()
         waits = [asyncio.create_task(event.wait()) for event in (self._going, self._aborting)]
         _, left = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in left:
             wait.cancel()
 
     def _end_aborted(self) -> None:
-        for sequence in [*self._waiting, *filter(None, self._running)]:
+        for sequence in self._in_flight():
             if sequence.aborted or sequence.done.cancelled():
                 sequence.finish("abort")
         self._waiting = deque(sequence for sequence in self._waiting if not sequence.done.done())
         self._running = [None if s is None or s.done.done() else s for s in self._running]
 
-    @torch.no_grad()
     def _admit(self) -> None:
-        """Fills free slots with what waits; after an update of the weights, reads all running sequences again."""
-        if self._cache is None:
-            self._cache = SlotCache(self.model.config.num_hidden_layers, self.slots)
+        """Fills free slots with waiting requests; after an update of the weights, reads running sequences again."""
         for slot, sequence in enumerate(self._running):
             if sequence is None and self._waiting:
                 self._running[slot] = new = self._waiting.popleft()
-                self._read(slot, new)
-            elif sequence is not None and self._stale:
-                self._read(slot, sequence)
-        self._stale = False
-
-    def _read(self, slot: int, sequence: _Sequence) -> None:
-        """One sequence in a pass of its own; a prompt that was just read is not read again."""
-        assert self._cache is not None
-        tokens = sequence.everything
-        key = tokens.tobytes()
-        if key in self._prompts:
-            self._prompts.move_to_end(key)
-        else:
-            ids = torch.from_numpy(tokens.astype(np.int64))[None]
-            cache = DynamicCache(config=self.model.config)
-            found = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._prompts[key] = cache, found.logits[0, -1]
-            while len(self._prompts) > _PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
-        cache, sequence.logits = self._prompts[key]
-        self._cache.put(slot, cache, len(tokens))
+                new.logits = self._model.read(slot, new.all_tokens)
+            elif sequence is not None and self._outdated:
+                sequence.logits = self._model.read(slot, sequence.all_tokens)
+        self._outdated = False
 
     def _sample(self) -> bool:
-        """One token for every running sequence; whether any is finished by it."""
+        """Samples one token for every running sequence; returns whether any sequence is finished by it."""
         finished = False
-        for slot, sequence in enumerate(self._running):
-            if sequence is None:
-                continue
+        for slot, sequence in self._running_slots():
             assert sequence.logits is not None
             sampling = sequence.request.sampling
             log_probs = torch.log_softmax(sequence.logits.double() / sampling.temperature, -1)
             token = draw(log_probs.numpy(), sampling.top_p, sequence.random.random())
             sequence.tokens.append(token)
             sequence.log_probs.append(float(log_probs[token]))
-            sequence.versions.append(self._version)
+            sequence.versions.append(self._model.version)
             stopped = token in sampling.stop_token_ids
             if stopped or len(sequence.tokens) == sampling.max_tokens:
                 sequence.finish("stop" if stopped else "length")
                 self._running[slot], finished = None, True
         return finished
 
-    @torch.no_grad()
     def _decode(self) -> None:
-        """A pass with one row per slot, whether it is in use or not."""
-        if not any(self._running):
+        """Computes the logits of the next token of every running sequence."""
+        running = dict(self._running_slots())
+        if not running:
             return
-        assert self._cache is not None
-        ids, positions = torch.zeros(2, self.slots, dtype=torch.int64)
-        for slot, sequence in enumerate(self._running):
-            if sequence is not None:
-                ids[slot] = sequence.tokens[-1]
-                positions[slot] = len(sequence.request.tokens) + len(sequence.tokens) - 1
-        found = self.model(
-            input_ids=ids[:, None],
-            position_ids=positions[:, None],
-            attention_mask=self._cache.advance(positions),
-            past_key_values=self._cache,
-            use_cache=True,
+        logits = self._model.decode(
+            {slot: (s.tokens[-1], len(s.request.tokens) + len(s.tokens) - 1) for slot, s in running.items()}
         )
-        for slot, sequence in enumerate(self._running):
-            if sequence is not None:
-                sequence.logits = found.logits[slot, -1]
+        for slot, sequence in running.items():
+            sequence.logits = logits[slot]
+
+    def deciding(self) -> AbstractAsyncContextManager[None]:
+        """Opens a block for which the engine waits; see :meth:`.engine.RolloutEngine.deciding`."""
+        return self._decisions.deciding()
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
-        """See :class:`.engine.RolloutEngine`."""
-        for sequence in [*self._waiting, *filter(None, self._running)]:
+        """Ends these requests, or all, before their next token; see :meth:`.engine.RolloutEngine.abort`."""
+        for sequence in self._in_flight():
             sequence.aborted |= ids is None or sequence.request.id in ids
-        if hasattr(self, "_aborting"):
-            self._aborting.set()
+        self._aborting.set()
 
     async def pause(self) -> None:
-        """See :class:`.engine.RolloutEngine`."""
+        """Stops sampling; see :meth:`.engine.RolloutEngine.pause`."""
         self._going.clear()
 
     async def resume(self) -> None:
-        """See :class:`.engine.RolloutEngine`."""
+        """Continues sampling; see :meth:`.engine.RolloutEngine.resume`."""
         self._going.set()
 
-    @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes new weights between two passes; requests in flight go on with them, their keys and values read again.
+        """Replaces the weights between two passes. Requests in flight go on with them; their tokens are read again.
 
         Args:
             tensors: Hugging Face names (one per expert, as on disk) and whole tensors; all of them, in any order.
-            version: Of these weights.
+            version: Version of these weights.
 
         Raises:
             EngineError: names or shapes are not the model's, or some are missing; the engine must not be used then.
         """
-        mine = parameters_by_hf_name(self.model)
-        problems = []
-        for name, tensor in tensors:
-            target = mine.pop(name, None)
-            if target is None or target.shape != tensor.shape:
-                shape = "no such tensor, or twice" if target is None else f"shape {list(target.shape)} here"
-                problems.append(f"{name} {list(tensor.shape)}: {shape}")
-            else:
-                target.copy_(tensor)
-        problems += [f"{name}: missing" for name in mine]
-        if problems:
-            self._weightless = True
-            raise EngineError("weights that do not fit the embedded engine's model:\n" + "\n".join(problems))
-        self._version, self._stale, self._weightless = version, True, False
-        self._prompts.clear()
+        self._model.update_weights(tensors, version)
+        self._outdated = True
 
     async def release_memory(self, *what: EngineMemory) -> None:
-        """See :class:`.engine.RolloutEngine`."""
+        """Frees memory; raises EngineError if requests are in flight."""
         if self._waiting or any(self._running):
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
-        if "kv_cache" in what:
-            self._cache = None
-            self._prompts.clear()
-        if "weights" in what and not self._weightless:
-            self._shapes = [parameter.shape for parameter in self.model.parameters()]
-            for parameter in self.model.parameters():
-                parameter.data = parameter.new_empty(0)
-            self._weightless = True
+        self._model.release(*what)
 
     async def restore_memory(self, *what: EngineMemory) -> None:
-        """See :class:`.engine.RolloutEngine`."""
-        if "weights" in what and self._shapes:
-            for parameter, shape in zip(self.model.parameters(), self._shapes, strict=True):
-                parameter.data = parameter.new_empty(shape)
-            self._shapes = []
+        """Allocates released memory again; see :meth:`.engine.RolloutEngine.restore_memory`."""
+        self._model.restore(*what)
 
     async def weight_version(self) -> int:
-        """See :class:`.engine.RolloutEngine`."""
-        return self._version
+        """Returns the version of the weights."""
+        return self._model.version
 
     async def health(self) -> tuple[WorkerHealth, ...]:
-        """See :class:`.engine.RolloutEngine`."""
-        running = len(self._waiting) + sum(sequence is not None for sequence in self._running)
-        return (WorkerHealth("embedded", not self._closed, self._version, running),)
+        """Returns the state of the engine, the only worker."""
+        return (WorkerHealth("embedded", not self._closed, self._model.version, len(self._in_flight())),)
 
     async def close(self) -> None:
-        """See :class:`.engine.RolloutEngine`."""
+        """Aborts the requests in flight and ends the sampling task."""
         self._closed = True
         await self.abort()
         await self.resume()
@@ -349,19 +262,14 @@ class EmbeddedEngine:
             await self._task
 
 
-async def _turns() -> None:
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
-
-
-def draw(log_probs: np.ndarray[Any, Any], top_p: float, uniform: float) -> int:
-    """The token at ``uniform`` of the cumulative distribution, tokens in the order of their ids.
+def draw(log_probs: NDArray[np.float64], top_p: float, uniform: float) -> int:
+    """Returns the token at ``uniform`` of the cumulative distribution over tokens in the order of their ids.
 
     Args:
         log_probs: ``[V]`` float64, normalised.
-        top_p: Only the most probable tokens that together have at least this are drawn, at least one; ties go to
-            smaller ids.
-        uniform: In [0, 1).
+        top_p: Nucleus: only the fewest most probable tokens that together have at least this probability are drawn;
+            ties go to smaller ids.
+        uniform: A number in [0, 1).
     """
     probabilities = np.exp(log_probs)
     if top_p < 1:
@@ -371,9 +279,9 @@ def draw(log_probs: np.ndarray[Any, Any], top_p: float, uniform: float) -> int:
         probabilities[outside] = 0
     cumulative = np.cumsum(probabilities)
     token = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may leave the last one short
+    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may leave the last sum below `uniform`
 
 
 def weights_of(model: transformers.PreTrainedModel) -> Mapping[str, Tensor]:
-    """The tensors that :meth:`EmbeddedEngine.update_weights` takes, of a model of transformers."""
+    """Returns the tensors of a model of transformers, as :meth:`EmbeddedEngine.update_weights` takes them."""
     return parameters_by_hf_name(model)

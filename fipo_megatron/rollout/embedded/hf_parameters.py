@@ -1,4 +1,4 @@
-"""The parameters of a model of transformers under the names that they have on disk."""
+"""Maps the parameters of a model of transformers to their names on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 def parameters_by_hf_name(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
-    """Views of all parameters, each once: transformers 5 fuses the experts of a layer, files have them one by one."""
+    """Returns views of all parameters by name. transformers 5 fuses the experts of a layer; files have each expert."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         match = _FUSED.fullmatch(name)

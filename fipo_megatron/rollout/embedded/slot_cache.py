@@ -1,7 +1,7 @@
 """Keys and values of many sequences of different lengths in one batch, for models of transformers.
 
-Token number p of a sequence is at place p of its slot, so that what a sequence computes does not depend on its
-neighbours: shapes are the same whoever else is there, and places after its end contribute exact zeros.
+Token number p of a sequence is at position p of its slot, so that what a sequence computes does not depend on its
+neighbours: shapes are the same whichever sequences are present, and positions after its end contribute exact zeros.
 """
 
 from __future__ import annotations
@@ -13,41 +13,45 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 64
-"""Lengths are rounded up to a multiple of this: sums over masked places keep their order."""
+"""Lengths are rounded up to a multiple of this: sums over masked positions keep their order."""
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped in transformers
     """Keys and values of one layer, ``[slots, heads, places, width]``; a pass appends one token per slot."""
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: :meth:`put` and :meth:`reserve` come first."""
+        """Does nothing: :meth:`reserve` allocates the tensors."""
 
     def put(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """The keys and values of a whole sequence, ``[heads, length, width]``."""
-        self.reserve(keys)
-        self.keys[slot, :, : keys.shape[1]] = keys
-        self.values[slot, :, : values.shape[1]] = values
+        """Stores the keys and values of a whole sequence, ``[heads, length, width]``."""
+        all_keys, all_values = self.reserve(keys)
+        all_keys[slot, :, : keys.shape[1]] = keys
+        all_values[slot, :, : values.shape[1]] = values
 
-    def reserve(self, like: Tensor) -> None:
-        """Room for all places that are in use."""
+    def reserve(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values with space for all positions in use; ``like`` is ``[heads, length, width]``."""
         slots, places = self._cache.slots, self._cache.places
-        if self.keys is None:
-            self.keys, self.values = (like.new_zeros(slots, like.shape[-3], places, like.shape[-1]) for _ in range(2))
+        if self.keys is None or self.values is None:
+            keys, values = (like.new_zeros(slots, like.shape[-3], places, like.shape[-1]) for _ in range(2))
         elif self.keys.shape[2] < places:
             more = (0, 0, 0, places - self.keys.shape[2])
-            self.keys = torch.nn.functional.pad(self.keys, more)
-            self.values = torch.nn.functional.pad(self.values, more)
+            keys = torch.nn.functional.pad(self.keys, more)
+            values = torch.nn.functional.pad(self.values, more)
+        else:
+            keys, values = self.keys, self.values
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.reserve(key_states[0])
+        keys, values = self.reserve(key_states[0])
         rows, at, places = self._cache.rows, self._cache.positions, self._cache.places
-        self.keys[rows, :, at] = key_states[:, :, 0]
-        self.values[rows, :, at] = value_states[:, :, 0]
-        return self.keys[:, :, :places], self.values[:, :, :places]
+        keys[rows, :, at] = key_states[:, :, 0]
+        values[rows, :, at] = value_states[:, :, 0]
+        return keys[:, :, :places], values[:, :, :places]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.places, 0
@@ -59,16 +63,16 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class SlotCache(Cache):  # type: ignore[misc]
-    """See the module.
+class SlotCache(Cache):
+    """Keys and values of all layers, one sequence per slot.
 
     Args:
-        layers: Of the model.
-        slots: Sequences at a time; every pass has as many rows.
+        layers: Number of layers of the model.
+        slots: Number of sequences; every pass has as many rows.
 
     Attributes:
-        positions: ``[slots]`` int64: where the tokens of the next pass go.
-        places: How many a pass attends to; those after a sequence's own position are masked.
+        positions: ``[slots]`` int64, position of the next pass's token in each slot.
+        places: Number of positions that a pass attends to; those after a sequence's own position are masked.
     """
 
     def __init__(self, layers: int, slots: int) -> None:
@@ -76,21 +80,29 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.rows = torch.arange(slots)
         self.positions = torch.zeros(slots, dtype=torch.int64)
         self.places = BLOCK
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._slot_layers))
 
     def put(self, slot: int, cache: Cache, length: int) -> None:
-        """Takes over the keys and values of one sequence that a pass of its own has computed."""
+        """Copies the keys and values of one sequence, computed in a pass of its own, into a slot."""
         self.places = max(self.places, rounded(length))
-        for mine, theirs in zip(self.layers, cache.layers, strict=True):
+        for mine, theirs in zip(self._slot_layers, cache.layers, strict=True):
+            assert isinstance(theirs, CacheLayerMixin)
+            assert theirs.keys is not None
+            assert theirs.values is not None
             mine.put(slot, theirs.keys[0], theirs.values[0])
 
     def advance(self, positions: Tensor) -> Tensor:
-        """Says where the tokens of the next pass go; returns its mask, ``[slots, 1, 1, places]``, true: attend."""
+        """Sets the positions of the next pass's tokens, ``[slots]`` int64.
+
+        Returns:
+            The mask of the pass, ``[slots, 1, 1, places]`` bool: true where a token attends.
+        """
         self.positions = positions
         self.places = rounded(int(positions.max()) + 1)
         return (torch.arange(self.places) <= positions[:, None])[:, None, None]
 
 
 def rounded(length: int) -> int:
-    """Up to whole blocks."""
+    """Returns a length rounded up to a multiple of :data:`BLOCK`."""
     return -(-length // BLOCK) * BLOCK

@@ -1,4 +1,4 @@
-"""Asks every SGLang server what it serves, before the first prompt goes there."""
+"""Checks what every SGLang server serves before the first prompt is sent."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PROBES = ("What is 7 + 5? Answer: 12.", "∫ x² dx = x³/3 + C", "\n\n  Let $\
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server says of itself.
+    """Properties that a server reports.
 
     Attributes:
-        url: Where it is.
-        version: Of SGLang.
-        weight_version: Of its weights.
-        context: Tokens that it takes for a prompt and its response.
-        dtype: Of its weights.
-        ranks: Of its tensor parallelism.
+        url: URL of the server.
+        version: Version of SGLang.
+        weight_version: Version of its weights.
+        context: Tokens that it accepts for a prompt and its response together.
+        dtype: Data type of its weights.
+        ranks: Tensor-parallel size.
     """
 
     url: str
@@ -48,23 +48,23 @@ async def handshake(
     """Compares every server with the model to train.
 
     Args:
-        client: Of the servers.
+        client: Client of the servers.
         model_path: Directory of the model.
-        tokenizer: Of the model; the servers' must give the same token ids.
+        tokenizer: Tokenizer of the model; the servers must tokenise to the same ids.
         longest: Tokens of the longest prompt with its response.
-        version: Of SGLang that the servers must have; None: any.
+        version: Version of SGLang that the servers must have; None for any.
 
     Returns:
-        What each server says of itself.
+        The properties that each server reports.
 
     Raises:
-        EngineError: a server cannot be reached or serves something else; every difference is listed.
+        EngineError: a server cannot be reached or serves another model; every difference is listed.
     """
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
     models = await client.look_up("/model_info")
     servers = await client.look_up("/server_info")
     problems, found = [], []
-    for url in client.workers:
+    for url in client.pool.workers:
         facts = _facts(url, models[url], servers[url])
         found.append(facts)
         problems += [f"{url}: {text}" for text in _differences(facts, models[url], config, longest, version)]

@@ -1,8 +1,8 @@
-"""What an SGLang server answers to ``/generate``, as arrays.
+"""Parses the answers of SGLang servers.
 
-20,000 tokens are 0.9 MB of JSON, in which every token has a list of its own. orjson and numpy take 6 ms for them, but
-30 ms more went into Python's garbage collector, which looks at all objects of a large program again and again while
-lists are made; it is off meanwhile. No processes are needed for parsing then (``benchmarks/rollout.py``).
+An answer to ``/generate`` with 20,000 tokens is 0.9 MB of JSON, with a list for every token. orjson and numpy parse
+it in 6 ms. The garbage collector, which scans all objects of a large program repeatedly while lists are created, would
+add 30 ms; it is disabled during parsing. Parsing needs no processes of its own then (``benchmarks/rollout.py``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fipo_megatron.rollout.engine import Generation
 
 
 class MalformedAnswerError(ValueError):
-    """Not what SGLang answers."""
+    """The body is not an answer of SGLang."""
 
 
 def parse_generation(body: bytes) -> Generation:
-    """Reads one answer.
+    """Parses an answer to ``/generate``.
 
     Raises:
-        MalformedAnswerError: it is cut off, or has not one log-prob per token.
+        MalformedAnswerError: it is truncated, or does not have one log-prob per token.
     """
     with _no_garbage_collection():
         return _parse(body)
@@ -53,7 +53,7 @@ def _parse(body: bytes) -> Generation:
         reason = meta["finish_reason"]["type"]
         spans = tuple(TokenSpan(span["start"], int(span["version"])) for span in meta["weight_versions"])
     except (ValueError, KeyError, TypeError) as error:
-        raise MalformedAnswerError(f"not an answer of SGLang's: {error!r}: {body[:200]!r}") from error
+        raise MalformedAnswerError(f"not an answer of SGLang: {error!r}: {body[:200]!r}") from error
     log_probs = np.array([entry[0] for entry in entries], dtype=np.float32)
     if [entry[1] for entry in entries] != answer["output_ids"]:
         raise MalformedAnswerError(f"{len(entries)} log-probs for {len(tokens)} tokens, or of other tokens")
@@ -62,7 +62,7 @@ def _parse(body: bytes) -> Generation:
 
 
 def error_text(body: bytes) -> str:
-    """The message in an error's answer."""
+    """Returns the message in the body of an error."""
     try:
         answer: Any = orjson.loads(body)
         found = answer.get("error", answer)

@@ -1,7 +1,7 @@
-"""Starts SGLang servers on this machine, watches them, starts them again.
+"""Starts SGLang servers on this machine, watches them and restarts them.
 
-SGLang has an environment of its own (``make sglang-env``), because it pins its torch and transformers. A server is a
-process group of its own: it ends as a whole, also when this process is killed.
+SGLang has its own environment (``make sglang-env``), because it pins its torch and transformers. A server has its own
+process group, which ends as a whole, also when this process is killed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import aiohttp
 
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang import shared_memory
+from fipo_megatron.rollout.sglang.control import ControlClient
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +40,30 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
     "grammar_backend": "none",
     "mem_fraction_static": 0.1,
 }
-"""What SGLang 0.5.23 needs on a machine without a GPU."""
+"""Arguments that SGLang 0.5.23 needs on a machine without a GPU."""
 
-_OURS = ("host", "port", "model_path", "weight_version", "skip_server_warmup", "nccl_port")
-_LOG_TAIL = 30
+_RESERVED = ("host", "port", "model_path", "weight_version", "skip_server_warmup", "nccl_port")
+"""Arguments that follow from other settings."""
+_LOG_LINES = 30
+_READY_POLL_SECONDS = 0.3
+_READY_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """How to start a server.
+    """The settings with which a server is started.
 
     Attributes:
-        python: Of SGLang's environment.
+        python: Python interpreter of SGLang's environment.
         model_path: Directory of a Hugging Face model.
-        log: Where its output goes; appended.
-        arguments: SGLang's own, by the names of its ``ServerArgs``: ``tp_size``, ``mem_fraction_static``,
+        log: File to which the server's output is appended.
+        arguments: Arguments of SGLang by the names of its ``ServerArgs``: ``tp_size``, ``mem_fraction_static``,
             ``enable_memory_saver``, ``enable_deterministic_inference`` and so on.
-        environment: Added to this process's.
-        host: To listen at.
-        cpu: Without a GPU.
-        weight_version: Of the weights in ``model_path``.
-        ready_seconds: It must serve within.
+        environment: Variables added to the environment of this process.
+        host: Address to listen at.
+        cpu: Whether the server runs without a GPU.
+        weight_version: Version of the weights in ``model_path``.
+        ready_seconds: Seconds from its start within which the server must answer requests.
     """
 
     python: Path
@@ -74,11 +78,11 @@ class ServerSpec:
 
 
 def check_arguments(spec: ServerSpec) -> None:
-    """Compares the names of arguments with the installed SGLang's; takes some seconds.
+    """Checks that the installed SGLang has the given arguments; takes some seconds.
 
     Raises:
-        EngineError: SGLang cannot be imported there.
-        ValueError: names that it does not have, or that we set; all are listed.
+        EngineError: SGLang cannot be imported in its environment.
+        ValueError: SGLang has no argument of a name, or the name is reserved; all such names are listed.
     """
     program = (
         "import argparse, json, sglang.srt.server_args as s\n"
@@ -97,7 +101,7 @@ def check_arguments(spec: ServerSpec) -> None:
     problems = []
     for name, value in spec.arguments.items():
         where = f"rollout.sglang.{name} = {value!r}"
-        if name in _OURS:
+        if name in _RESERVED:
             problems.append(f"{where}: cannot be set here, it follows from other settings")
         elif name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -108,7 +112,7 @@ def check_arguments(spec: ServerSpec) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens at right now."""
+    """Returns a port on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
@@ -144,11 +148,14 @@ def _command(spec: ServerSpec, port: int) -> list[str]:
 
 
 class SglangServer:
-    """One server.
+    """A server process.
 
     Args:
-        spec: How to start it.
-        port: To listen at; None: a free one, which it keeps when it is started again.
+        spec: Settings with which it is started.
+        port: Port to listen at; None for a free one, which it keeps when it is restarted.
+
+    Attributes:
+        starts: Number of times it was started.
     """
 
     def __init__(self, spec: ServerSpec, port: int | None = None) -> None:
@@ -160,12 +167,12 @@ class SglangServer:
 
     @property
     def url(self) -> str:
-        """Where it serves."""
+        """URL of the server."""
         return f"http://{self.spec.host}:{self.port}"
 
     @property
     def process_id(self) -> int | None:
-        """Of its first process; None before it is started."""
+        """Process id of its first process; None before it is started."""
         return self._process.pid if self._process else None
 
     @property
@@ -174,10 +181,10 @@ class SglangServer:
         return self._process is not None and self._process.poll() is None
 
     async def start(self) -> None:
-        """Starts it and waits until it serves; stops what is left of an earlier one first.
+        """Starts the server and waits until it answers requests. Stops what is left of an earlier start first.
 
         Raises:
-            EngineError: it ended, or did not serve in time; with the end of its log.
+            EngineError: it ended, or did not answer within ``ready_seconds``; the message has the end of its log.
         """
         await self.stop()
         self.starts += 1
@@ -196,32 +203,29 @@ class SglangServer:
         except BaseException:
             await self.stop()
             raise
-        self._shared = shared_memory.files_of_session(self._process.pid)  # known, if it ends by itself
+        self._shared = shared_memory.files_of_session(self._process.pid)  # cannot be read any more if it ends by itself
 
     async def _until_ready(self) -> None:
-        headers = _headers(self.spec.arguments.get("api_key"))
         end = time.monotonic() + self.spec.ready_seconds
-        async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=5)) as session:
+        async with ControlClient(self.spec.arguments.get("api_key"), timeout=_READY_TIMEOUT) as control:
             while time.monotonic() < end:
                 if not self.alive:
                     raise EngineError(f"the SGLang server at {self.url} ended while it started:\n{self._log_tail()}")
-                try:
-                    async with session.get(f"{self.url}/health_generate") as answer:
-                        if answer.status == 200:
-                            return
-                except (aiohttp.ClientError, TimeoutError):
-                    pass
-                await asyncio.sleep(0.3)
+                with contextlib.suppress(aiohttp.ClientError, OSError):
+                    status, _ = await control.exchange(f"{self.url}/health_generate", None)
+                    if status == 200:
+                        return
+                await asyncio.sleep(_READY_POLL_SECONDS)
         raise EngineError(
             f"the SGLang server at {self.url} did not serve within {self.spec.ready_seconds:g} s:\n{self._log_tail()}"
         )
 
     def _log_tail(self) -> str:
         lines = self.spec.log.read_text(errors="replace").splitlines()
-        return "\n".join([*lines[-_LOG_TAIL:], f"({self.spec.log})"])
+        return "\n".join([*lines[-_LOG_LINES:], f"({self.spec.log})"])
 
     async def stop(self) -> None:
-        """Ends its whole process group at once; it keeps nothing that could be lost."""
+        """Kills the whole process group; a server holds no state that must be saved."""
         if self._process is None:
             return
         left = self._shared | shared_memory.files_of_session(self._process.pid)
@@ -234,19 +238,15 @@ class SglangServer:
         self._process, self._shared = None, set()
 
 
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
 class ServerPool:
-    """Servers that are started again when they end.
+    """Servers that are restarted when they end.
 
     Args:
-        servers: Not started yet.
-        restarts: How often each may be started again.
-        on_lost: Called with the URL as soon as a server has ended.
-        on_restarted: Called with the URL when it serves again, before anybody else uses it: sends the current weights.
-        interval: Seconds between two looks.
+        servers: Servers that are not started yet.
+        restarts: Most restarts of each server.
+        on_lost: Called with the URL of a server as soon as it has ended.
+        on_restarted: Called with the URL of a server that answers again, before it is used; sends the current weights.
+        interval: Seconds between two checks.
     """
 
     def __init__(
@@ -265,14 +265,15 @@ class ServerPool:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of all servers."""
+        """URLs of all servers."""
         return tuple(server.url for server in self.servers)
 
     async def start(self) -> None:
-        """Starts all servers at a time, and watches them.
+        """Starts all servers in parallel and watches them.
 
         Raises:
-            EngineError: one did not start; all are stopped then.
+            EngineError: a server did not start; all are stopped.
+            ValueError: the installed SGLang does not have an argument.
         """
         check_arguments(self.servers[0].spec)
         results = await asyncio.gather(*(server.start() for server in self.servers), return_exceptions=True)
@@ -288,9 +289,9 @@ class ServerPool:
                 continue
             self.on_lost(server.url)
             if server.starts > self._restarts:
-                logger.error("the SGLang server at %s ended, and was restarted %d times", server.url, self._restarts)
+                logger.error("the SGLang server at %s ended after %d restarts", server.url, self._restarts)
                 return
-            logger.warning("the SGLang server at %s ended; starting it again", server.url)
+            logger.warning("the SGLang server at %s ended and is restarted", server.url)
             try:
                 await server.start()
                 if self.on_restarted is not None:
@@ -300,7 +301,7 @@ class ServerPool:
                 await server.stop()
 
     async def close(self) -> None:
-        """Stops watching, then all servers."""
+        """Ends the checks, then stops all servers."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The actor's weights into engines of this job's own processes."""
+"""Sends the actor's weights to embedded engines in processes of this job."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.weight_sync.senders import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender import ActorWeights
 
 
 class EmbeddedSender:
-    """A :class:`.senders.WeightSender`: from process to process; with several stages, through a directory.
+    """A :class:`.sender.WeightSender` in memory; with several pipeline stages, through a directory.
 
     Args:
-        actor: See :class:`.senders.ActorWeights`.
-        engine: Of this rank; None where it has none.
+        actor: The actor's weights.
+        engine: Engine of this rank, or None.
         leaders: Ranks with an engine.
-        directory: All ranks see it; only used with several stages.
+        directory: Directory that all ranks see; used with several stages only.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class EmbeddedSender:
         self._actor, self._engine, self._leaders, self._directory = actor, engine, tuple(leaders), directory
 
     def send(self, version: int) -> None:
-        """See :class:`.senders.WeightSender`."""
+        """Copies all weights into the engines; see :meth:`.sender.WeightSender.send`."""
         with self._actor.together("updating the embedded engine"):
             if self._actor.stages == 1:
-                self._take(self._streamed(), version)
+                self._update(self._streamed(), version)
         if self._actor.stages == 1:
             return
         target = self._directory / f"version-{version}"
@@ -42,7 +42,7 @@ class EmbeddedSender:
         self._actor.save(target)
         with self._actor.together("updating the embedded engine"):
             if self._engine is not None:
-                self._take(_read(target), version)
+                self._update(_read(target), version)
         with self._actor.together("removing weights that were sent"):
             if self._actor.leads:
                 shutil.rmtree(target)
@@ -51,15 +51,15 @@ class EmbeddedSender:
         for bucket in self._actor.stream(self._leaders):
             yield from ((name, tensor) for name, tensor in bucket if tensor is not None)
 
-    def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """All of them, also where there is no engine: other ranks are in the stream's collectives."""
+    def _update(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Updates the engine; consumes all tensors without one, too, because the stream contains collectives."""
         if self._engine is not None:
             self._engine.update_weights(tensors, version)
         for _ in tensors:
             pass
 
     def close(self) -> None:
-        """See :class:`.senders.WeightSender`: nothing."""
+        """Does nothing: there are no connections."""
 
 
 def _read(directory: Path) -> Iterator[tuple[str, Tensor]]:

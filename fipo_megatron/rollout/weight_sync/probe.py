@@ -1,4 +1,4 @@
-"""Asks the engine for a response to compare with the actor: does it serve the weights that were sent?"""
+"""Checks that the engine serves the weights that were sent: compares the log-probs of a response with the actor's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from fipo_megatron.rollout.engine import EngineError, GenerationRequest, Rollout
 async def sample_probe(
     engine: RolloutEngine, prompt: Prompt, tokens: int, temperature: float, version: int
 ) -> Trajectory:
-    """A response to a prompt, with the engine's log-probs.
+    """Samples a response to a prompt, with the engine's log-probs.
+
+    Args:
+        engine: Engine to check.
+        prompt: Prompt of the response.
+        tokens: Most tokens of the response.
+        temperature: Sampling temperature.
+        version: Version of the weights that the engine must have.
 
     Raises:
-        EngineError: the engine cannot answer, or with other weights.
+        EngineError: the engine cannot answer, or samples with other weights.
     """
     request = GenerationRequest(
         id=f"probe/{version}",
@@ -39,15 +46,15 @@ async def sample_probe(
 
 
 def check_probe(difference: float, version: int, bound: float) -> float:
-    """Stops the run where the engine does not serve the actor's weights.
+    """Checks the difference of engine and actor on the probe, and returns it.
 
     Args:
-        difference: Largest of the engine's and the actor's log-probs of the probe's tokens.
-        version: Of the weights, for the message.
-        bound: Of the difference.
+        difference: Largest absolute difference of the engine's and the actor's log-probs of the probe's tokens.
+        version: Version of the weights, for the message.
+        bound: Largest difference that is accepted.
 
     Raises:
-        EngineError: it is above ``bound``, or not a number.
+        EngineError: the difference is above ``bound``, or not a number.
     """
     if not difference <= bound:
         raise EngineError(

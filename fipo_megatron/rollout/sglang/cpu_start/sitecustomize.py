@@ -1,11 +1,11 @@
-"""Lets SGLang 0.5.23 start on a machine without CUDA; Python imports it where this directory is on PYTHONPATH.
+"""Lets SGLang 0.5.23 start on a machine without CUDA. Python imports this module if its directory is on PYTHONPATH.
 
-SGLang's sources stay unmodified. Two of its imports fail without a GPU, and both are given what they ask for:
+SGLang's sources stay unmodified. Two of its imports fail without a GPU, and this module makes both succeed:
 
-- ``torchvision`` from the registry is built for CUDA, its operators do not load beside a CPU build of torch, and
-  registering their shapes fails because nobody has declared them. They are declared here, and never called.
-- ``triton`` has no build for machines without a GPU driver. SGLang carries stand-ins for it, which it installs on macOS
-  only; they are installed here, too.
+- ``torchvision`` from the registry is built for CUDA. Its operators do not load beside a CPU build of torch, and
+  registering their shapes fails because they are not declared. They are declared here; they are never called.
+- ``triton`` has no build for machines without a GPU driver. SGLang has stand-ins for it, which it installs on macOS
+  only; they are installed here as well.
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ class _DeclareVisionOperators(importlib.abc.MetaPathFinder):
 
 
 class _TritonModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers every import below ``triton`` with a stand-in of SGLang's own."""
+    """Resolves every import below ``triton`` to one of SGLang's stand-ins."""
 
     def __init__(self, stubs):
         self.stubs = stubs

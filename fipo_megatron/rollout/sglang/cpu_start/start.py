@@ -1,6 +1,7 @@
-"""Starts SGLang as its own environment's Python: ``python start.py PARENT MODULE ARGUMENTS``.
+"""Starts a module of SGLang in its environment: ``python start.py PARENT MODULE ARGUMENTS``.
 
-Asks the kernel to end it when the process that started it is gone, however that ended; SGLang's children do the same.
+The kernel kills the process when the process that started it, PARENT, has ended for any reason; SGLang's children do
+the same.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Stands for SGLang's CUDA kernels: its CPU path imports some by name, and calls none when it serves plainly."""
+"""A stand-in for SGLang's CUDA kernels: its CPU path imports some by name, and calls none in plain serving."""
 
 
 def __getattr__(name):

@@ -1,0 +1,174 @@
+"""Requests to ``/generate`` of SGLang servers: each gets exactly one answer, whatever happens to servers meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, RequestError, check_request
+from fipo_megatron.rollout.sglang.control import UNAUTHORISED, ControlClient
+from fipo_megatron.rollout.sglang.responses import MalformedAnswerError, error_text, parse_generation
+from fipo_megatron.rollout.sglang.worker_pool import Worker, WorkerPool
+
+_ABORT_AGAIN_SECONDS = 0.05
+
+
+class _WorkerLostError(Exception):
+    """The request must be restarted on another worker."""
+
+
+class GenerationRequests:
+    """Sends requests to the workers of a pool. A request whose worker is lost is restarted from its beginning.
+
+    Args:
+        pool: The workers.
+        control: Client for the requests.
+        context: Tokens that a prompt and its response may have together.
+        vocab: Vocabulary size; a server would end with a token id that is not below it.
+        retry_seconds: Most seconds between two attempts through a router.
+        deterministic: Whether seeds are sent, for servers with deterministic inference.
+
+    Attributes:
+        in_flight: Id of the current attempt of each request that has not ended; empty before its first attempt.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        control: ControlClient,
+        *,
+        context: int,
+        vocab: int,
+        retry_seconds: float,
+        deterministic: bool,
+    ) -> None:
+        self._pool, self._control = pool, control
+        self._context, self._vocab, self._deterministic = context, vocab, deterministic
+        self._retry_seconds = min(1.0, retry_seconds)
+        self.in_flight: dict[str, str] = {}
+        self._aborted: set[str] = set()
+        self._attempts = 0
+        self._parsing = asyncio.Lock()
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Samples one response; see :meth:`.engine.RolloutEngine.generate`."""
+        check_request(request, self._context, self._vocab)
+        self.in_flight[request.id] = ""
+        worker: Worker | None = None
+        failing_since = time.monotonic()
+        try:
+            while True:
+                worker = await self._pool.assign(request.group, worker)
+                async with worker.slots:
+                    if request.id in self._aborted:
+                        return _nothing_sampled()
+                    if not worker.alive:
+                        continue
+                    began = time.monotonic()
+                    try:
+                        return await self._attempt(worker, request)
+                    except _WorkerLostError as error:
+                        lost = error
+                if worker is not self._pool.router:
+                    self._pool.lose(worker.url, str(lost))
+                    continue
+                if time.monotonic() - began > self._pool.patience_seconds:
+                    failing_since = time.monotonic()
+                await self._wait_for_router(worker, request, lost, failing_since)
+        finally:
+            del self.in_flight[request.id]
+            self._aborted.discard(request.id)
+            self._pool.release(request.group)
+
+    async def _wait_for_router(
+        self, router: Worker, request: GenerationRequest, lost: _WorkerLostError, failing_since: float
+    ) -> None:
+        """Waits before a request is sent through the router again, which may take a dead worker for alive.
+
+        Raises:
+            EngineError: the request has failed for longer than the pool's patience.
+        """
+        patience = self._pool.patience_seconds
+        if time.monotonic() - failing_since > patience:
+            raise EngineError(
+                f"the router {router.url} did not serve request {request.id} within {patience:g} s: {lost}"
+            )
+        await asyncio.sleep(self._retry_seconds)
+
+    async def _attempt(self, worker: Worker, request: GenerationRequest) -> Generation:
+        """Sends a request once; ends at once if the worker is lost."""
+        self._attempts += 1
+        attempt = self.in_flight[request.id] = f"{request.id}~{self._attempts}"
+        task = worker.tasks[request.id] = asyncio.create_task(self._post(worker, request, attempt))
+        try:
+            await asyncio.wait({task})
+        finally:
+            worker.tasks.pop(request.id, None)
+            if not task.done():
+                task.cancel()
+        if task.cancelled():
+            worker.abandoned.add(attempt)
+            raise _WorkerLostError(worker.lost_because)
+        return task.result()
+
+    async def _post(self, worker: Worker, request: GenerationRequest, attempt: str) -> Generation:
+        try:
+            status, body = await self._control.exchange(worker.url + "/generate", self._payload(request, attempt))
+        except (aiohttp.ClientError, OSError) as error:
+            raise _WorkerLostError(f"{type(error).__name__}: {error}") from error
+        if status in UNAUTHORISED:
+            raise EngineError(f"{worker.url}: unauthorised: give the server's API key")
+        if 400 <= status < 500:
+            raise RequestError(f"request {request.id}: {worker.url} refused it: {error_text(body)}")
+        if status != 200:
+            raise _WorkerLostError(f"HTTP status {status}: {error_text(body)}")
+        try:
+            async with self._parsing:
+                await asyncio.sleep(0)  # many answers come at once; other tasks run between two of them
+                return parse_generation(body)
+        except MalformedAnswerError as error:
+            raise _WorkerLostError(str(error)) from error
+
+    def _payload(self, request: GenerationRequest, attempt: str) -> dict[str, Any]:
+        sampling = request.sampling
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            # SGLang would ignore the given stop tokens, too; with them it also stops at the model's own.
+            "ignore_eos": not sampling.stop_token_ids,
+        }
+        if self._deterministic:
+            parameters["sampling_seed"] = request.seed % (1 << 31)
+        return {
+            "rid": attempt,  # not the request's id: a server may still sample an earlier attempt
+            "input_ids": request.tokens.tolist(),
+            "return_logprob": True,
+            "sampling_params": parameters,
+        }
+
+    async def abort(self, ids: Collection[str] | None = None) -> None:
+        """Ends these requests, or all; see :meth:`.engine.RolloutEngine.abort`."""
+        wanted = {*self.in_flight} if ids is None else self.in_flight.keys() & {*ids}
+        self._aborted |= wanted
+        # A server ignores the abort of a request that reaches it later, so it is repeated until all have ended.
+        while calls := [
+            self._control.post(worker.url, "/abort_request", {"rid": self.in_flight[id_]})
+            for worker in self._pool.alive
+            for id_ in wanted & (self._pool.router or worker).tasks.keys()
+        ]:
+            await asyncio.gather(*calls)
+            if self._pool.paused:
+                return
+            await asyncio.sleep(_ABORT_AGAIN_SECONDS)
+
+
+def _nothing_sampled() -> Generation:
+    """Returns the result of a request that was aborted before its first attempt."""
+    return Generation(np.empty(0, np.int32), np.empty(0, np.float32), (), "abort")
