@@ -55,10 +55,14 @@ def check_module(layout):
     assert largest_error([mixed.grad], [torch.cat(expected[1:], dim=1)]) <= 1e-5
 
 
-if __name__ == "__main__":
+def main() -> None:
     dist.init_process_group("gloo")
     of_this_rank = CpLayout(dist.get_world_size(), dist.get_rank())
     check_attention(of_this_rank)
     check_module(of_this_rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

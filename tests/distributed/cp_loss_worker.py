@@ -78,10 +78,14 @@ def check_layout_is_megatrons(rank, size):
     assert CpLayout(size, rank).slice(whole.numpy(), [0, len(whole)]).tolist() == theirs.tolist()
 
 
-if __name__ == "__main__":
+def main() -> None:
     dist.init_process_group("gloo")
     check_loss(dist.get_rank(), dist.get_world_size())
     check_nan_survives_the_merge(dist.get_rank(), dist.get_world_size())
     check_layout_is_megatrons(dist.get_rank(), dist.get_world_size())
     dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

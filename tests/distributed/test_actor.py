@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 @pytest.mark.distributed
 def test_skips_and_fillers_on_two_ranks():
-    assert "CP2" in torchrun("tests.distributed.actor_worker", 2)
+    assert "CP2" in on_ranks("tests.distributed.actor_worker", 2)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.mutations import SHOWS_IN
 
 WORKER = "tests.distributed.layout_matrix_worker"
@@ -29,7 +29,7 @@ BOUNDS_BF16 = {"log_probs": 0.15, "loss": 0.01, "gradient": 0.1, "grad_norm": 0.
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def cases(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix") / "results.json"
-    torchrun(WORKER, request.param, str(out))
+    on_ranks(WORKER, request.param, str(out))
     return json.loads(out.read_text())
 
 
@@ -54,7 +54,7 @@ def test_every_layout_equals_the_reference(cases):
 @pytest.mark.parametrize("fault", SHOWS_IN)
 def test_faults_are_noticed(fault, tmp_path):
     out = tmp_path / "results.json"
-    torchrun(WORKER, 2, str(out), fault)
+    on_ranks(WORKER, 2, str(out), fault)
     (case,) = json.loads(out.read_text())
     assert case["log_probs"] <= BOUNDS["log_probs"], "only the loss is at fault"
     assert case["gradient"] > 100 * BOUNDS["gradient"]

@@ -10,7 +10,7 @@ from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.sampler import Sampler
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from tests.actor.models import random_model
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.rollout_worker import SETTINGS, Prompts, describe, score
 
 pytestmark = pytest.mark.distributed
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(path, tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
-    torchrun("tests.distributed.rollout_worker", 2, str(path), str(directory))
+    on_ranks("tests.distributed.rollout_worker", 2, str(path), str(directory))
     return {
         name: [json.loads((directory / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("DP2", "TP2")

@@ -17,7 +17,7 @@ from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.config import load_config
 from fipo_megatron.observe.metrics import OF_DATA_SETS
 from fipo_megatron.trainer.training_inputs import InputError, read_training_inputs
-from tests import test_train
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
@@ -59,7 +59,7 @@ def trained(data, tmp_path_factory):
     """Two steps, evaluated before, between and after."""
     output = tmp_path_factory.mktemp("runs") / "run"
     evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "checkpoint.save_every=1"]
-    test_train.train(data, output, *evaluating)
+    runs.train(data, output, *evaluating)
     return output
 
 
