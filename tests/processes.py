@@ -20,7 +20,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ("tests.processes", "fipo_megatron.train", "fipo_megatron.trainer.trainer", "transformers", "hypothesis")
+PRELOADED = (
+    *("tests.processes", "fipo_megatron.train", "fipo_megatron.trainer.trainer"),
+    "transformers.models.qwen2.modeling_qwen2",
+)
 GRACE_SECONDS = 5.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -49,25 +52,25 @@ def run_ranks(
 ) -> Finished:
     """Calls ``module.main(*arguments)`` on every rank; an integer that it returns is the exit code.
 
-    The environment is that of this process, torchrun's variables if there are several ranks, and ``environment``. The
-    ranks use a store that this process serves, as they use that of torchrun's agent: no port has to be guessed.
+    The environment is that of this process, torchrun's variables unless ``ranks`` is None, which is one process alone,
+    and ``environment``. The ranks use a store that this process serves, as torchrun's agent does: no port is guessed.
 
     Raises:
         TimeoutError: a rank has not ended in time; all are killed.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         log.touch()
         processes = []
-        for rank in range(ranks):
+        for rank in range(ranks or 1):
             variables = os.environ | {"OMP_NUM_THREADS": "1"} | (_launch(rank, ranks, store.port) if store else {})
             start = (module, arguments, variables | (environment or {}), str(log))
             processes.append(_CONTEXT.Process(target=_rank, args=start))
         code = _run(processes, time.monotonic() + timeout)
         output = log.read_text(errors="replace")
     if code is None:
-        raise TimeoutError(f"{module} on {ranks} ranks: not done after {timeout} s\n{output[-6000:]}")
+        raise TimeoutError(f"{module} on {ranks or 1} ranks: not done after {timeout} s\n{output[-6000:]}")
     return Finished(code, output)
 
 

@@ -32,7 +32,7 @@ def command(data, output, *overrides, ranks=1):
     return [sys.executable, *launcher, "-m", "fipo_megatron.train", *arguments(data, output, *overrides)]
 
 
-def train(data, output, *overrides, ranks=1, fail_at="", code=0, environment=None):
+def train(data, output, *overrides, ranks=None, fail_at="", code=0, environment=None):
     """Trains in forked ranks; returns what they print, and checks the exit code."""
     variables = {"FIPO_FAIL_AT": fail_at, **(environment or {})}
     done = run_ranks("fipo_megatron.train", arguments(data, output, *overrides), ranks=ranks, environment=variables)

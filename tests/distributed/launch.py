@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+from tests.distributed import layout_cases
 from tests.processes import ROOT, run_ranks
 
 
-def on_ranks(module: str, ranks: int, *arguments: str, timeout: float = 500) -> str:
-    """Calls ``module.main(*arguments)`` on forked ranks and returns what they print; fails if any rank fails."""
-    done = run_ranks(module, *arguments, ranks=ranks, timeout=timeout)
+def on_ranks(module: str, ranks: int, *arguments: str, references: Path | None = None, timeout: float = 500) -> str:
+    """Calls ``module.main(*arguments)`` on forked ranks and returns what they print; fails if any rank fails.
+
+    ``references`` is the directory of ``layout_cases.write_references``; without it, a rank computes what it needs.
+    """
+    environment = {layout_cases.DIRECTORY: str(references)} if references else {}
+    done = run_ranks(module, *arguments, ranks=ranks, environment=environment, timeout=timeout)
     assert done.code == 0, done.output[-6000:]
     return done.output
 

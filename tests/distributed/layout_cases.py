@@ -10,6 +10,9 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +92,6 @@ class Expected:
         denominator: Tokens in the loss.
         gradients: By transformers name.
         grad_norm: Before clipping.
-        updated: Weights after steps of an optimizer, by optimizer and transformers name.
     """
 
     log_probs: list[Tensor]
@@ -98,7 +100,6 @@ class Expected:
     denominator: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     grad_norm: float = 0.0
-    updated: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def make_expected(model: torch.nn.Module) -> Expected:
@@ -170,3 +171,46 @@ def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dic
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@dataclass
+class Reference:
+    """A model and what is expected of every layout.
+
+    Attributes:
+        config: Its Hugging Face configuration, with ``architectures``.
+        start: Weights by transformers name, float32.
+        expected: Log-probs, loss and gradients.
+        updated: Weights after the steps of each optimizer, by transformers name.
+    """
+
+    config: dict[str, Any]
+    start: dict[str, Tensor]
+    expected: Expected
+    updated: dict[str, dict[str, Tensor]]
+
+
+DIRECTORY = "FIPO_TEST_REFERENCES"
+"""Variable of the environment with the directory of :func:`write_references`."""
+
+
+@cache
+def reference_of(name: str) -> Reference:
+    """Returns the reference of an architecture from the directory that the environment names, else computes it."""
+    if directory := os.environ.get(DIRECTORY):
+        found: Reference = torch.load(Path(directory) / f"{name}.pt", weights_only=False)
+        return found
+    model = build_transformers_model(name)
+    expected = make_expected(model)
+    return Reference(
+        config=model.config.to_dict() | {"architectures": [type(model).__name__]},
+        start=model.state_dict(),
+        expected=expected,
+        updated={kind: optimizer_steps(name, expected.trajectories, kind) for kind in OPTIMIZERS},
+    )
+
+
+def write_references(directory: Path) -> None:
+    """Computes the references of all architectures once, for jobs of several ranks."""
+    for name in ARCHITECTURES:
+        torch.save(reference_of(name), directory / f"{name}.pt")

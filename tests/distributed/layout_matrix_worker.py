@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +73,14 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ..
 }
 
 
-@cache
-def expected_of(architecture: str) -> layout_cases.Expected:
-    return layout_cases.make_expected(layout_cases.build_transformers_model(architecture))
-
-
-@cache
-def updated(architecture: str, kind: str) -> dict[str, torch.Tensor]:
-    return layout_cases.optimizer_steps(architecture, expected_of(architecture).trajectories, kind)
-
-
 class Case:
     """One architecture in one layout."""
 
     def __init__(self, architecture: str, sizes: dict[str, Any], changes: dict[str, Any], kind: str) -> None:
-        model = layout_cases.build_transformers_model(architecture)
-        self.name, self.expected = architecture, expected_of(architecture)
-        self.architecture = Architecture.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
-        self.start = model.state_dict()
+        reference = layout_cases.reference_of(architecture)
+        self.name = architecture
+        self.expected, self.updated, self.start = reference.expected, reference.updated, reference.start
+        self.architecture = Architecture.from_hf(reference.config)
         settings = {
             "parallel": ParallelConfig(**sizes),
             "dtype": "float32",
@@ -243,7 +232,7 @@ def run_updates(case: Case, kind: str, result: dict[str, Any]) -> None:
     assert not any(m.skipped for m in metrics)
     result["grad_norm"] = abs(metrics[0].grad_norm - case.expected.grad_norm) / case.expected.grad_norm
     named = [(n, p.detach()) for n, p in case.named_parameters()]
-    _, result[f"update_{kind}"] = case.distance(named, updated(case.name, kind), case.start)
+    _, result[f"update_{kind}"] = case.distance(named, case.updated[kind], case.start)
 
 
 def over_ranks(value: float, choose: Any) -> float:

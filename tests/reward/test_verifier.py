@@ -79,6 +79,7 @@ def test_what_a_verifier_does_costs_one_answer(tmp_path):
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.slow
 def test_hostile_answers():
     """None hangs, none executes anything, memory stays bounded, and a right answer among them is still right."""
     Path(hostile.MARK).unlink(missing_ok=True)
