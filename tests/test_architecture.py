@@ -191,7 +191,7 @@ def similar_names(modules: Modules) -> list[tuple[str, str]]:
 
 
 def differ_by_at_most_one(one: str, other: str) -> bool:
-    """Whether one letter added, removed or replaced makes the words equal."""
+    """Returns whether one letter added, removed or replaced makes the words equal."""
     short, long = sorted((one, other), key=len)
     if len(long) - len(short) > 1:
         return False

@@ -1,4 +1,4 @@
-"""What transformers and a loop make of the layout cases, computed once for all jobs."""
+"""Reference results of the layout cases, computed once for all jobs."""
 
 import pytest
 

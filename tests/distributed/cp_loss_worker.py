@@ -22,7 +22,7 @@ CONFIGS = [
 
 
 def micro_batch(seed, size):
-    """The inputs of all ranks for one packed micro-batch; seeds 3 and up end in short responses: empty shards."""
+    """Returns the inputs of all ranks for one packed micro-batch; from seed 3 on, some shards are empty."""
     batch = random_batch(seed, size=4, longest=80 if seed < 3 else 2)
     packed = pack([trajectory for trajectory, _ in batch], CpLayout(size))
     total = int(packed.cu_seqlens[-1])
@@ -60,7 +60,7 @@ def check_loss(rank, size):
 
 
 def check_nan_survives_the_merge(rank, size):
-    """Whichever rank has it: a maximum over ranks must not come out clean."""
+    """Checks that a NaN on any rank is in the maximum over ranks."""
     for poisoned in range(size):
         inputs = micro_batch(0, size)[rank]
         if rank == poisoned:

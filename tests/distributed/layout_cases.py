@@ -1,4 +1,4 @@
-"""The data and the models of the layout matrix, and what transformers and a loop make of them.
+"""Data and models of the layout matrix, with the reference results of transformers and a loop.
 
 The reference shares nothing with the actor: transformers computes the log-probs one response at a time, the loop of
 tests/algorithm/reference.py the gradient of the loss with respect to them, autograd the rest, torch the
@@ -66,7 +66,7 @@ ARCHITECTURES = {
 
 
 def build_transformers_model(name: str) -> torch.nn.Module:
-    """A tiny random model in float32, the same on every rank, with norms and biases that are not trivial."""
+    """Returns a tiny random model in float32, the same on every rank, with non-trivial norms and biases."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -83,15 +83,15 @@ def build_transformers_model(name: str) -> torch.nn.Module:
 
 @dataclass
 class Expected:
-    """What a layout must reproduce.
+    """Results that a layout must reproduce.
 
     Attributes:
-        log_probs: Of each response's tokens, ``[R]`` float64.
+        log_probs: Log-probs of the tokens of each response, ``[R]`` float64.
         trajectories: The responses, with the *old* log-probs of the loss as ``behaviour_log_probs``.
-        loss: Of the mini-batch.
-        denominator: Tokens in the loss.
-        gradients: By transformers name.
-        grad_norm: Before clipping.
+        loss: Loss of the mini-batch.
+        denominator: Number of tokens in the loss.
+        gradients: Gradients by transformers name.
+        grad_norm: Norm of the gradient before clipping.
     """
 
     log_probs: list[Tensor]
@@ -103,7 +103,7 @@ class Expected:
 
 
 def make_expected(model: torch.nn.Module) -> Expected:
-    """Responses and old log-probs around the model's own, with the loss and gradient of the first step, in float64."""
+    """Draws responses, and old log-probs near the model's; computes loss and gradient of the first step in float64."""
     model = copy.deepcopy(model).double()
     rng = np.random.default_rng(5)
     texts = [(rng.integers(0, VOCAB, p), rng.integers(0, VOCAB, r)) for p, r in LENGTHS]
@@ -129,7 +129,7 @@ def make_expected(model: torch.nn.Module) -> Expected:
 
 
 def response_log_probs(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    """log π of each response token, ``[R]``, from one unpadded sequence, in the dtype of the model."""
+    """Returns log π of each response token, ``[R]``, from one unpadded sequence, in the dtype of the model."""
     tokens = torch.from_numpy(np.concatenate([prompt, response])).long()
     logits = model(tokens[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
@@ -157,7 +157,7 @@ def backward(
 
 
 def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dict[str, Tensor]:
-    """Weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
+    """Returns the weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
     model, settings = build_transformers_model(name).double(), OPTIMIZERS[kind]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -175,12 +175,12 @@ def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dic
 
 @dataclass
 class Reference:
-    """A model and what is expected of every layout.
+    """A model with the results that every layout must reproduce.
 
     Attributes:
         config: Its Hugging Face configuration, with ``architectures``.
         start: Weights by transformers name, float32.
-        expected: Log-probs, loss and gradients.
+        expected: Log-probs, loss and gradients of the first step.
         updated: Weights after the steps of each optimizer, by transformers name.
     """
 
@@ -191,7 +191,7 @@ class Reference:
 
 
 DIRECTORY = "FIPO_TEST_REFERENCES"
-"""Variable of the environment with the directory of :func:`write_references`."""
+"""Environment variable with the directory of :func:`write_references`."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What only several ranks can show of the actor, on two gloo ranks."""
+"""Actor behaviour that needs several ranks, on two gloo ranks."""
 
 import pytest
 

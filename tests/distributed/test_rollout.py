@@ -1,4 +1,4 @@
-"""Leaders share the prompts of a step: the same groups as one leader alone, tokens only where they are trained on."""
+"""Leaders share the prompts of a step. The groups are those of one leader; tokens go to ranks that train on them."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def results(path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(path):
-    """Two steps of one leader: what the others must find, too."""
+    """Two steps of one leader, which several leaders must reproduce."""
 
     async def run():
         sampler, prompts = Sampler(EmbeddedEngine(path), SETTINGS, score, StoreCoordinator(HashStore(), 0)), Prompts()

@@ -1,4 +1,4 @@
-"""What the actor learns reaches the embedded engine from every layout: the engine's log-probs are the actor's."""
+"""The embedded engine follows the actor in every layout: its log-probs are those of the actor."""
 
 import json
 

@@ -15,16 +15,17 @@ _CAMEL_CASE = re.compile(r"(?:[A-Z][a-z0-9]+){2,}|[A-Z]+[a-z]\w*[A-Z]\w*")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _FILES = ("html", "json", "jsonl", "md", "parquet", "png", "py", "safetensors", "toml", "txt", "yaml")
 _BASES = ("Protocol", "object", "ABC", "NamedTuple", "Generic", "Enum")
-"""Bases from elsewhere without members that a page would name."""
+"""Bases of other packages without members that a page would name."""
 
 
 @dataclass
 class Names:
-    """What a name of the package may be followed by.
+    """Members by name of a module or class.
 
     Attributes:
         modules: Top-level names and submodules, by name of the module without and with its packages.
-        classes: Members by class: methods, fields and attributes that a method sets; None if a base is from elsewhere.
+        classes: Members by class: methods, fields and attributes that a method sets; None if a base is of another
+            package.
         callables: Names of functions, classes and methods.
     """
 

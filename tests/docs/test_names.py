@@ -1,4 +1,4 @@
-"""What the documentation names exists: keys, tags, files, modules, make targets, classes, functions and members."""
+"""Names in the documentation exist: keys, tags, files, modules, make targets, classes, functions and members."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from tests.docs.pages import PAGES, ROOT, blocks, spans
 KEYS = frozenset(keys())
 SECTIONS = tuple(entry.name for entry in fields(Config) if is_dataclass(entry.default_factory))
 PASSED_ON = ("actor.transformer", "actor.ddp", "actor.megatron_optimizer", "rollout.sglang")
-"""Whatever is below these goes to other packages by name."""
+"""Keys below these are passed to other packages by name."""
 TAGS = tuple(re.sub(r"\{\w+\}", "*", metric.tag) for metric in (*metrics.METRICS, *metrics.HISTOGRAMS, *metrics.TEXTS))
 
 ALLOWED = {
@@ -24,19 +24,19 @@ ALLOWED = {
     "actor.offloaded()": "a method of MegatronActor",
     "actor.skipped_steps": "an attribute of MegatronActor",
 }
-"""What looks like a key and is none, and why. An entry that nothing needs fails a test."""
+"""Names that look like a key and are none, with the reason. An entry that nothing needs fails a test."""
 
 FILES = frozenset(path.name for top in ("fipo_megatron", "tests") for path in (ROOT / top).rglob("*.py"))
-"""A name without a directory may be that of any of these."""
+"""Files that a page may name without their directory."""
 
 OF_USERS = {
     *("build/", "checkpoints/", "rollouts/", "rollout/", "hf/", "tensorboard/", "trajectories/", "evaluations/"),
     *("data/aime-2024.parquet", "data/aime-2025.parquet", "evaluation/DATA_SET/"),
 }
-"""What a run writes, and what a user brings."""
+"""Files that a run writes or that a user has."""
 
 WITHOUT_PATHS = {"upstream.md": "files of Megatron-Core", "decisions.md": "files that a design had"}
-"""Pages whose paths are not ours."""
+"""Pages with paths of other repositories."""
 
 NAMES = Names.read(ROOT / "fipo_megatron")
 
@@ -58,7 +58,7 @@ _TARGET = re.compile(r"(?<![\w-])make ([a-z][a-z-]+)")
 
 
 def names_of(page):
-    """What stands in backticks, and the overrides and commands of fenced blocks."""
+    """Returns the code spans, and the overrides and commands of fenced blocks."""
     found = spans(page)
     for block in blocks(page):
         found += re.findall(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.[\w.]+(?==)", block.text)
@@ -70,7 +70,7 @@ def is_key(name):
 
 
 def unknown_keys(names):
-    """Those that are neither keys nor allowed; `key=value` and `key = value` are read as well."""
+    """Returns the names that are neither keys nor allowed; reads `key=value` and `key = value` as well."""
     found = [re.split(r" ?[=≥≤<>] ?", word)[0] for name in names for word in name.split(" key=")[0].split()]
     candidates = [name for name in found if _KEY.fullmatch(name) and not name.endswith((".py", ".md", ".jsonl"))]
     return [name for name in candidates if not is_key(name) and name not in ALLOWED]
@@ -87,7 +87,7 @@ def unknown_tags(names):
 
 
 def unknown_paths(names):
-    """Files of the repository or, as `actor/fp8.py`, of the package."""
+    """Returns paths that are neither files of the repository nor, as `actor/fp8.py`, of the package."""
     roots = (ROOT, ROOT / "fipo_megatron", ROOT / "docs")
     tops = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     candidates = [name for name in names if _PATH.fullmatch(name) and not _TAG.fullmatch(name)]

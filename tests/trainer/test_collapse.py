@@ -22,8 +22,8 @@ ROLL_BACK = [
 ]
 
 
-def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data, tmp_path):
-    """Every window of three steps is taken for collapsed. The first three are not looked at."""
+def test_a_collapsed_run_rolls_back_then_ends_also_if_killed_between(data, tmp_path):
+    """Every window of three steps counts as collapsed; the alarm is off for the first three steps."""
     for name, fail_at in (("whole", ""), ("killed", "update:4")):
         output = tmp_path / name
         output.mkdir()
@@ -58,8 +58,8 @@ def test_a_collapsed_run_returns_then_ends_and_a_kill_does_not_change_that(data,
     assert rates[3] == pytest.approx(rates[2] * 0.5 * 8 / 6), "in the warm-up, at half the rate"
 
 
-def test_a_run_returns_again_though_the_window_reaches_back_before_the_first_return(data, tmp_path):
-    """Six sound steps, then a learning rate that no policy bears."""
+def test_a_second_roll_back_may_have_a_window_from_before_the_first(data, tmp_path):
+    """Six healthy steps, then a learning rate that is too large for any policy."""
     output = tmp_path / "run"
     sound = [
         "checkpoint.save_every=1",
@@ -78,7 +78,7 @@ def test_a_run_returns_again_though_the_window_reaches_back_before_the_first_ret
     assert "step-000005" in names, "where it will return to, if it may"
 
 
-def test_a_run_that_cannot_return_says_so(data, tmp_path):
+def test_a_run_without_an_earlier_checkpoint_cannot_roll_back(data, tmp_path):
     settings = ["run.steps=3", "health.policy_kl_limit=0", "health.action=roll_back"]
     said = train(data, tmp_path / "run", *settings, code=3)
     assert "It cannot return: there is no whole checkpoint of step 0 or before" in said

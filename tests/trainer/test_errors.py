@@ -119,8 +119,8 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(data,
 
 
 @pytest.mark.distributed
-def test_a_step_that_cannot_be_finished_is_saved_as_far_as_it_was_sampled(data, tmp_path):
-    """No group is kept: the error says so, and the prompts that were used up are not given again."""
+def test_an_exhausted_step_is_saved_as_far_as_it_was_sampled(data, tmp_path):
+    """No group is kept: the error says so, and the run is saved with its metrics up to the step before."""
     hopeless = ["reward.verifier=exact", "rollout.on_exhausted=error", "rollout.max_generation_batches=2"]
     train(data, tmp_path / "run", "run.steps=2")
     said = train(data, tmp_path / "run", *hopeless, "run.steps=4", "algorithm.kind=dapo", code=1)

@@ -18,7 +18,7 @@ ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """As in conftest.py, with few held-out problems."""
+    """The data of conftest.py with few held-out problems."""
     directory = tmp_path_factory.mktemp("data")
     task.build(directory, seed=1)
     held_out = directory / "held_out.jsonl"
@@ -50,13 +50,13 @@ def documented(entries):
     return {entry.tag.replace("{data_set}", "held_out") for entry in entries if entry.when not in ABSENT}
 
 
-def test_every_documented_tag_is_there_and_no_other(events):
+def test_the_tags_are_the_documented_ones(events):
     assert set(events.Tags()["scalars"]) == documented(registry.METRICS)
     assert set(events.Tags()["histograms"]) == documented(registry.HISTOGRAMS)
     assert set(events.Tags()["tensors"]) == {f"{tag}/text_summary" for tag in documented(registry.TEXTS)}
 
 
-def test_files_say_the_same_as_tensorboard(run, events):
+def test_files_hold_the_values_of_tensorboard(run, events):
     seen = 0
     for name in ("metrics", "evaluation", "timing"):
         for row in rows(run / f"{name}.jsonl"):
@@ -68,14 +68,14 @@ def test_files_say_the_same_as_tensorboard(run, events):
     assert seen == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
 
 
-def test_parts_of_a_step_add_up(run):
+def test_the_parts_of_a_step_add_up(run):
     for row in rows(run / "timing.jsonl"):
         parts = [value for tag, value in row.items() if tag.startswith("time/")]
         whole = row["time/step"]
         assert sum(parts) - whole - row["time/reward"] == pytest.approx(whole, abs=1e-3)
 
 
-def test_the_configuration_is_written_down(run, data):
+def test_the_configuration_is_written(run, data):
     described = yaml.safe_load((run / "config.yaml").read_text())
     assert described["model"]["path"] == f"{data}/model"
     assert described["observe"]["trajectory_tokens"] is True

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 def test_a_step_without_a_token_in_the_loss_skips_its_updates(data, tmp_path):
-    """All responses are truncated, and truncated responses are masked."""
+    """Truncates all responses and masks truncated ones."""
     truncated = ["algorithm.mask_truncated=true", "rollout.max_response_tokens=1"]
     train(data, tmp_path / "run", "run.steps=2", *truncated)
     assert [row["optimizer/skipped_updates"] for row in metrics(tmp_path / "run")] == [2, 2]
