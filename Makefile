@@ -8,10 +8,15 @@ RUN := $(VENV)/bin/python
 # Where CUDA is, torch often comes with the machine and the rest by PYTHONPATH: no virtual environment of ours.
 GPU_PYTHON ?= python3
 
+# Processes of `make test`.
+WORKERS ?= 2
+# Markers of the tests that need more than this environment.
+ELSEWHERE := pretrained or sglang or browser
+
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
+.PHONY: help setup quickstart test test-fast test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -34,8 +39,13 @@ $(SGLANG_VENV)/.ready: constraints/sglang-cpu.txt
 quickstart: setup ## Trains a tiny model with FIPO: two minutes, no GPU, no download
 	$(RUN) -m examples.quickstart
 
+# One process; no ranks and no other programs that import torch.
+test-fast: setup ## The tests of one process, for every change: two minutes
+	$(RUN) -m pytest -m "not ($(ELSEWHERE) or gpu or distributed or processes or slow)"
+
+# By file, in two workers: most tests keep one core busy.
 test: setup ## All tests that need nothing but this environment
-	$(RUN) -m pytest -m "not pretrained and not sglang and not browser"
+	$(RUN) -m pytest -m "not ($(ELSEWHERE))" -n $(WORKERS) --dist loadfile
 
 test-sglang: setup sglang-env ## Against real SGLang servers on this machine
 	$(RUN) -m pytest -m sglang

@@ -1,4 +1,4 @@
-"""A verifier that a model with random weights satisfies half of the time."""
+"""A verifier that accepts half of the responses of a model with random weights."""
 
 import zlib
 

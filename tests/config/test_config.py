@@ -314,6 +314,7 @@ def test_start_up_notices(overrides, expected):
     assert all(part in notice for part, notice in zip(expected, found, strict=True))
 
 
+@pytest.mark.processes
 def test_command_prints_a_configuration_that_loads_to_the_same(tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "fipo_megatron.config", *arguments]

@@ -1,4 +1,4 @@
-"""What only several ranks can show of the actor: steps that all skip together, and micro-batches that hold nothing."""
+"""Actor behaviour that needs several ranks: steps that all ranks skip together, and empty micro-batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def check_all_skip_together(case: Case) -> None:
-    """One rank has an infinite gradient: no rank changes a weight, every rank says why, and the next step works."""
+    """Gives one rank an infinite gradient: no rank changes a weight, all report the reason, the next step works."""
     actor, trajectories = case.actor, case.expected.trajectories
     before = [p.detach().clone() for p in actor._parameters()]
     hook = None
@@ -45,7 +45,7 @@ def check_all_skip_together(case: Case) -> None:
 
 
 def check_fillers(case: Case, members: list[int]) -> None:
-    """Fewer trajectories than ranks or pipeline slots: fillers change neither the loss nor the gradient."""
+    """Trains on fewer trajectories than ranks or pipeline slots: fillers change neither loss nor gradient."""
     model = layout_cases.build_transformers_model(case.name)
     trajectories = case.expected.trajectories
     loss, _ = layout_cases.backward(model, [trajectories[i] for i in members])

@@ -17,7 +17,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def check_attention(layout):
-    """gloo adds the ranks' gradients in another order than the simulation: equal but for rounding."""
+    """Compares to rounding: gloo adds the gradients of the ranks in another order than the simulation."""
     exchange = exchange_over(dist.group.WORLD)
     for seed, lengths in enumerate([[200], [1], [130, 1, 64, 17], [3, 5]]):
         for dtype, bound in BOUNDS.items():
@@ -33,7 +33,7 @@ def check_attention(layout):
 
 
 def check_module(layout):
-    """The module finds its group, and takes inputs that are views, which gloo would read wrongly."""
+    """Checks that the module finds its group and accepts views as inputs, which gloo would read wrongly."""
     case = random_case(9, [50, 4], layout.size, groups=2, ratio=2, dtype=torch.float32)
     sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
     config = TransformerConfig(**sizes, attention_dropout=0.0, context_parallel_size=layout.size)
@@ -55,10 +55,14 @@ def check_module(layout):
     assert largest_error([mixed.grad], [torch.cat(expected[1:], dim=1)]) <= 1e-5
 
 
-if __name__ == "__main__":
+def main() -> None:
     dist.init_process_group("gloo")
     of_this_rank = CpLayout(dist.get_world_size(), dist.get_rank())
     check_attention(of_this_rank)
     check_module(of_this_rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

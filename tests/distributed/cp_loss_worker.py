@@ -23,7 +23,7 @@ CONFIGS = [
 
 
 def micro_batch(seed, size):
-    """The inputs of all ranks for one packed micro-batch; seeds 3 and up end in short responses: empty shards."""
+    """Returns the inputs of all ranks for one packed micro-batch; from seed 3 on, some shards are empty."""
     batch = random_batch(seed, size=4, longest=80 if seed < 3 else 2)
     packed = pack([trajectory for trajectory, _ in batch], CpLayout(size))
     total = int(packed.cu_seqlens[-1])
@@ -61,7 +61,7 @@ def check_loss(rank, size):
 
 
 def check_nan_survives_the_merge(rank, size):
-    """Whichever rank has it: a maximum over ranks must not come out clean."""
+    """Checks that a NaN on any rank is in the maximum over ranks."""
     for poisoned in range(size):
         inputs = micro_batch(0, size)[rank]
         if rank == poisoned:
@@ -79,10 +79,14 @@ def check_layout_is_megatrons(rank, size):
     assert CpLayout(size, rank).slice(whole.numpy(), [0, len(whole)]).tolist() == theirs.tolist()
 
 
-if __name__ == "__main__":
+def main() -> None:
     dist.init_process_group("gloo")
     check_loss(dist.get_rank(), dist.get_world_size())
     check_nan_survives_the_merge(dist.get_rank(), dist.get_world_size())
     check_layout_is_megatrons(dist.get_rank(), dist.get_world_size())
     dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

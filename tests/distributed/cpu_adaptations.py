@@ -55,7 +55,7 @@ PLAIN = ActorConfig(dtype="float32", distributed_optimizer=False)
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """Something of Megatron's that some adaptations are needed for."""
+    """A Megatron operation that needs some of the adaptations."""
 
     run: Callable[["Operation"], None]
     ranks: int = 1
@@ -64,7 +64,7 @@ class Operation:
 
 
 def train(operation: Operation) -> None:
-    """One optimizer step of a tiny model."""
+    """Takes one optimizer step of a tiny model."""
     actor = operation.actor
     layout = parallel.initialize(actor.parallel, seed=1)
     wrapped = wrap_for_training(build_model(operation.architecture, actor, layout), actor)
@@ -94,7 +94,7 @@ def train(operation: Operation) -> None:
 
 
 def draw(operation: Operation) -> None:
-    """Numbers of the tensor-parallel generator are those of its seed, and the default one is left alone."""
+    """Checks that the tensor-parallel generator draws from its own seed and leaves the default generator alone."""
     parallel.initialize(operation.actor.parallel, seed=1)
     before = torch.get_rng_state()
     with get_cuda_rng_tracker().fork():
@@ -139,7 +139,7 @@ NEEDED_FOR = {
 
 
 def attempt(operation: Operation, without: frozenset[str]) -> list[list[str]]:
-    """For each rank, the Megatron lines that its error came through and the error; empty where it succeeded."""
+    """Returns for each rank the Megatron lines of the traceback and the error; an empty list if it succeeded."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as directory:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -169,7 +169,7 @@ def _fork(operation: Operation, without: frozenset[str], rank: int, port: int, r
 
 
 def _wait(children: list[int], grace_seconds: float = 3.0) -> None:
-    """Until all are done; those that wait for a rank that failed are ended."""
+    """Waits until all have ended; kills those that still wait for a rank that failed."""
     left, deadline = list(children), time.monotonic() + 60.0
     while left:
         for child in list(left):

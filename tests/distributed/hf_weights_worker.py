@@ -1,7 +1,7 @@
-"""Hugging Face weights through one layout after the other, and out again: run under torchrun.
+"""Loads, exports and saves Hugging Face weights under one layout after the other, on several ranks.
 
-What one layout saves is what the next one loads, Hugging Face files as well as Megatron's checkpoint; each time it must
-be, bit for bit, what transformers saved at first.
+Each layout loads the Hugging Face files and the Megatron checkpoint that the previous one saved. Both must equal, bit
+for bit, what transformers saved first.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_loaded(case: Case) -> None:
 
 
 def check_export(case: Case, original: dict[str, torch.Tensor], bucket_bytes: int, on_ranks: list[int] | None) -> int:
-    """Every rank sees its stage's names once, has the tensors where it should; all stages together have them all."""
+    """Checks that a rank sees each name of its stage once, with tensors only where asked, and no name is missing."""
     names, count = [], 0
     mine = on_ranks is None or case.layout.rank in on_ranks
     stream = export_hf(case.actor.chunks, case.architecture, case.layout, bucket_bytes=bucket_bytes, on_ranks=on_ranks)
@@ -126,7 +126,7 @@ def check_save(case: Case, original: dict[str, torch.Tensor], target: Path) -> N
 
 
 def check_failed_save(case: Case, target: Path) -> str:
-    """The last rank cannot write more than so much: all ranks say so, go on together, and nothing is left."""
+    """Limits the file size on the last rank: all ranks raise, continue together, and no file is left."""
     last, limits = dist.get_world_size() - 1, resource.getrlimit(resource.RLIMIT_FSIZE)
     if case.layout.rank == last:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -144,7 +144,7 @@ def check_failed_save(case: Case, target: Path) -> str:
 
 
 def check_checkpoint(case: Case, source: Path, target: Path) -> int:
-    """Loads what the layout before saved, saves it again, and loads that; returns how many were loaded."""
+    """Loads the previous layout's checkpoint, saves it again and loads that; returns the number of loads."""
     count = 0
     for path in (source, target):
         if path == target:
@@ -157,7 +157,7 @@ def check_checkpoint(case: Case, source: Path, target: Path) -> int:
 
 
 def check_failed_checkpoint(case: Case, target: Path) -> list[str]:
-    """One rank cannot write, once the first and once the last, from the first file on or later: all ranks say so."""
+    """Limits the file size on the first or the last rank, at the first file or later: all ranks raise."""
     messages = []
     last, limits = dist.get_world_size() - 1, resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,15 +1,27 @@
-"""Starts a worker module under torchrun on this machine."""
+"""Starts a worker module on several gloo ranks of this machine."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed import layout_cases
+from tests.processes import ROOT, run_ranks
+
+
+def on_ranks(module: str, ranks: int, *arguments: str, references: Path | None = None, timeout: float = 500) -> str:
+    """Calls ``module.main(*arguments)`` on forked ranks and returns what they print; fails if any rank fails.
+
+    ``references`` is the directory of ``layout_cases.write_references``; without it, a rank computes what it needs.
+    """
+    environment = {layout_cases.DIRECTORY: str(references)} if references else {}
+    done = run_ranks(module, *arguments, ranks=ranks, environment=environment, timeout=timeout)
+    assert done.code == 0, done.output[-6000:]
+    return done.output
 
 
 def torchrun(module: str, ranks: int, *arguments: str, timeout: float = 500) -> str:
-    """Runs ``python -m module`` on ``ranks`` gloo ranks and returns what it printed; fails where any rank does."""
+    """Runs ``python -m module`` under torchrun and returns what it prints; fails if any rank fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*command, "-m", module, *arguments],

@@ -1,4 +1,4 @@
-"""The data and the models of the layout matrix, and what transformers and a loop make of them.
+"""Data and models of the layout matrix, with the reference results of transformers and a loop.
 
 The reference shares nothing with the actor: transformers computes the log-probs one response at a time, the loop of
 tests/algorithm/reference.py the gradient of the loss with respect to them, autograd the rest, torch the
@@ -10,6 +10,9 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +66,7 @@ ARCHITECTURES = {
 
 
 def build_transformers_model(name: str) -> torch.nn.Module:
-    """A tiny random model in float32, the same on every rank, with norms and biases that are not trivial."""
+    """Returns a tiny random model in float32, the same on every rank, with non-trivial norms and biases."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -80,16 +83,15 @@ def build_transformers_model(name: str) -> torch.nn.Module:
 
 @dataclass
 class Expected:
-    """What a layout must reproduce.
+    """Results that a layout must reproduce.
 
     Attributes:
-        log_probs: Of each response's tokens, ``[R]`` float64.
+        log_probs: Log-probs of the tokens of each response, ``[R]`` float64.
         trajectories: The responses, with the *old* log-probs of the loss as ``behaviour_log_probs``.
-        loss: Of the mini-batch.
-        denominator: Tokens in the loss.
-        gradients: By transformers name.
-        grad_norm: Before clipping.
-        updated: Weights after steps of an optimizer, by optimizer and transformers name.
+        loss: Loss of the mini-batch.
+        denominator: Number of tokens in the loss.
+        gradients: Gradients by transformers name.
+        grad_norm: Norm of the gradient before clipping.
     """
 
     log_probs: list[Tensor]
@@ -98,11 +100,10 @@ class Expected:
     denominator: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     grad_norm: float = 0.0
-    updated: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def make_expected(model: torch.nn.Module) -> Expected:
-    """Responses and old log-probs around the model's own, with the loss and gradient of the first step, in float64."""
+    """Draws responses, and old log-probs near the model's; computes loss and gradient of the first step in float64."""
     model = copy.deepcopy(model).double()
     rng = np.random.default_rng(5)
     texts = [(rng.integers(0, VOCAB, p), rng.integers(0, VOCAB, r)) for p, r in LENGTHS]
@@ -128,7 +129,7 @@ def make_expected(model: torch.nn.Module) -> Expected:
 
 
 def response_log_probs(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    """log π of each response token, ``[R]``, from one unpadded sequence, in the dtype of the model."""
+    """Returns log π of each response token, ``[R]``, from one unpadded sequence, in the dtype of the model."""
     tokens = torch.from_numpy(np.concatenate([prompt, response])).long()
     logits = model(tokens[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
@@ -156,7 +157,7 @@ def backward(
 
 
 def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dict[str, Tensor]:
-    """Weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
+    """Returns the weights after plain torch steps from the start: gradients clipped at 1, decay on matrices only."""
     model, settings = build_transformers_model(name).double(), OPTIMIZERS[kind]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -170,3 +171,46 @@ def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dic
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@dataclass
+class Reference:
+    """A model with the results that every layout must reproduce.
+
+    Attributes:
+        config: Its Hugging Face configuration, with ``architectures``.
+        start: Weights by transformers name, float32.
+        expected: Log-probs, loss and gradients of the first step.
+        updated: Weights after the steps of each optimizer, by transformers name.
+    """
+
+    config: dict[str, Any]
+    start: dict[str, Tensor]
+    expected: Expected
+    updated: dict[str, dict[str, Tensor]]
+
+
+DIRECTORY = "FIPO_TEST_REFERENCES"
+"""Environment variable with the directory of :func:`write_references`."""
+
+
+@cache
+def reference_of(name: str) -> Reference:
+    """Returns the reference of an architecture from the directory that the environment names, else computes it."""
+    if directory := os.environ.get(DIRECTORY):
+        found: Reference = torch.load(Path(directory) / f"{name}.pt", weights_only=False)
+        return found
+    model = build_transformers_model(name)
+    expected = make_expected(model)
+    return Reference(
+        config=model.config.to_dict() | {"architectures": [type(model).__name__]},
+        start=model.state_dict(),
+        expected=expected,
+        updated={kind: optimizer_steps(name, expected.trajectories, kind) for kind in OPTIMIZERS},
+    )
+
+
+def write_references(directory: Path) -> None:
+    """Computes the references of all architectures once, for jobs of several ranks."""
+    for name in ARCHITECTURES:
+        torch.save(reference_of(name), directory / f"{name}.pt")

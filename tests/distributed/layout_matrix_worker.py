@@ -1,4 +1,4 @@
-"""Runs every layout of its world size and writes, per case, how far it is from the reference: under torchrun.
+"""Runs every layout of its world size and writes the distance from the reference of each case.
 
 torchrun --nproc-per-node 2 -m tests.distributed.layout_matrix_worker OUT.json [MUTATION]
 """
@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +73,14 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ..
 }
 
 
-@cache
-def expected_of(architecture: str) -> layout_cases.Expected:
-    return layout_cases.make_expected(layout_cases.build_transformers_model(architecture))
-
-
-@cache
-def updated(architecture: str, kind: str) -> dict[str, torch.Tensor]:
-    return layout_cases.optimizer_steps(architecture, expected_of(architecture).trajectories, kind)
-
-
 class Case:
     """One architecture in one layout."""
 
     def __init__(self, architecture: str, sizes: dict[str, Any], changes: dict[str, Any], kind: str) -> None:
-        model = layout_cases.build_transformers_model(architecture)
-        self.name, self.expected = architecture, expected_of(architecture)
-        self.architecture = Architecture.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
-        self.start = model.state_dict()
+        reference = layout_cases.reference_of(architecture)
+        self.name = architecture
+        self.expected, self.updated, self.start = reference.expected, reference.updated, reference.start
+        self.architecture = Architecture.from_hf(reference.config)
         settings = {
             "parallel": ParallelConfig(**sizes),
             "dtype": "float32",
@@ -133,7 +122,7 @@ class Case:
         full: dict[str, torch.Tensor],
         origin: dict[str, torch.Tensor] | None,
     ) -> tuple[float, float]:
-        """Relative L2 distance of the worst whole tensor, and of all together; with ``origin``, of the changes."""
+        """Returns the relative L2 distance of the worst tensor and of all; with ``origin``, of the changes from it."""
         vocab = self.actor.chunks[0].vocab_size
         wanted = hf_reference.full_tensors(full, self.architecture, vocab)
         start = hf_reference.full_tensors(origin, self.architecture, vocab) if origin else None
@@ -159,7 +148,7 @@ class Case:
         ]
 
     def gather_gradients(self) -> None:
-        """With a distributed optimizer each rank holds the sum of its own part only."""
+        """Gathers the gradients of which a distributed optimizer leaves each rank only its own part."""
         for wrapped in self.actor.wrapped:
             for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
                 for bucket in buffer.buckets:
@@ -168,7 +157,7 @@ class Case:
                     dist.all_gather_into_tensor(data, mine, group=group)
 
     def carries(self) -> float:
-        """The smallest of the largest carries over each chunk boundary: every boundary is crossed by this much."""
+        """Returns the largest carry over a chunk boundary, at the boundary where it is smallest."""
         if self.layout.context.size == 1:
             return float("inf")
         from megatron.core import parallel_state
@@ -185,7 +174,7 @@ class Case:
         return float(largest.min())
 
     def log_prob_error(self) -> float:
-        """Largest difference to transformers over the response tokens that this rank holds."""
+        """Returns the largest difference from transformers over the response tokens of this rank."""
         stored = self.actor.log_probs(self.plan, self.expected.trajectories)[0]
         worst = 0.0
         self.current = []
@@ -243,7 +232,7 @@ def run_updates(case: Case, kind: str, result: dict[str, Any]) -> None:
     assert not any(m.skipped for m in metrics)
     result["grad_norm"] = abs(metrics[0].grad_norm - case.expected.grad_norm) / case.expected.grad_norm
     named = [(n, p.detach()) for n, p in case.named_parameters()]
-    _, result[f"update_{kind}"] = case.distance(named, updated(case.name, kind), case.start)
+    _, result[f"update_{kind}"] = case.distance(named, case.updated[kind], case.start)
 
 
 def over_ranks(value: float, choose: Any) -> float:

@@ -1,4 +1,4 @@
-"""Two ranks that go through layouts one after the other, leaving nothing behind: run under torchrun."""
+"""Sets up and destroys one layout after the other on two ranks, under torchrun."""
 
 import os
 import warnings

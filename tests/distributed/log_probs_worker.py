@@ -38,7 +38,7 @@ def reference(hidden, weight, labels, vocab_size):
 
 
 def check_function(group, dtype, vocab_size, bound):
-    """Values are complete on every rank, the gradient of hidden only after a sum over the group."""
+    """Checks values on every rank, and the gradient of hidden after a sum over the group."""
     hidden, weight, labels = random_problem(1, SEQUENCE, COLUMNS, WIDTH, vocab_size, dtype)
     sharded = partial(token_log_probs, group=group, vocab_size=vocab_size, **OPTIONS)
     got = with_gradients(sharded, hidden, rows_of(weight, group), labels)
@@ -57,7 +57,7 @@ def check_function(group, dtype, vocab_size, bound):
 
 
 def check_megatron(group, sequence_parallel, dtype, vocab_size, bound):
-    """Through Megatron's mapping the gradient of hidden is complete (under SP: of this part)."""
+    """Checks that Megatron's mapping completes the gradient of hidden (under SP, that of this rank's part)."""
     hidden, weight, labels = random_problem(2, SEQUENCE * BATCH, COLUMNS, WIDTH, vocab_size, dtype)
     want = reference(hidden, weight, labels, vocab_size)
     hidden_SBH = hidden.view(SEQUENCE, BATCH, WIDTH)
@@ -86,7 +86,7 @@ def check_megatron(group, sequence_parallel, dtype, vocab_size, bound):
 
 
 def check_collectives(group, sequence_parallel):
-    """One in forward for any number of chunks; the mapping adds one in backward and, under SP, one in forward."""
+    """Counts one in forward with any chunks; the mapping adds one in backward, and under SP one in forward."""
     hidden, weight, labels = random_problem(3, SEQUENCE, COLUMNS, WIDTH)
     leaf, shard = hidden.requires_grad_(), rows_of(weight, group).clone().requires_grad_()
     with CommDebugMode() as forward:
@@ -109,7 +109,7 @@ def check_collectives(group, sequence_parallel):
 
 
 def check_no_tokens(group):
-    """An empty shard still takes part in the collective."""
+    """Checks that an empty shard takes part in the collective."""
     hidden, weight, labels = random_problem(4, 0, COLUMNS, WIDTH)
     got = with_gradients(partial(token_log_probs, group=group, **OPTIONS), hidden, rows_of(weight, group), labels)
     assert got["log_probs"].shape == (0,)
@@ -117,7 +117,7 @@ def check_no_tokens(group):
 
 
 def check_memory(group):
-    """No tensor of tokens × this rank's columns in forward or backward."""
+    """Checks that neither forward nor backward allocates tokens × this rank's columns."""
     tokens, columns = 256, 128 * group.size()
     hidden, weight, labels = random_problem(5, tokens, columns, WIDTH)
     with LargestAllocation() as seen:

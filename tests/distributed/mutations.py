@@ -1,4 +1,4 @@
-"""Faults that the layout matrix has to notice: each is put into a live actor and changes what it computes."""
+"""Faults that the layout matrix must notice: each is put into a live actor and changes what it computes."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def scaled_loss(factor: int) -> Any:
 
 
 def local_denominator(model: list[Any], num_tokens: torch.Tensor, **_: Any) -> None:
-    """Every rank divides by its own count, then the quotients are averaged."""
+    """Divides by the count of each rank, then averages the quotients."""
     for chunk in model:
         chunk.scale_gradients(1.0 / (max(int(num_tokens), 1) * dist.get_world_size()))
         chunk.finish_grad_sync()
 
 
 def only_data_parallel(model: list[Any], num_tokens: torch.Tensor, **_: Any) -> None:
-    """Without the sums over tensor-parallel ranks that norms need."""
+    """Leaves out the sums over tensor-parallel ranks that the gradients of norms need."""
     for chunk in model:
         chunk.finish_grad_sync()
         chunk.scale_gradients(1.0 / num_tokens)

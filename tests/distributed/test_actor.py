@@ -1,10 +1,10 @@
-"""What only several ranks can show of the actor, on two gloo ranks."""
+"""Actor behaviour that needs several ranks, on two gloo ranks."""
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 @pytest.mark.distributed
-def test_skips_and_fillers_on_two_ranks():
-    assert "CP2" in torchrun("tests.distributed.actor_worker", 2)
+def test_skips_and_fillers_on_two_ranks(references):
+    assert "CP2" in on_ranks("tests.distributed.actor_worker", 2, references=references)

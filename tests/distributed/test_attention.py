@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_attention_over_a_process_group(ranks):
-    torchrun("tests.distributed.attention_worker", ranks)
+    on_ranks("tests.distributed.attention_worker", ranks)

@@ -5,16 +5,18 @@ import json
 import pytest
 
 from tests.distributed import layout_cases
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "count"), [(2, 21), (4, 8)])
-def test_there_and_back_is_exact_in_every_layout(ranks, count, tmp_path):
+def test_there_and_back_is_exact_in_every_layout(ranks, count, references, tmp_path):
     root = tmp_path / "models"
     for name in layout_cases.ARCHITECTURES:
         layout_cases.build_transformers_model(name).save_pretrained(root / name / "0", max_shard_size=100_000)
-    torchrun("tests.distributed.hf_weights_worker", ranks, str(tmp_path / "results.json"), str(root))
+    on_ranks(
+        "tests.distributed.hf_weights_worker", ranks, str(tmp_path / "results.json"), str(root), references=references
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == count
     for result in results:

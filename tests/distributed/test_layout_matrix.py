@@ -1,13 +1,13 @@
 """One gradient for every layout: the actor under each parallelism against transformers, a loop and plain torch.
 
-Each world size is one torchrun job that goes through its layouts; the tests below read what it measured.
+Each world size is one job that goes through its layouts; the tests below read what it measured.
 """
 
 import json
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.mutations import SHOWS_IN
 
 WORKER = "tests.distributed.layout_matrix_worker"
@@ -27,9 +27,9 @@ BOUNDS_BF16 = {"log_probs": 0.15, "loss": 0.01, "gradient": 0.1, "grad_norm": 0.
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def cases(request, tmp_path_factory):
+def cases(request, references, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix") / "results.json"
-    torchrun(WORKER, request.param, str(out))
+    on_ranks(WORKER, request.param, str(out), references=references)
     return json.loads(out.read_text())
 
 
@@ -52,9 +52,9 @@ def test_every_layout_equals_the_reference(cases):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("fault", SHOWS_IN)
-def test_faults_are_noticed(fault, tmp_path):
+def test_faults_are_noticed(fault, references, tmp_path):
     out = tmp_path / "results.json"
-    torchrun(WORKER, 2, str(out), fault)
+    on_ranks(WORKER, 2, str(out), fault, references=references)
     (case,) = json.loads(out.read_text())
     assert case["log_probs"] <= BOUNDS["log_probs"], "only the loss is at fault"
     assert case["gradient"] > 100 * BOUNDS["gradient"]

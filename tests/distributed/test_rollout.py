@@ -1,4 +1,4 @@
-"""Leaders share the prompts of a step: the same groups as one leader alone, tokens only where they are trained on."""
+"""Leaders share the prompts of a step. The groups are those of one leader; tokens go to ranks that train on them."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.sampler import Sampler
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from tests.actor.models import random_model
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.rollout_worker import SETTINGS, Prompts, describe, score
 
 pytestmark = pytest.mark.distributed
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(path, tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
-    torchrun("tests.distributed.rollout_worker", 2, str(path), str(directory))
+    on_ranks("tests.distributed.rollout_worker", 2, str(path), str(directory))
     return {
         name: [json.loads((directory / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in ("DP2", "TP2")
@@ -35,7 +35,7 @@ def results(path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(path):
-    """Two steps of one leader: what the others must find, too."""
+    """Two steps of one leader, which several leaders must reproduce."""
 
     async def run():
         sampler, prompts = Sampler(EmbeddedEngine(path), SETTINGS, score, StoreCoordinator(HashStore(), 0)), Prompts()

@@ -1,4 +1,4 @@
-"""What the actor learns reaches the embedded engine from every layout: the engine's log-probs are the actor's."""
+"""The embedded engine follows the actor in every layout: its log-probs are those of the actor."""
 
 import json
 
@@ -16,7 +16,7 @@ from fipo_megatron.config import (
     RolloutConfig,
 )
 from tests.actor.models import random_model
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.session_worker import LAYOUTS
 
 pytestmark = pytest.mark.distributed
@@ -48,7 +48,7 @@ def test_the_embedded_engine_follows_the_actor(tmp_path):
     model = tmp_path / "model"
     random_model("qwen3", 0, max_position_embeddings=256, eos_token_id=1).save_pretrained(model)
     config = TypeAdapter(Config).dump_json(config_of(model)).decode()
-    torchrun("tests.distributed.session_worker", 2, config, str(tmp_path))
+    on_ranks("tests.distributed.session_worker", 2, config, str(tmp_path))
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in LAYOUTS}
     for steps in found.values():
         assert [step["versions"] for step in steps] == [[0], [1], [2]]

@@ -1,4 +1,4 @@
-"""Saves weights and optimizer under one layout, loads them under each, and takes the next step: run under torchrun."""
+"""Saves weights and optimizer under one layout, loads them under each, and takes the next step, on two ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16", "distributed_optimizer": False},
 }
 RESHARDED_BY_DATA = "float32, distributed, dp_reshardable"
-"""Loads under the same tensor- and pipeline-parallel sizes alone."""
+"""Optimizer sharding that loads only under the same tensor- and pipeline-parallel sizes."""
 ALL_KINDS = KINDS | {RESHARDED_BY_DATA: KINDS["float32, distributed"]}
 
 
@@ -51,7 +51,7 @@ def trajectory(number: int) -> Trajectory:
 
 
 def learn(actor: MegatronActor, step: int) -> list[list[float]]:
-    """Two updates: loss and gradient norm of each."""
+    """Returns loss and gradient norm of two updates."""
     batch = [trajectory(8 * step + number) for number in range(8)]
     plan = actor.plan([len(t) for t in batch], [range(4), range(4, 8)])
     return [[m.loss, m.grad_norm] for m in actor.update(plan, batch, actor.log_probs(plan, batch))]

@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what stands in them."""
+"""The pages of the documentation, their fenced blocks and code spans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what stands behind the fence, its text, and the line of the page on which that begins."""
+    """A fenced block: the text behind the fence, its content, and the line of the page on which that begins."""
 
     info: str
     text: str
@@ -32,16 +32,16 @@ def blocks(page):
 
 
 def prose(page):
-    """The page without its fenced blocks."""
+    """Returns the page without its fenced blocks."""
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def spans(page):
-    """What stands in backticks, outside fenced blocks."""
+    """Returns the code spans outside fenced blocks."""
     return [re.sub(r"\s+", " ", match[2]).strip() for match in _SPAN.finditer(prose(page))]
 
 
 def titled(name, title):
-    """The one block of a page with this title."""
+    """Returns the only block of a page with this title."""
     (found,) = [block for block in blocks(ROOT / "docs" / name) if block.title == title]
     return found.text

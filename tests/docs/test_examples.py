@@ -1,4 +1,4 @@
-"""The examples of the documentation are run: what they print is what the code prints."""
+"""Runs the examples of the documentation: the code prints what the pages show."""
 
 import doctest
 

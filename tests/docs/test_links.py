@@ -1,4 +1,4 @@
-"""Links of the pages that no site is built of; `make docs` checks those of docs/."""
+"""Links of the pages outside the site; `make docs` checks those of docs/."""
 
 import re
 
@@ -11,7 +11,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(text):
-    """Those that a Git host makes of headings, and those that the page names."""
+    """Returns the anchors that a Git host makes of headings, and those that the page defines."""
     found = set(re.findall(r'<a id="([^"]+)"', text))
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
         found.add(re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-"))

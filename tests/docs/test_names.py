@@ -1,4 +1,4 @@
-"""What the documentation names exists: keys, tags, files, modules and make targets."""
+"""Names in the documentation exist: keys, tags, files, modules, make targets, classes, functions and members."""
 
 import importlib.util
 import re
@@ -10,12 +10,13 @@ import pytest
 
 from fipo_megatron.config import Config, keys
 from fipo_megatron.observe import metrics
+from tests.docs.package_names import Names
 from tests.docs.pages import PAGES, ROOT, blocks, spans
 
 KEYS = frozenset(keys())
-ROOMS = tuple(entry.name for entry in fields(Config) if is_dataclass(entry.default_factory))
+SECTIONS = tuple(entry.name for entry in fields(Config) if is_dataclass(entry.default_factory))
 PASSED_ON = ("actor.transformer", "actor.ddp", "actor.megatron_optimizer", "rollout.sglang")
-"""Whatever is below these goes to other packages by name."""
+"""Keys below these are passed to other packages by name."""
 TAGS = tuple(re.sub(r"\{\w+\}", "*", metric.tag) for metric in (*metrics.METRICS, *metrics.HISTOGRAMS, *metrics.TEXTS))
 
 ALLOWED = {
@@ -23,21 +24,33 @@ ALLOWED = {
     "actor.offloaded()": "a method of MegatronActor",
     "actor.skipped_steps": "an attribute of MegatronActor",
 }
-"""What looks like a key and is none, and why. An entry that nothing needs fails a test."""
+"""Names that look like a key and are none, with the reason. An entry that nothing needs fails a test."""
 
-FILES = frozenset(path.name for room in ("fipo_megatron", "tests") for path in (ROOT / room).rglob("*.py"))
-"""A name without a directory may be that of any of these."""
+FILES = frozenset(path.name for top in ("fipo_megatron", "tests") for path in (ROOT / top).rglob("*.py"))
+"""Files that a page may name without their directory."""
 
 OF_USERS = {
     *("build/", "checkpoints/", "rollouts/", "rollout/", "hf/", "tensorboard/", "trajectories/", "evaluations/"),
     *("data/aime-2024.parquet", "data/aime-2025.parquet", "evaluation/DATA_SET/"),
 }
-"""What a run writes, and what a user brings."""
+"""Files that a run writes or that a user has."""
 
 WITHOUT_PATHS = {"upstream.md": "files of Megatron-Core", "decisions.md": "files that a design had"}
-"""Pages whose paths are not ours."""
+"""Pages with paths of other repositories."""
 
-_KEY = re.compile(rf"(?:{'|'.join(ROOMS)})\.[a-z_][\w.]*(?:\(\w*\))?")
+NAMES = Names.read(ROOT / "fipo_megatron")
+
+OF_OTHERS = {
+    "log_softmax(logits / temperature)": "torch",
+    "function(response, ground_truth)": "the verifier of a user",
+    "DistributedDataParallelConfig": "Megatron-Core",
+    "TransformerConfig": "Megatron-Core",
+    "ServerArgs": "SGLang",
+    "RssAnon": "Linux",
+}
+"""Names of other packages that look like ours. An entry that nothing needs fails a test."""
+
+_KEY = re.compile(rf"(?:{'|'.join(SECTIONS)})\.[a-z_][\w.]*(?:\(\w*\))?")
 _TAG = re.compile(rf"(?:{'|'.join(metrics.GROUPS)})/[\w*{{}}/]+(?<!/)")
 _PATH = re.compile(r"(?:[\w.-]+/)+(?:[\w.-]+)?|[\w-]+\.py")
 _MODULE = re.compile(r"python3? -m ([\w.]+)")
@@ -45,19 +58,19 @@ _TARGET = re.compile(r"(?<![\w-])make ([a-z][a-z-]+)")
 
 
 def names_of(page):
-    """What stands in backticks, and the overrides and commands of fenced blocks."""
+    """Returns the code spans, and the overrides and commands of fenced blocks."""
     found = spans(page)
     for block in blocks(page):
-        found += re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})\.[\w.]+(?==)", block.text)
+        found += re.findall(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.[\w.]+(?==)", block.text)
     return found
 
 
 def is_key(name):
-    return name in KEYS or any(name.startswith(f"{room}.") for room in PASSED_ON)
+    return name in KEYS or any(name.startswith(f"{section}.") for section in PASSED_ON)
 
 
 def unknown_keys(names):
-    """Those that are neither keys nor allowed; `key=value` and `key = value` are read as well."""
+    """Returns the names that are neither keys nor allowed; reads `key=value` and `key = value` as well."""
     found = [re.split(r" ?[=≥≤<>] ?", word)[0] for name in names for word in name.split(" key=")[0].split()]
     candidates = [name for name in found if _KEY.fullmatch(name) and not name.endswith((".py", ".md", ".jsonl"))]
     return [name for name in candidates if not is_key(name) and name not in ALLOWED]
@@ -74,7 +87,7 @@ def unknown_tags(names):
 
 
 def unknown_paths(names):
-    """Files of the repository or, as `actor/fp8.py`, of the package."""
+    """Returns paths that are neither files of the repository nor, as `actor/fp8.py`, of the package."""
     roots = (ROOT, ROOT / "fipo_megatron", ROOT / "docs")
     tops = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     candidates = [name for name in names if _PATH.fullmatch(name) and not _TAG.fullmatch(name)]
@@ -96,6 +109,11 @@ def test_files_exist(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_classes_functions_and_members_exist(page):
+    assert not NAMES.unknown(spans(page), elsewhere=OF_OTHERS, sections=SECTIONS)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_modules_and_make_targets_exist(page):
     text = page.read_text(encoding="utf-8")
     code = "\n".join([*spans(page), *(block.text for block in blocks(page))])
@@ -110,6 +128,8 @@ def test_every_exception_is_needed():
     words = {re.split(r" ?= ?", word)[0] for name in names for word in [name, *name.split()]}
     assert not [name for name in ALLOWED if name not in words], "remove it"
     assert not [name for name in ALLOWED if is_key(name)], "it exists now"
+    ours = set(NAMES.unknown(words | {name for page in PAGES for name in spans(page)}, sections=SECTIONS))
+    assert not OF_OTHERS.keys() - ours, "remove it, or it exists now"
 
 
 def test_what_does_not_exist_is_noticed():
@@ -120,3 +140,28 @@ def test_what_does_not_exist_is_noticed():
     assert unknown_tags(["policy/loss", "policy/los", "evaluation/{data_set}/avg", "policy/ratio_*"]) == ["policy/los"]
     assert unknown_paths(["actor/fp8.py", "actor/fp9.py", "tests/gpu/", "time/step", "and/or"]) == ["actor/fp9.py"]
     assert Path(ROOT / "mkdocs.yml").exists()
+
+
+def test_a_wrong_class_function_or_member_is_noticed(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "sampler.py").write_text(
+        "from torch import nn\n\n"
+        "LIMIT: int = 3\n\n\n"
+        "def open_sampler():\n    pass\n\n\n"
+        "class Base:\n    def close(self):\n        self.closed = True\n\n\n"
+        "class GroupSampler(Base):\n    size: int\n\n    def step(self, count):\n        pass\n\n\n"
+        "class Model(nn.Module):\n    pass\n"
+    )
+    right = ["GroupSampler.step(next_prompts)", "GroupSampler.closed", "GroupSampler.size", "open_sampler()", "step()"]
+    right += [
+        "sampler.GroupSampler(3).close()",
+        "package.sampler.LIMIT",
+        "Model.forward",
+        "sampler.py",
+        "TransformerConfig",
+    ]
+    wrong = ["GroupSampler.steps", "open_sampler_of()", "sampler.open", "GroupSamplers", "package.sampler.Base.size"]
+    words = ["a word", "word", "key=value", "torch.nn.Module"]
+    names = Names.read(package)
+    assert names.unknown([*right, *wrong, *words], elsewhere=["TransformerConfig"]) == wrong

@@ -18,7 +18,7 @@ from fipo_megatron.config import load_config
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.observe.metrics import OF_DATA_SETS
 from fipo_megatron.trainer.training_inputs import read_training_inputs
-from tests import test_train
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "quickstart" / "fipo.yaml"
@@ -60,7 +60,7 @@ def trained(data, tmp_path_factory):
     """Trains two steps, with an evaluation before, between and after them."""
     output = tmp_path_factory.mktemp("runs") / "run"
     evaluating = [*settings(data, output), "run.steps=2", "run.evaluate_every=1", "checkpoint.save_every=1"]
-    test_train.train(data, output, *evaluating)
+    runs.train(data, output, *evaluating)
     return output
 
 

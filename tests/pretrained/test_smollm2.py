@@ -1,4 +1,4 @@
-"""A real pretrained model through Megatron: it still knows what it knew, and comes back bit for bit."""
+"""A real pretrained model through Megatron: it answers as before and comes back bit for bit."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def checkpoint(model, tmp_path_factory):
 
 
 def digests(path):
-    """SHA-256 of every tensor's bytes."""
+    """Returns the SHA-256 of the bytes of every tensor."""
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -54,7 +54,7 @@ def digests(path):
 
 
 def test_megatron_says_paris(model, checkpoint):
-    """Greedy, from the reloaded checkpoint; and transformers' logits."""
+    """Decodes greedily from the reloaded checkpoint, and compares the logits with those of transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     architecture = Architecture.from_directory(model)
     layout = parallel.initialize(ParallelConfig(), seed=1, environment={})

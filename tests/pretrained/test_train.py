@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.pretrained, pytest.mark.timeout(1200)]
 
 
 def test_two_steps_of_fipo(tmp_path):
-    """4 × 4 responses of 64 tokens each; what each part took is printed."""
+    """Samples 4 × 4 responses of 64 tokens each per step; prints the seconds of each part."""
     model = smollm2.prepare()
     problems = [
         {"prompt": f"What is {a} + {b}? End with 'Answer: ' and the number.", "answer": str(a + b)}

@@ -268,6 +268,7 @@ def test_picture_is_1600_pixels_wide(runs, tmp_path):
         assert int.from_bytes(image[16:20], "big") == 1600
 
 
+@pytest.mark.processes
 def test_as_a_command(runs, tmp_path):
     command = [
         sys.executable,

@@ -83,6 +83,7 @@ def test_a_failing_verifier_costs_one_answer(tmp_path):
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.slow
 def test_hostile_answers():
     """Hostile answers neither hang nor execute anything, memory stays bounded, and right answers stay right."""
     Path(hostile.MARK).unlink(missing_ok=True)

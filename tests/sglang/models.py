@@ -30,7 +30,7 @@ def save(path: Path, name: str = "qwen3", seed: int = 0) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["What is seven plus five? Answer: twelve"] * 20, trainer)
-    transformers.PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call] # untyped in transformers
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(path)
     return path

@@ -8,8 +8,8 @@ import pytest
 
 from examples.quickstart import task
 from fipo_megatron.rollout.sglang import shared_memory
+from tests.runs import train_by_command
 from tests.sglang.conftest import ROOT
-from tests.test_train import train
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ def processes_of(text):
 def test_a_run_with_a_server(sync, tmp_path):
     task.build(tmp_path / "data", seed=1)
     before = {*shared_memory.DIRECTORY.iterdir()}
-    train(
+    train_by_command(
         tmp_path / "data",
         tmp_path / "run",
         *("rollout.engine=sglang", f"rollout.servers.sync={sync}", "run.steps=3"),

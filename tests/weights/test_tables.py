@@ -246,6 +246,7 @@ def test_what_cannot_be_cut_is_refused():
         even_chunks(2, 0, 2, 2)
 
 
+@pytest.mark.processes
 def test_imports_neither_megatron_nor_transformers():
     code = (
         "import sys, fipo_megatron.weights.tables, fipo_megatron.weights.hf_directory, fipo_megatron.weights.hf_files;"

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: enough for every return that the alarm may ask for."""
+"""Retention of checkpoints: every return that the alarm may ask for finds one."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_the_newest_the_best_and_two_to_return_to():
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("newest", [1, 3])
 def test_there_is_always_one_from_before_an_alarm(window, every, newest):
-    """However long all was well before, it is not much older than the window."""
+    """However long the run was healthy before, the checkpoint is not much older than the window."""
     for healthy in range(every, every + 3 * window, 3):
         alarm, kept = CollapseAlarm(HealthConfig(window=window)), set()
         for step in range(healthy + window):

@@ -1,0 +1,95 @@
+"""The metrics, timings, trajectories and configuration that a run writes: the documented ones and no others."""
+
+import json
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from examples.quickstart import task
+from fipo_megatron.observe import metrics as registry
+from tests.runs import train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}")
+"""Conditions of tags that do not hold in the run below."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The data of conftest.py with few held-out problems."""
+    directory = tmp_path_factory.mktemp("data")
+    task.build(directory, seed=1)
+    held_out = directory / "held_out.jsonl"
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:16]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "run"
+    evaluation = ["run.evaluate_every=2", f"evaluation.files=[{data}/held_out.jsonl]"]
+    settings = ["run.steps=3", "checkpoint.save_every=1", "run.noise_floor_every=1", "observe.trajectory_tokens=true"]
+    train(data, output, *evaluation, *settings)
+    return output
+
+
+@pytest.fixture(scope="module")
+def events(run):
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0})
+    found.Reload()
+    return found
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def documented(entries):
+    return {entry.tag.replace("{data_set}", "held_out") for entry in entries if entry.when not in ABSENT}
+
+
+def test_the_tags_are_the_documented_ones(events):
+    assert set(events.Tags()["scalars"]) == documented(registry.METRICS)
+    assert set(events.Tags()["histograms"]) == documented(registry.HISTOGRAMS)
+    assert set(events.Tags()["tensors"]) == {f"{tag}/text_summary" for tag in documented(registry.TEXTS)}
+
+
+def test_files_hold_the_values_of_tensorboard(run, events):
+    seen = 0
+    for name in ("metrics", "evaluation", "timing"):
+        for row in rows(run / f"{name}.jsonl"):
+            for tag, value in row.items():
+                if tag != "step" and value is not None:
+                    (event,) = [one for one in events.Scalars(tag) if one.step == row["step"]]
+                    assert event.value == pytest.approx(value, rel=1e-6)
+                    seen += 1
+    assert seen == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+
+
+def test_the_parts_of_a_step_add_up(run):
+    for row in rows(run / "timing.jsonl"):
+        parts = [value for tag, value in row.items() if tag.startswith("time/")]
+        whole = row["time/step"]
+        assert sum(parts) - whole - row["time/reward"] == pytest.approx(whole, abs=1e-3)
+
+
+def test_the_configuration_is_written(run, data):
+    described = yaml.safe_load((run / "config.yaml").read_text())
+    assert described["model"]["path"] == f"{data}/model"
+    assert described["observe"]["trajectory_tokens"] is True
+
+
+def test_responses_are_kept_with_their_tokens(run):
+    found = rows(run / "trajectories" / "from-000000.jsonl")
+    assert {row["step"] for row in found} == {0, 1, 2}
+    assert {row["accuracy"] for row in found} == {0, 1}
+    for row in found:
+        tokens = row["tokens"]
+        assert {len(column) for column in tokens.values()} == {row["response_tokens"]}
+        if "\ufffd" not in "".join(tokens["text"]):  # a character of several tokens
+            assert "".join(tokens["text"]) == row["response"]
+        if row["mini_batch"] == 0:
+            assert set(tokens["shift"]) == {0.0}, "the first update begins with π_θ = π_old"
+    assert any(shift for row in found if row["mini_batch"] == 1 for shift in row["tokens"]["shift"])
