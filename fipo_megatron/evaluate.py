@@ -27,7 +27,7 @@ import torch.distributed as dist
 import transformers
 
 from fipo_megatron.config import Config, ModelConfig, load_config
-from fipo_megatron.evaluation import summary
+from fipo_megatron.evaluation import evaluation_summary as summary
 from fipo_megatron.evaluation.answering import Response, evaluate
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from fipo_megatron.evaluation.results import Evaluation

@@ -18,8 +18,8 @@ from fipo_megatron.data.tokenizer import (
     read_stop_token_ids,
 )
 from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.evaluation.evaluation_summary import SUMMARY
 from fipo_megatron.evaluation.results import data_set_name, name_problems
-from fipo_megatron.evaluation.summary import SUMMARY
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.storage.output_directory import output_problems

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fipo_megatron.config import Config, RunConfig
-from fipo_megatron.evaluation import summary
+from fipo_megatron.evaluation import evaluation_summary as summary
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
 from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
