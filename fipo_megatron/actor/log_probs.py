@@ -154,23 +154,6 @@ def megatron_token_log_probs(
     return TokenLogProbs(result.log_probs.t().contiguous(), entropy_BS)
 
 
-def chunk_tokens_within(budget_bytes: int, num_columns: int, dtype: torch.dtype, with_entropy: bool = False) -> int:
-    """Returns the number of tokens of the longest chunk whose logits fit in a budget, at least 1.
-
-    A logit takes 4 bytes (8 for float64), plus the size of the dtype below float32 during conversion. The entropy takes
-    a second float32 copy instead.
-
-    Args:
-        budget_bytes: Bytes for all copies of a chunk's logits together.
-        num_columns: V, columns on this rank.
-        dtype: Dtype of the weight.
-        with_entropy: Whether the entropy is computed too.
-    """
-    size = torch.promote_types(dtype, torch.float32).itemsize
-    converted = dtype.itemsize if dtype.itemsize < size else 0
-    return max(1, budget_bytes // (num_columns * (size + max(converted, size * with_entropy))))
-
-
 @dataclass(frozen=True)
 class _Head:
     """This rank's columns of the softmax and the settings of its computation.

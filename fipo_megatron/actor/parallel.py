@@ -63,16 +63,6 @@ class RankLayout:
     context: CpLayout
     sequence_parallel: bool
 
-    @property
-    def is_first_stage(self) -> bool:
-        """True if this stage holds the embedding."""
-        return self.pipeline_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """True if this stage holds the output weight and computes the loss."""
-        return self.pipeline_rank == self.pipeline_size - 1
-
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Raises ValueError, naming every field at fault, if the layout does not fit the world size."""

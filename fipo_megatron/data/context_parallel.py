@@ -91,21 +91,3 @@ class CpLayout:
     def slice(self, packed: NDArray[Any], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
         """Returns this rank's part ``[T / R, ...]`` of a packed per-token array ``[T, ...]``."""
         return packed[self.indices(cu_seqlens)]
-
-    def unslice(self, parts: Sequence[NDArray[Any]], cu_seqlens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
-        """Reassembles a packed array ``[T, ...]`` from the parts of all ranks in rank order: inverts :meth:`slice`.
-
-        Raises:
-            ValueError: There is not one part per rank.
-        """
-        if len(parts) != self.size:
-            raise ValueError(f"parts: expected one per rank, {self.size}, got {len(parts)}")
-        packed = np.empty((int(np.asarray(cu_seqlens)[-1]), *parts[0].shape[1:]), dtype=parts[0].dtype)
-        for rank, part in enumerate(parts):
-            packed[CpLayout(self.size, rank).indices(cu_seqlens)] = part
-        return packed
-
-    def holder(self, position: int, padded_length: int) -> int:
-        """Returns the rank that holds a position of a sequence of this padded length."""
-        chunk = position // (padded_length // self.num_chunks)
-        return self.owners[chunk][0]

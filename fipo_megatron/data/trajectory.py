@@ -5,7 +5,6 @@ They are checked once, where they enter the trainer. Later code does not check t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -155,38 +154,6 @@ class Group:
             raise ValueError(f"group {self.prompt.id!r}: holds responses to another prompt")
         if samples != sorted(set(samples)):
             raise ValueError(f"group {self.prompt.id!r}: sample numbers must increase, got {samples}")
-
-
-def response_statistics(groups: Iterable[Group]) -> dict[str, float]:
-    """Computes the response length, reward, accuracy and length-weighted mean advantage of a rollout step (Fig. 3).
-
-    Returns:
-        ``response_length_{min,q25,mean,median,q75,max}`` in tokens, ``truncated_fraction`` and, if they are known,
-        ``reward_mean``, ``accuracy_mean`` and ``advantage_length_weighted`` = Σ L_i A_i / Σ L_i. Empty without
-        responses.
-    """
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    if not trajectories:
-        return {}
-    lengths = np.array([len(trajectory.tokens) for trajectory in trajectories], dtype=np.float64)
-    low, median, high = np.quantile(lengths, (0.25, 0.5, 0.75))
-    values = {
-        "response_length_min": lengths.min(),
-        "response_length_q25": low,
-        "response_length_mean": lengths.mean(),
-        "response_length_median": median,
-        "response_length_q75": high,
-        "response_length_max": lengths.max(),
-        "truncated_fraction": np.mean([trajectory.finish_reason == "length" for trajectory in trajectories]),
-    }
-    for field in ("reward", "accuracy"):
-        known = [value for value in (getattr(trajectory, field) for trajectory in trajectories) if value is not None]
-        if known:
-            values[f"{field}_mean"] = np.mean(known)
-    if all(trajectory.advantage is not None for trajectory in trajectories):
-        advantages = np.array([trajectory.advantage for trajectory in trajectories], dtype=np.float64)
-        values["advantage_length_weighted"] = (lengths * advantages).sum() / lengths.sum()
-    return {name: float(value) for name, value in values.items()}
 
 
 def _array(field: str, value: Any, length: int | None, where: str) -> NDArray[Any]:

@@ -10,12 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.config import Config
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.engine import EngineError, RolloutEngine
+from fipo_megatron.rollout.engine import RolloutEngine
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
@@ -242,15 +241,3 @@ def context_problem(config: Config, tokens: int) -> str | None:
         f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}: must be at most the model's context, "
         f"max_position_embeddings = {tokens} in its config.json"
     )
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Of a model's directory.
-
-    Raises:
-        EngineError: there is none.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: no tokenizer: {error}") from error

@@ -12,7 +12,6 @@ from fipo_megatron.actor.log_probs import (
     _Head,
     _local_statistics,
     _merge,
-    chunk_tokens_within,
     token_log_probs,
 )
 from tests.actor.allocations import LargestAllocation
@@ -243,22 +242,6 @@ def test_keeps_inputs_and_four_numbers_per_token_for_backward():
     inputs = hidden.numel() + weight.numel()
     assert kept(partial(token_log_probs, chunk_tokens=CHUNK, with_entropy=True)) == inputs + 4 * TOKENS
     assert kept(plain_log_probs) > inputs + TOKENS * COLUMNS
-
-
-@pytest.mark.parametrize(
-    ("dtype", "with_entropy", "bytes_per_logit"),
-    [
-        (torch.bfloat16, False, 6),
-        (torch.bfloat16, True, 8),
-        (torch.float32, False, 4),
-        (torch.float32, True, 8),
-        (torch.float64, False, 8),
-    ],
-)
-def test_chunk_from_a_budget(dtype, with_entropy, bytes_per_logit):
-    chunk = chunk_tokens_within(10 * 2**20, 1024, dtype, with_entropy)
-    assert chunk == 10 * 2**20 // (1024 * bytes_per_logit)
-    assert chunk_tokens_within(1, 1024, dtype, with_entropy) == 1
 
 
 @pytest.mark.parametrize(

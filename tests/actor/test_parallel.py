@@ -94,8 +94,7 @@ def test_one_rank_alone_again_and_again():
     for _ in range(2):
         layout = parallel.initialize(ParallelConfig(), seed=3, environment={})
         assert (layout.rank, layout.world_size, layout.data_size, layout.context.size) == (0, 1, 1, 1)
-        assert layout.is_first_stage
-        assert layout.is_last_stage
+        assert (layout.pipeline_rank, layout.pipeline_size) == (0, 1)
         with pytest.raises(RuntimeError, match=r"call destroy\(\) first"):
             parallel.initialize(ParallelConfig(), seed=3, environment={})
         drawn.append(torch.rand(4))

@@ -18,6 +18,7 @@ from fipo_megatron.algorithm.future_kl import (
 )
 from fipo_megatron.data.context_parallel import CpLayout
 from tests.algorithm.reference import suffix_sum
+from tests.data.parts import unslice
 
 half_lives = st.one_of(st.floats(1, 4096), st.just(math.inf))
 seeds = st.integers(0, 2**32 - 1)
@@ -47,7 +48,7 @@ def in_simulated_ranks(values, lengths, half_life, size):
     heads = torch.stack([scan_chunks(part, shard, half_life)[1] for part, shard in zip(parts, shards, strict=True)])
     results = [future_kl(p, half_life, s, lambda _: heads).numpy() for p, s in zip(parts, shards, strict=True)]
     carries = torch.stack([chunk_carries(heads, shard, half_life) for shard in shards])
-    return torch.from_numpy(layouts[0].unslice(results, cu_seqlens)), carries
+    return torch.from_numpy(unslice(results, cu_seqlens)), carries
 
 
 @given(length=st.integers(1, 5000), half_life=half_lives, seed=seeds)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory, response_statistics
+from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
 PROMPT = Prompt("aime-7", np.array([5, 6]), "42")
 
@@ -80,35 +80,3 @@ def test_bad_prompts_and_groups_are_named():
         Group(PROMPT, (make(Prompt("other", np.array([1]), "")),))
     with pytest.raises(ValueError, match=r"group 'aime-7': sample numbers must increase, got \[3, 3\]"):
         Group(PROMPT, (make(), make()))
-
-
-def test_statistics_of_a_rollout_step():
-    def response(sample, length, **scores):
-        zeros = np.zeros(length)
-        return make(sample=sample, tokens=zeros.astype(int), behaviour_log_probs=zeros, mask=zeros == 0, **scores)
-
-    group = Group(
-        PROMPT,
-        (
-            response(0, 1, reward=1.0, accuracy=1, advantage=1.5),
-            response(1, 2, reward=-1.0, accuracy=0, advantage=-0.5),
-            response(2, 3, reward=-1.0, accuracy=0, advantage=-0.5),
-            response(3, 10, reward=-1.5, accuracy=0, advantage=-0.5, finish_reason="length"),
-        ),
-    )
-    assert response_statistics([group]) == pytest.approx(
-        {
-            "response_length_min": 1,
-            "response_length_q25": 1.75,
-            "response_length_mean": 4,
-            "response_length_median": 2.5,
-            "response_length_q75": 4.75,
-            "response_length_max": 10,
-            "truncated_fraction": 0.25,
-            "reward_mean": -0.625,
-            "accuracy_mean": 0.25,
-            "advantage_length_weighted": (1.5 - 0.5 * 15) / 16,
-        }
-    )
-    assert "advantage_length_weighted" not in response_statistics([Group(PROMPT, (make(),))])
-    assert response_statistics([]) == {}

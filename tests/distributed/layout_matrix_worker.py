@@ -203,7 +203,7 @@ def run_gradient(case: Case, result: dict[str, Any]) -> None:
     actor, expected = case.actor, case.expected
     result["micro_batches"] = len(case.micros) * case.layout.data_size
     result["log_probs"] = over_ranks(case.log_prob_error(), max)
-    if case.layout.is_last_stage:
+    if case.layout.pipeline_rank == case.layout.pipeline_size - 1:
         result["carry"] = case.carries()
     result["carry"] = over_ranks(result.get("carry", float("inf")), min)
     # The lr = 0 gate with FIPO's own two passes: bit for bit the same on the CPU, in every layout.

@@ -15,8 +15,9 @@ from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.mismatch import max_log_prob_difference
 from fipo_megatron.config import Config, ParallelConfig
+from fipo_megatron.data.tokenizer import load_tokenizer
 from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
-from fipo_megatron.rollout.engine_factory import HostInfo, load_tokenizer
+from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.scatter import scatter_trajectories
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.weights.architecture import Architecture

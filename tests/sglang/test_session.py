@@ -12,8 +12,8 @@ from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.config import ParallelConfig, ServersConfig
+from fipo_megatron.data.tokenizer import load_tokenizer
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.engine_factory import load_tokenizer
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.weights.architecture import Architecture
 from tests.distributed.session_worker import Prompts, host_of, learn, prompt, score
@@ -131,7 +131,7 @@ def test_the_device_is_handed_over_in_order(opened, monkeypatch):
 def kill_when_busy(session, killed):
     """Kills the first server while it samples."""
     server = session._opened.pool.servers[0]
-    worker = session._client.pool.workers[server.url]
+    worker = session.weights._client.pool.workers[server.url]
     while not worker.tasks:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -160,7 +160,7 @@ def test_no_prompt_is_lost_when_servers_die(opened):
     assert max(first["mismatch"], second["mismatch"]) < 1e-4
     given = prompts.given
     assert given == 8, "the prompts of the step that was interrupted were sampled, not new ones"
-    session._client.pool.patience_seconds = 3.0
+    session.weights._client.pool.patience_seconds = 3.0
     thread = threading.Thread(target=kill_when_busy, args=(session, killed))
     thread.start()
     with session.generating(2):
