@@ -4,8 +4,8 @@ fipo train CONFIG.yaml [key=value ...]
 torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
 
 Every rank runs this program. Exit code 0: the run is complete, or was asked to end (SIGTERM, Ctrl-C) and is saved;
-1: it failed; 2: the configuration, or an input that it names, is not valid; 3: the collapse alarm has ended it, saved.
-Run it again to resume.
+1: it failed; 2: the configuration, or an input that it names, is not valid; 3: the collapse alarm has ended the run,
+which is saved. Run it again to resume.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ def train(trainer: Trainer) -> None:
     while trainer.step < config.run.steps:
         trainer.timer.start()
         sampled = sample_and_score(trainer)
-        groups = compute_advantages(sampled.groups, config.algorithm)
-        batch = build_batch(sampled.records, config, trainer.step)
-        plan = actor.plan(batch.lengths, batch.mini_batches)
+        groups = compute_advantages(sampled.groups, config.algorithm)  # groups that this rank sampled
+        batch = build_batch(sampled.records, config, trainer.step)  # names and lengths of all ranks' trajectories
+        plan = actor.plan(batch.lengths, batch.mini_batches)  # packed micro-batches of each mini-batch
         trajectories = scatter_trajectories(trainer.routes, groups, batch.names, plan)
-        noise: NoiseFloor | None = None
+        noise_floor: NoiseFloor | None = None
         updates: list[UpdateMetrics] = []
         if plan and not config.run.rollout_only:
             with trainer.timer.part("log_probs"):
-                noise = trainer.noise_gate.check(trainer.step, plan[0], trajectories)
+                noise_floor = trainer.lr_zero_gate.check(trainer.step, plan[0], trajectories)
                 old = actor.log_probs(plan, trajectories)
                 reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
             with trainer.timer.part("update"):
-                watched = trainer.reporter.watched(sampled.records, batch, trainer.step)
-                updates = actor.update(plan, trajectories, old, reference, watched)
-        metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise)
-        health, alarm = trainer.monitor.check(trainer.step, metrics)
+                traced = trainer.reporter.traced(sampled.records, batch, trainer.step)
+                # Future-KL weights, the policy loss (algorithm/policy_loss.py) and one optimizer step per mini-batch.
+                updates = actor.update(plan, trajectories, old, reference, traced)
+        metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor)
+        health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
         if not finish_step(trainer, alarm, sampled, batch, updates):
             return
@@ -81,9 +82,9 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
         if session.has_prefetched:
             with trainer.timer.part("generate"), trainer.show_sampling():
                 sampled = session.take_prefetched()
-        with ExitStack() as generating:
+        with ExitStack() as serving:
             with trainer.timer.part("sync"):
-                generating.enter_context(session.generating(version=step))
+                serving.enter_context(session.serving_weights(version=step))
             if trainer.is_due(config.run.evaluate_every):
                 trainer.evaluate()
             if sampled is None:
@@ -110,7 +111,7 @@ def sft(trainer: Trainer) -> None:
         with trainer.timer.part("update"):
             updates = actor.update(plan, examples, None)
         metrics = trainer.reporter.metrics(trainer.step, None, updates, None)
-        health, alarm = trainer.monitor.check(trainer.step, metrics)
+        health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, None, [], batch, updates)
         if not finish_step(trainer, alarm, None, batch, updates):
             return
@@ -120,19 +121,16 @@ def sft(trainer: Trainer) -> None:
 def finish_step(
     trainer: Trainer, alarm: Alarm | None, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]
 ) -> bool:
-    """Rolls back after an alarm, else saves and exports if due.
-
-    Returns:
-        Whether the run goes on; False if it was asked to end, and is saved.
+    """Rolls back after an alarm, else saves and exports if due; returns whether the run goes on.
 
     Raises:
         CollapseError: The alarm has ended the run, which is saved.
     """
     config, step = trainer.config, trainer.step
     trainer.step += 1
-    stopped, alarm = trainer.agree(alarm)
-    advice = trainer.roll_back(alarm) if alarm is not None else ""
-    if alarm is not None and not advice:
+    stopped, alarm = trainer.agree_on_end(alarm)
+    rolled_back, advice = trainer.roll_back(alarm) if alarm is not None else (False, "")
+    if rolled_back:
         if stopped:
             logger.warning("ended after a return to step %d, as asked; run it again to go on", trainer.step)
         return not stopped
@@ -144,7 +142,7 @@ def finish_step(
     trainer.reporter.write_timing(step, sampled, batch, updates, reward_seconds)
     if alarm is not None:
         trainer.checkpoints.finish()
-        raise trainer.monitor.collapse_error(alarm, advice, is_last=is_last)
+        raise trainer.collapse_monitor.collapse_error(alarm, advice, is_last=is_last)
     if stopped:
         trainer.checkpoints.finish()
         logger.warning("ended after step %d, as asked; run it again to go on", step)
@@ -158,7 +156,7 @@ def finish_run(trainer: Trainer) -> None:
     """Evaluates the final policy and exports it as a Hugging Face model."""
     trainer.checkpoints.finish()
     if trainer.session is not None and trainer.config.run.evaluate_every:
-        with trainer.session.generating(version=trainer.step):
+        with trainer.session.serving_weights(version=trainer.step):
             trainer.evaluate()
     trainer.export("hf")
 
@@ -181,12 +179,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     for notice in notices(config):
         logger.info("note: %s", notice)
+    # Megatron takes seconds to import; the mistakes above are reported before.
     from fipo_megatron.actor.update_metrics import NoiseError
     from fipo_megatron.trainer.factory import open_trainer
 
     try:
         with open_trainer(config, inputs, console) as trainer:
-            sft(trainer) if config.algorithm.kind == "sft" else train(trainer)
+            run = sft if config.algorithm.kind == "sft" else train
+            run(trainer)
     except CollapseError as error:
         logger.error("%s", error)
         return 3

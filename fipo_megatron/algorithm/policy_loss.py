@@ -1,7 +1,8 @@
 """The token losses FIPO, DAPO and GRPO, as pure functions of a dataclass of tensors.
 
-A loss is a numerator and an integer denominator. Both are plain sums over the tokens of this rank, so any split of a
-mini-batch over micro-batches, data-parallel and context-parallel ranks adds up to the same loss; a micro-batch holds
+A loss is a numerator and an integer denominator. The actor hands both to Megatron, which divides by the denominator of
+the global mini-batch (``calculate_per_token_loss``). Both are plain sums over the tokens of this rank, so any split of
+a mini-batch over micro-batches, data-parallel and context-parallel ranks adds up to the same loss; a micro-batch holds
 whole sequences. Sources: arXiv 2603.19835 (equations below) and the behaviour of its authors' release; each difference
 between the two is a field of :class:`.PolicyLossConfig`.
 

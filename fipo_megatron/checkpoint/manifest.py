@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: what its run was, readable without Megatron and before anything is built."""
+"""The manifest of a checkpoint: position, layout and configuration of its run; readable without Megatron.
+
+Weights, optimizer, random generators and carry-over are files beside it: see :mod:`.checkpoint.manager`.
+"""
 
 from __future__ import annotations
 

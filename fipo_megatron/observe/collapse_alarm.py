@@ -1,9 +1,9 @@
 """The collapse alarm.
 
 Triggers if the medians of low-clip fraction and policy KL exceed their limits while length or accuracy falls below its
-ratio. Low-clip fraction, policy KL and length are the signature of Fig. 2 of arXiv 2603.19835. Accuracy is added
-because a collapsed policy need not be terse: with ten times its learning rate, the quickstart loses its accuracy at
-full length.
+ratio, or if the median of policy KL alone exceeds ``health.policy_kl_limit``. Low-clip fraction, policy KL and length
+are the signature of Fig. 2 of arXiv 2603.19835. Accuracy is added because a collapsed policy need not be terse: with
+ten times its learning rate, the quickstart loses its accuracy at full length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Serialises groups and partial groups to a few arrays: for checkpoints, and for sending them to other ranks."""
+"""Carry-over to the next step: partial responses, partial groups, and their serialisation.
+
+:class:`.sampler.Sampler` makes and keeps them. Serialised, they are part of checkpoints; groups also travel to other
+ranks this way.
+"""
 
 from __future__ import annotations
 

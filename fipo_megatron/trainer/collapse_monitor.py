@@ -15,8 +15,8 @@ from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.config import HealthConfig
 from fipo_megatron.observe.collapse_alarm import Alarm, CollapseAlarm, CollapseError
 from fipo_megatron.observe.run_log import RunLog
-from fipo_megatron.trainer import rollback
-from fipo_megatron.trainer.rollback import Rollback
+from fipo_megatron.trainer import rollback_record
+from fipo_megatron.trainer.rollback_record import Rollback
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -134,9 +134,9 @@ class CollapseMonitor:
                     learning_rate_factor=learning_rate_factor * self._config.roll_back_lr,
                     reason=alarm.reason,
                 )
-                events = [*rollback.read(self._output)[: self.rollbacks], event]
-                rollback.write(self._output, events)
-                rollback.set_aside_collapsed(self._checkpoints.directory, events)
+                events = [*rollback_record.read(self._output)[: self.rollbacks], event]
+                rollback_record.write(self._output, events)
+                rollback_record.set_aside_collapsed(self._checkpoints.directory, events)
 
     def position_after(self, saved: Manifest) -> tuple[TrainState, bool]:
         """Returns the position with which to resume a checkpoint. A collective of all ranks.
@@ -147,7 +147,7 @@ class CollapseMonitor:
         """
         events = broadcast_from_first_rank(self._read_events(), self._layout.device)
         state = TrainState(saved.step, saved.cursor, saved.rollbacks, saved.learning_rate_factor)
-        done, event = events[: saved.rollbacks], rollback.pending(events, saved)
+        done, event = events[: saved.rollbacks], rollback_record.pending(events, saved)
         if event is not None:
             state = TrainState(saved.step, event.cursor, event.number, event.learning_rate_factor)
             done = [event]
@@ -159,12 +159,12 @@ class CollapseMonitor:
         """Sets aside what a rollback left behind before it was killed. A collective of all ranks."""
         with raise_on_all_ranks("looking for checkpoints"):
             if self._layout.rank == 0:
-                rollback.set_aside_collapsed(self._checkpoints.directory, rollback.read(self._output))
+                rollback_record.set_aside_collapsed(self._checkpoints.directory, rollback_record.read(self._output))
 
     def forget_later_rollbacks(self) -> None:
         """Removes recorded rollbacks whose checkpoint is gone: the run resumes from before them."""
-        if self._layout.rank == 0 and (events := rollback.read(self._output))[self.rollbacks :]:
-            rollback.write(self._output, events[: self.rollbacks])
+        if self._layout.rank == 0 and (events := rollback_record.read(self._output))[self.rollbacks :]:
+            rollback_record.write(self._output, events[: self.rollbacks])
 
     def restore(self, step: int | None = None) -> None:
         """Restores the alarm's history: that of the run's files, or after a rollback that of before ``step``."""
@@ -174,4 +174,4 @@ class CollapseMonitor:
             self._alarm.restore(sample for sample in self._alarm.history if sample[0] < step)
 
     def _read_events(self) -> list[Rollback]:
-        return rollback.read(self._output) if self._layout.rank == 0 else []
+        return rollback_record.read(self._output) if self._layout.rank == 0 else []

@@ -23,7 +23,7 @@ from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
-from fipo_megatron.trainer.noise_gate import NoiseGate
+from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
@@ -89,10 +89,10 @@ def _build(
         prompts=PromptStream(inputs.prompts, config.seed, config.data.epochs, shuffle=config.data.shuffle),
         checkpoints=checkpoints,
         log=log,
-        monitor=CollapseMonitor(config.health, output, checkpoints, log, layout),
+        collapse_monitor=CollapseMonitor(config.health, output, checkpoints, log, layout),
         timer=timer,
         reporter=StepReporter(config, inputs, layout, log, timer),
-        noise_gate=NoiseGate(actor, config.run.noise_floor_every),
+        lr_zero_gate=LrZeroGate(actor, config.run.noise_floor_every),
         console=console,
     )
 
@@ -101,13 +101,13 @@ def _resume(trainer: Trainer) -> Restored | None:
     """Restores the newest whole checkpoint, if there is one and ``checkpoint.resume`` allows it."""
     path, restored = None, None
     if trainer.config.checkpoint.resume == "auto":
-        trainer.monitor.set_aside_collapsed()
+        trainer.collapse_monitor.set_aside_collapsed()
         path = trainer.checkpoints.newest()
     if path is not None:
         restored = trainer.restore(path)
-    trainer.monitor.forget_later_rollbacks()
+    trainer.collapse_monitor.forget_later_rollbacks()
     trainer.log.open(trainer.step)
-    trainer.monitor.restore()
+    trainer.collapse_monitor.restore()
     if path is not None:
         logger.info("goes on from %s", path)
     return restored

@@ -1,8 +1,8 @@
 """The rollout side of a run on one rank: engine, sampler, prefetching, and the hand-over of a shared device.
 
-If engine and actor share GPUs (``rollout.servers.colocated``), :meth:`RolloutSession.generating` hands the device over:
-optimizer and gradients leave, the engine's weights return and are updated, the actor's weights leave, the KV cache
-returns; after the block, the same in reverse. Otherwise it only sends the weights.
+If engine and actor share GPUs (``rollout.servers.colocated``), :meth:`RolloutSession.serving_weights` hands the device
+over: optimizer and gradients leave, the engine's weights return and are updated, the actor's weights leave, the KV
+cache returns; after the block, the same in reverse. Otherwise it only sends the weights.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class RolloutSession:
         return self._opened.engine
 
     @contextmanager
-    def generating(self, version: int) -> Iterator[None]:
-        """Syncs the weights to the engine as ``version``; within the block, the engine samples with them.
+    def serving_weights(self, version: int) -> Iterator[None]:
+        """Sends the actor's weights to the engine as ``version``; within the block, the engine samples with them.
 
         Raises:
             EngineError: The weights did not arrive; see :mod:`.rollout.weight_sync`.
@@ -146,7 +146,7 @@ class RolloutSession:
         self.weights.check_probe(response)
 
     def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> SampledGroups:
-        """Samples and scores the groups of a step; call it within :meth:`generating`.
+        """Samples and scores the groups of a step; call it within :meth:`serving_weights`.
 
         Args:
             next_prompts: Returns the next prompts, at most as many as asked for; the same on every rank.

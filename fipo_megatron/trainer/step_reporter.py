@@ -45,7 +45,7 @@ class StepReporter:
         peak = peak_flops(name)
         self._peak = None if peak is None else peak * layout.world_size
 
-    def watched(self, records: Sequence[GroupRecord], batch: Batch, step: int) -> frozenset[int]:
+    def traced(self, records: Sequence[GroupRecord], batch: Batch, step: int) -> frozenset[int]:
         """Returns the indices of the trajectories whose per-token values ``trajectories/`` will show."""
         if not self._config.observe.trajectory_tokens:
             return frozenset()

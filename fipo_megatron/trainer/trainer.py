@@ -32,7 +32,7 @@ from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
-from fipo_megatron.trainer.noise_gate import NoiseGate
+from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
@@ -56,10 +56,10 @@ class Trainer:
         prompts: Training prompts in their order; its cursor is part of a checkpoint.
         checkpoints: Checkpoints of the run.
         log: Files, trackers and console lines of the run.
-        monitor: Collapse alarm and rollbacks.
+        collapse_monitor: Collapse alarm and rollbacks.
         timer: Timer of the step.
         reporter: Writes metrics, responses and times of each step.
-        noise_gate: The lr = 0 gate.
+        lr_zero_gate: Gate that two passes at equal weights must pass before the first update.
         session: Rollout side; None for SFT and ``run.replay``.
         scorer: Scores responses; None for SFT and ``run.replay``.
         routes: Process groups that bring trajectories to the ranks that train on them; None for SFT.
@@ -77,10 +77,10 @@ class Trainer:
     prompts: PromptStream
     checkpoints: CheckpointManager
     log: RunLog
-    monitor: CollapseMonitor
+    collapse_monitor: CollapseMonitor
     timer: StepTimer
     reporter: StepReporter
-    noise_gate: NoiseGate
+    lr_zero_gate: LrZeroGate
     session: RolloutSession | None = None
     scorer: ResponseScorer | None = None
     routes: Routes | None = None
@@ -136,7 +136,7 @@ class Trainer:
         longest = self.config.rollout.max_response_tokens
         return [sft_example(prompt, self.inputs.tokenizer, longest) for prompt in prompts]
 
-    def agree(self, alarm: Alarm | None) -> tuple[bool, Alarm | None]:
+    def agree_on_end(self, alarm: Alarm | None) -> tuple[bool, Alarm | None]:
         """Lets all ranks agree on whether to stop and on the alarm; raises the failure of a finished checkpoint.
 
         Returns:
@@ -161,8 +161,10 @@ class Trainer:
                 prefetched = self.session.wait_prefetched()
             carried = self.session.carried()
         scores = self.log.evaluations() if self.config.checkpoint.keep_best else {}
-        state = TrainState(self.step, self.prompts.given, self.monitor.rollbacks, self.actor.learning_rate_factor)
-        self.checkpoints.save(state, carried, prefetched, scores, self.monitor.safe_step)
+        state = TrainState(
+            self.step, self.prompts.given, self.collapse_monitor.rollbacks, self.actor.learning_rate_factor
+        )
+        self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step)
         self.saved_step = self.step
 
     def save_interrupted(self, sampled: SampledGroups | None) -> None:
@@ -185,33 +187,35 @@ class Trainer:
             The rest of the checkpoint; without carry-over if the run was rolled back to it.
         """
         restored = self.checkpoints.load(path)
-        state, rolled_back = self.monitor.position_after(restored.manifest)
+        state, rolled_back = self.collapse_monitor.position_after(restored.manifest)
         self.step = self.saved_step = state.step
         self.prompts.given = state.cursor
         self.actor.learning_rate_factor = state.learning_rate_factor
         return Restored(restored.manifest) if rolled_back else restored
 
-    def roll_back(self, alarm: Alarm) -> str:
+    def roll_back(self, alarm: Alarm) -> tuple[bool, str]:
         """Rolls back to a checkpoint from before the collapse, if ``health.action`` asks for it and there is one.
 
         Returns:
-            An empty string after a rollback, else what the user can do about the alarm.
+            Whether the run was rolled back; if not, also what the user can do about the alarm.
         """
-        path, advice = self.monitor.find_rollback(alarm)
+        path, advice = self.collapse_monitor.find_rollback(alarm)
         if path is None:
             self.log.alarm(alarm, "stop")
-            return advice
+            return False, advice
         if self.session is not None:
             with suppress(SamplingExhaustedError):
                 self.session.take_prefetched()
             self.session.drop_carried()
-        self.monitor.record_rollback(alarm, path, self.prompts.given, self.actor.learning_rate_factor)
+        if self.scorer is not None:
+            self.scorer.take_seconds()  # those of the step that is undone
+        self.collapse_monitor.record_rollback(alarm, path, self.prompts.given, self.actor.learning_rate_factor)
         self.restore(path)
-        self.monitor.restore(self.step)
+        self.collapse_monitor.restore(self.step)
         self.log.close()
         self.log.open(self.step)
         logger.error("returned to %s; the learning rate is times %g", path, self.actor.learning_rate_factor)
-        return ""
+        return True, ""
 
     def export(self, name: str) -> None:
         """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one."""

@@ -56,7 +56,7 @@ def host_of(layout: parallel.RankLayout, directory: Path) -> HostInfo:
 
 def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, version: int) -> dict[str, float]:
     """Runs a step; returns its metrics and the largest difference of the engine's log-probs from the actor's."""
-    with session.generating(version):
+    with session.serving_weights(version):
         sampled = session.sample(prompts)
     names = [name for record in sampled.records for name in record.names]
     lengths = [length for record in sampled.records for length in record.lengths]

@@ -163,7 +163,7 @@ def test_no_prompt_is_lost_when_servers_die(opened):
     session.weights._client.pool.patience_seconds = 3.0
     thread = threading.Thread(target=kill_when_busy, args=(session, killed))
     thread.start()
-    with session.generating(2):
+    with session.serving_weights(2):
         with pytest.raises(EngineError, match="no SGLang server has come back within 3 s"):
             session.sample(prompts)
         told = time.monotonic()

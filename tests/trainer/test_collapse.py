@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from fipo_megatron.trainer import rollback
-from fipo_megatron.trainer.rollback import Rollback
+from fipo_megatron.trainer import rollback_record
+from fipo_megatron.trainer.rollback_record import Rollback
 from tests.runs import metrics, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -28,9 +28,9 @@ def test_a_collapsed_run_rolls_back_then_ends_also_if_killed_between(data, tmp_p
         output = tmp_path / name
         output.mkdir()
         event = Rollback(number=1, step=9, to=7, cursor=9, learning_rate_factor=0.5, reason="of a run that is gone")
-        rollback.write(output, [event])
+        rollback_record.write(output, [event])
         train(data, output, "checkpoint.save_every=1", "checkpoint.keep_last=1", "run.steps=3", "health.action=off")
-        assert not rollback.read(output)
+        assert not rollback_record.read(output)
         if fail_at:
             train(data, output, *ROLL_BACK, fail_at=fail_at, code=-signal.SIGKILL)
             assert rows(output / "roll_backs.jsonl"), "it was killed in the first step after its return"

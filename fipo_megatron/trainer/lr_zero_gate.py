@@ -13,7 +13,7 @@ from fipo_megatron.data.trajectory import Trajectory
 logger = logging.getLogger(__name__)
 
 
-class NoiseGate:
+class LrZeroGate:
     """Checks the noise floor once per process, and reports it every so many steps.
 
     Args:
