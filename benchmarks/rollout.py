@@ -29,7 +29,7 @@ from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer, free_port
 from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
 from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from tests.sglang import models
 

@@ -78,7 +78,9 @@ class Restored:
 
 
 class CheckpointManager:
-    """The checkpoints of a run, on this rank. All methods are collectives of all ranks, which share a file system.
+    """The checkpoints of a run, on this rank. All ranks share a file system.
+
+    :meth:`save`, :meth:`newest` and :meth:`load` are collectives of all ranks.
 
     Args:
         directory: Directory of the checkpoints; created if it does not exist.

@@ -18,12 +18,13 @@ from fipo_megatron.rollout.engine import RolloutEngine
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
-from fipo_megatron.rollout.sglang.server import ServerPool, ServerSpec, SglangServer
+from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer
+from fipo_megatron.rollout.sglang.server_supervisor import ServerSupervisor
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
 from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
 from fipo_megatron.rollout.weight_sync.embedded_sender import EmbeddedSender
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights, WeightSender
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights, WeightSender
 from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 
 
@@ -57,7 +58,7 @@ class OpenedEngine:
     """
 
     engine: RolloutEngine | None
-    pool: ServerPool | None = None
+    pool: ServerSupervisor | None = None
     facts: tuple[ServerFacts, ...] = ()
 
     async def close(self) -> None:
@@ -100,16 +101,20 @@ async def open_engine(
         engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
         await coordinator.gather({})
         return OpenedEngine(engine)
-    pool: ServerPool | None = None
+    pool: ServerSupervisor | None = None
     error: Exception | None = None
     try:
         if not config.rollout.servers.urls and host.local_rank == 0:
-            pool = ServerPool(local_servers(config, host), restarts=config.rollout.servers.restarts)
+            pool = ServerSupervisor(local_servers(config, host), restarts=config.rollout.servers.restarts)
             async with everyone.alive():
                 await pool.start()
     except Exception as failed:
         error = failed
-    started = await everyone.gather(pool.urls if pool else (), error)
+    try:
+        started = await everyone.gather(pool.urls if pool else (), error)
+    except BaseException:
+        await OpenedEngine(None, pool).close()
+        raise
     urls = config.rollout.servers.urls or tuple(url for part in started for url in part)
     client: SglangClient | None = None
     facts: tuple[ServerFacts, ...] = ()

@@ -72,7 +72,10 @@ class CollapseMonitor:
         return None if self._alarm.safe is None else self._last_sound_step(self._alarm.safe)
 
     def _last_sound_step(self, began: int) -> int:
-        """Returns the step before a collapse that began at this step; a checkpoint rolled back to counts as sound."""
+        """Returns the last step whose checkpoint precedes a collapse that began in step ``began``.
+
+        That is the checkpoint of ``began`` itself, or a later one that the run was rolled back to.
+        """
         return began if self._restored_step is None else max(began, self._restored_step)
 
     def find_rollback(self, alarm: Alarm) -> tuple[Path | None, str]:

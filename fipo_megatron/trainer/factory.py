@@ -134,7 +134,7 @@ def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitS
     resources.callback(lambda: session.run(verifier.close()))
     resources.callback(session.cancel_prefetch)
     if restored is not None:
-        session.restore(restored.carry_over, restored.prefetched)
+        session.restore(trainer.step, restored.carry_over, restored.prefetched)
 
 
 def _host_info(trainer: Trainer) -> HostInfo:

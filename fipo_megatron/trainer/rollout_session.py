@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from fipo_megatron.rollout.carry_over import Carried
 from fipo_megatron.rollout.engine import EngineError, EngineMemory, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.event_loop import EventLoopThread
-from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplerSettings, Scorer
+from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplerSettings, SamplingExhaustedError, Scorer
 from fipo_megatron.rollout.sampling_progress import ProgressSnapshot, combine_snapshots
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -104,12 +104,17 @@ class RolloutSession:
         except BaseException:
             self._loop.close()
             raise
-        self.weights = WeightUpdater(
-            config, actor, architecture, host, self._opened, self.coordinator, self._loop, probe
-        )
         self._engine_has_memory = True
         self._prefetched: Future[SampledGroups] | None = None
-        self.sampler = Sampler(self._opened.engine, sampler_settings(config, stop_token_ids), scorer, self.coordinator)
+        try:
+            self.weights = WeightUpdater(
+                config, actor, architecture, host, self._opened, self.coordinator, self._loop, probe
+            )
+            settings = sampler_settings(config, stop_token_ids)
+            self.sampler = Sampler(self._opened.engine, settings, scorer, self.coordinator)
+        except BaseException:
+            self._close_engine()
+            raise
 
     @property
     def engine(self) -> RolloutEngine | None:
@@ -213,14 +218,15 @@ class RolloutSession:
         """Returns the carry-over of this rank's sampler; None if the rank is no leader."""
         return self.sampler.carried() if self.engine is not None else None
 
-    def restore(self, carried: Sequence[Carried], prefetched: SampledGroups | None) -> None:
+    def restore(self, step: int, carried: Sequence[Carried], prefetched: SampledGroups | None) -> None:
         """Restores what a checkpoint holds of the rollout side; another number of leaders shares it anew.
 
         Args:
+            step: Step that the run resumes with.
             carried: Carry-over of every leader that saved it; the same on every rank.
             prefetched: Groups that were sampled for the next step; None if there are none.
         """
-        if prefetched is not None:
+        if prefetched is not None and _is_fresh(prefetched, step, self._config.rollout.max_staleness):
             self.put_prefetched(prefetched)
         if self.engine is None or not carried:
             return
@@ -233,7 +239,10 @@ class RolloutSession:
         self.sampler.restore(groups[place::leaders], partial_groups[place::leaders])
 
     def drop_carried(self) -> None:
-        """Drops the carry-over of this rank's sampler."""
+        """Waits until prefetching is over, and drops the prefetched groups and the carry-over of this rank."""
+        with suppress(EngineError, SamplingExhaustedError):
+            self.wait_prefetched()
+        self._prefetched = None
         self.sampler.restore((), ())
 
     def progress(self) -> ProgressSnapshot:
@@ -249,6 +258,9 @@ class RolloutSession:
     def close(self) -> None:
         """Ends the engine and its event loop."""
         self.weights.close()
+        self._close_engine()
+
+    def _close_engine(self) -> None:
         self._loop.run(self._opened.close())
         self._loop.close()
 
@@ -273,3 +285,13 @@ class RolloutSession:
             await self.coordinator.gather({}, error)
 
         self._loop.run(control())
+
+
+def _is_fresh(prefetched: SampledGroups, step: int, max_staleness: int) -> bool:
+    """Returns whether prefetched groups respect ``rollout.max_staleness``, which may have been lowered since."""
+    age = max((step - record.oldest for record in prefetched.records), default=0)
+    if age > max_staleness:
+        logger.warning(
+            "prefetched groups are dropped: they are %d versions old, rollout.max_staleness is %d", age, max_staleness
+        )
+    return age <= max_staleness

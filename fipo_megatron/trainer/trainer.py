@@ -204,8 +204,6 @@ class Trainer:
             self.log.alarm(alarm, "stop")
             return False, advice
         if self.session is not None:
-            with suppress(SamplingExhaustedError):
-                self.session.take_prefetched()
             self.session.drop_carried()
         if self.scorer is not None:
             self.scorer.take_seconds()  # those of the step that is undone

@@ -13,13 +13,14 @@ from fipo_megatron.actor.hf_weights import chunk_owners, export_hf, save_hf
 from fipo_megatron.actor.mismatch import max_log_prob_difference
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine, open_sender
 from fipo_megatron.rollout.event_loop import EventLoopThread
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.rollout.weight_sync.disk_sender import DiskSender
 from fipo_megatron.rollout.weight_sync.probe import check_probe, sample_probe
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights, WeightSender
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights, WeightSender
 from fipo_megatron.weights.architecture import Architecture
 
 
@@ -82,7 +83,8 @@ class WeightUpdater:
         urls, _ = now = self.reachable()
         if self._sender is None or now != self._servers:
             # A restarted server has forgotten the broadcast group, so a new one is needed.
-            self.close()
+            if self._sender is not None:
+                self._sender.close()
             self._servers = now
             leaders = self._coordinator.leaders
             self._sender = open_sender(self._config, self._opened, urls, self._actor_weights, leaders, self._host)
@@ -167,7 +169,8 @@ class WeightUpdater:
 
     async def _send_latest(self, url: str) -> None:
         """Sends the latest weights to a server that was restarted; the disk still holds them."""
-        assert isinstance(self._sender, DiskSender)
         assert self._client is not None
+        if not isinstance(self._sender, DiskSender) or self._sender.latest is None:
+            raise EngineError(f"{url}: is back before any weights were written; the next update sends them")
         payload = {"model_path": str(self._sender.latest), "weight_version": str(self.version)}
         await self._client.control("/update_weights_from_disk", payload, workers=[url])

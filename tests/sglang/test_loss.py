@@ -11,7 +11,7 @@ import pytest
 
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.client import SglangClient
-from fipo_megatron.rollout.sglang.server import ServerPool
+from fipo_megatron.rollout.sglang.server_supervisor import ServerSupervisor
 from tests.sglang import models
 from tests.sglang.test_client import expected, request
 
@@ -54,7 +54,7 @@ def test_every_response_arrives_once(pair, model_path, tmp_path):
 
     async def run():
         nonlocal client
-        pool = ServerPool(pair, on_restarted=send_current, interval=0.1)
+        pool = ServerSupervisor(pair, on_restarted=send_current, interval=0.1)
         await pool.start()
         client = SglangClient(
             pool.urls, context=models.CONTEXT, vocab=models.VOCAB, api_key="secret", look_seconds=0.5, concurrency=16
@@ -100,7 +100,7 @@ def test_requests_fail_in_time_when_all_servers_are_dead(pair):
     """Requests fail with a clear error within ``patience_seconds`` if no restarts are left."""
 
     async def run():
-        pool = ServerPool([replace_log(server) for server in pair[:1]], restarts=0, interval=0.1)
+        pool = ServerSupervisor([replace_log(server) for server in pair[:1]], restarts=0, interval=0.1)
         await pool.start()
         client = SglangClient(
             pool.urls,

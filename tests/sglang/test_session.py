@@ -86,7 +86,7 @@ def test_the_device_is_handed_over_in_order(opened, monkeypatch):
 
     recorded(engine, "release_memory", lambda what: f"engine releases {what}")
     recorded(engine, "restore_memory", lambda what: f"engine takes {what}")
-    recorded(session, "send", lambda version: "weights are sent")
+    recorded(session.weights, "send", lambda version: "weights are sent")
     recorded(session, "sample", lambda prompts: "responses are sampled")
     recorded(actor, "log_probs", lambda *_: "actor computes")
     recorded(actor, "update", lambda *_: "actor learns")

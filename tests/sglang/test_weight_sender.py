@@ -16,7 +16,7 @@ from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.weight_sync.distributed_sender import DistributedSender
 from fipo_megatron.rollout.weight_sync.probe import check_probe
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 from fipo_megatron.rollout.weight_sync.tensor_sender import TensorSender
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor.models import logits

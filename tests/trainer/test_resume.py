@@ -57,6 +57,15 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(settings, data, tmp_path):
     assert names == ["step-000002", "step-000004", "step-000005"], "the newest, and the one from before the window"
 
 
+def test_prefetched_groups_are_dropped_if_staleness_is_not_allowed_any_more(data, tmp_path):
+    """The fail point kills the run in a step whose groups were prefetched by the step before."""
+    overlapping = ["rollout.overlap=true", "rollout.max_staleness=1", "checkpoint.save_every=2"]
+    train(data, tmp_path / "run", *overlapping, fail_at="update:4", code=-signal.SIGKILL)
+    said = train(data, tmp_path / "run", "checkpoint.save_every=2")
+    assert "prefetched groups are dropped: they are 1 versions old, rollout.max_staleness is 0" in said
+    assert [row["rollout/staleness_max"] for row in metrics(tmp_path / "run")] == [0, 1, 0, 0, 0]
+
+
 def test_sigterm_saves_and_the_next_start_resumes(data, tmp_path):
     """A process started by the command line: exit code 0 after the step, no export; then the same metrics."""
     whole = tmp_path / "whole"

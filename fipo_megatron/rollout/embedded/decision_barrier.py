@@ -23,7 +23,7 @@ class DecisionBarrier:
 
     @asynccontextmanager
     async def deciding(self) -> AsyncIterator[None]:
-        """Opens a block; it ends after all blocks that were opened earlier."""
+        """Opens a block; unless it raises, it ends after the block that was opened before it."""
         before, mine = self._last, asyncio.Event()
         self._last = mine
         self._open += 1

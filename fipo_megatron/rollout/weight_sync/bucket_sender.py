@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
 
 class BucketSender:
@@ -31,7 +31,7 @@ class BucketSender:
         self._actor, self._servers = actor, servers
 
     def send(self, version: int) -> None:
-        """Sends all buckets of all stages; see :meth:`.sender.WeightSender.send`."""
+        """Sends all buckets of all stages; see :meth:`.sender_protocol.WeightSender.send`."""
         actor = self._actor
         with actor.together("beginning an update of the weights"):
             if actor.leads:

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
 
 class DiskSender:
-    """A :class:`.sender.WeightSender` through a directory that actor and servers see. Older versions are removed.
+    """A :class:`.sender_protocol.WeightSender` through a directory that actor and servers see; removes older versions.
 
     Args:
         actor: The actor's weights.
@@ -26,7 +26,7 @@ class DiskSender:
         self.latest: Path | None = None
 
     def send(self, version: int) -> None:
-        """Writes the weights and makes the servers load them; see :meth:`.sender.WeightSender.send`."""
+        """Writes the weights and makes the servers load them; see :meth:`.sender_protocol.WeightSender.send`."""
         target = self._directory / f"version-{version}"
         with self._actor.together("removing weights of that version"):
             if self._actor.leads:

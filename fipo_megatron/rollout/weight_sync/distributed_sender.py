@@ -14,11 +14,13 @@ from torch import Tensor
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.weight_sync.bucket_sender import BucketSender, flatten
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
 
 class DistributedSender(BucketSender):
-    """A :class:`.sender.WeightSender` by broadcast. The sender of each stage and all ranks of all servers form a group.
+    """A :class:`.sender_protocol.WeightSender` by broadcast.
+
+    The sender of each stage and all ranks of all servers form a group.
 
     Args:
         actor: The actor's weights.

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
 
 class EmbeddedSender:
-    """A :class:`.sender.WeightSender` in memory; with several pipeline stages, through a directory.
+    """A :class:`.sender_protocol.WeightSender` in memory; with several pipeline stages, through a directory.
 
     Args:
         actor: The actor's weights.
@@ -29,7 +29,7 @@ class EmbeddedSender:
         self._actor, self._engine, self._leaders, self._directory = actor, engine, tuple(leaders), directory
 
     def send(self, version: int) -> None:
-        """Copies all weights into the engines; see :meth:`.sender.WeightSender.send`."""
+        """Copies all weights into the engines; see :meth:`.sender_protocol.WeightSender.send`."""
         with self._actor.together("updating the embedded engine"):
             if self._actor.stages == 1:
                 self._update(self._streamed(), version)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.weight_sync.bucket_sender import BucketSender, flatten
-from fipo_megatron.rollout.weight_sync.sender import ActorWeights
+from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
 
 class TensorSender(BucketSender):
-    """A :class:`.sender.WeightSender` through host memory, for servers on this machine and small models.
+    """A :class:`.sender_protocol.WeightSender` through host memory, for servers on this machine and small models.
 
     Args:
         actor: The actor's weights.
