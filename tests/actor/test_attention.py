@@ -34,6 +34,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.slow
 @given(
     lengths=packings,
     cp=st.sampled_from([1, 2, 4]),
@@ -49,6 +50,7 @@ def test_output_and_gradients_equal_the_definition(kernel, dtype, lengths, cp, g
     assert largest_error(got, plain_attention(case)) <= BOUNDS[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("cp", [1, 2])

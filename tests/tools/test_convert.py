@@ -51,6 +51,9 @@ def run_on_two_ranks(*command):
     return done.returncode, done.stdout
 
 
+pytestmark = pytest.mark.processes
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Writes a complete model in several files."""
