@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.log_probs import PLAIN_LIMIT, SHAPES, WIDTH, plain_bytes
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.config import ActorConfig
 
 CHUNK_TOKENS = ActorConfig().log_prob_chunk_tokens

@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.memory import anonymous
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.weights import hf_files, tables
 from fipo_megatron.weights.architecture import Architecture
 

@@ -16,7 +16,7 @@ from typing import TypedDict
 
 import torch
 
-from benchmarks.report import kept_for_backward, median_times, print_table, write_result
+from benchmarks.result_table import kept_for_backward, median_times, print_table, write_result
 from fipo_megatron.algorithm.future_kl import discount, future_kl
 
 HALF_LIFE = 32.0

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.actor_worker import Setup
 from benchmarks.future_kl import HALF_LIFE, chunked_product
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.megatron_config import transformer_engine_found
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl

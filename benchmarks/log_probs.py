@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.actor.log_probs import token_log_probs
 
 WIDTH = 128

@@ -9,7 +9,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.config import RewardConfig
 from fipo_megatron.reward.verifier import Answer, open_verifier
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.sglang.client import SglangClient

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.memory import anonymous
-from benchmarks.report import print_table, write_result
+from benchmarks.result_table import print_table, write_result
 
 START = Path("build/quickstart")
 TOLERANCE = 0.05

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-from benchmarks.report import write_result
+from benchmarks.result_table import write_result
 
 THOROUGH = {
     "HYPOTHESIS_PROFILE": "thorough",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fipo_megatron.config.renamed_keys import RENAMED_KEYS
 from fipo_megatron.weights.architecture import Architecture
 
 FORMAT = 2
@@ -76,15 +77,14 @@ class Manifest:
         return cls(**(_from_format_1(values) if values["format"] == 1 else values))
 
 
-_MOVED_FROM_RUN = ("save_every", "async_save", "keep_last", "keep_best", "optimizer_sharding", "export_every", "resume")
-"""Keys of section ``run`` in format 1 that are in section ``checkpoint`` now."""
-
-
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a manifest of format 1, written before version 0.1.0, under today's names."""
-    config, architecture = dict(values["config"]), dict(values["architecture"])
-    run = dict(config["run"])
-    config |= {"checkpoint": {key: run.pop(key) for key in _MOVED_FROM_RUN if key in run}, "run": run}
+    config = {name: dict(part) if isinstance(part, dict) else part for name, part in values["config"].items()}
+    architecture = dict(values["architecture"])
+    for key in RENAMED_KEYS:
+        (old_section, old), (new_section, new) = key.old.split("."), key.new.split(".")
+        if key.kind is None and old in config[old_section]:
+            config.setdefault(new_section, {})[new] = config[old_section].pop(old)
     is_sft = config["algorithm"]["kind"] == "sft"
     config["sft"] = {"examples_per_step": config["rollout"]["prompts_per_step"] if is_sft else 512}
     if architecture.get("mixture"):
