@@ -250,7 +250,7 @@ def packed_causal_attention(
     return out
 
 
-class PackedCoreAttention(MegatronModule):  # type: ignore[misc]
+class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
     """:func:`packed_causal_attention` as a ``core_attention`` module of Megatron-Core.
 
     Takes the arguments of ``megatron/core/transformer/dot_product_attention.py`` and raises on those that it does not

@@ -51,7 +51,7 @@ class SequenceParallelRMSNorm(torch.nn.Module):
         return self.weight * normalised.to(hidden.dtype)
 
 
-class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]
+class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
     """GPTModel whose last stage returns hidden states instead of logits.
 
     Log-probs are computed from hidden states in chunks (:mod:`.log_probs`), so the logits of a whole micro-batch never

@@ -68,7 +68,7 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
     return torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width, 0, 1)
 
 
-class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]  # Megatron has no types
     """Rotary angles of every position, for packed sequences.
 
     Megatron's class caches the tables of the last 32 lengths over all models (an ``lru_cache`` on the method). This one

@@ -316,7 +316,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
             raise cause from error
 
 
-class _Planner(MCoreSavePlanner):  # type: ignore[misc]
+class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # Megatron has no types
     def __init__(self, progress: BytesCallback) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._progress = progress

@@ -38,7 +38,9 @@ def draw(runs: list[Run], *, smooth: int) -> bytes:
     height = 3.3 * rows + head
     figure = Figure(figsize=(16, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0.005, 0.005, 0.99, 1 - head / height - 0.005), w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
+    rect = (0.005, 0.005, 0.99, 1 - head / height - 0.005)
+    # The engine is constrained layout, set above; matplotlib types the base class.
+    figure.get_layout_engine().set(rect=rect, w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
     _head(figure, runs, sentences, height)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     for axis in axes[len(shown) :]:
