@@ -27,7 +27,7 @@ _THOUSANDS = re.compile(r"(?<![\d,.(])\d{1,3}(?:,\d{3})+(?!,?\d)")
 _NOISE = re.compile(r"\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|[\s\u202f]+")
 _CHOICE = re.compile(r"\(?([A-Ja-j])\)?\s*(?:[.):]\s*\S.*)?", re.DOTALL)
 _LEAD = re.compile(
-    r"(?:so|thus|hence|therefore|the|our|its|it|we|which|this|that)\b[^$\\\d\n]{0,60}?\b(?:is|are|equals|get|have|be)\b"
+    r"(?:so|thus|hence|therefore|the|our|its|it|we|which|this|that|there)\b[^$\\\d\n]{0,60}?\b(?:is|are|equals|get|have|be)\b"
     r"(?! not\b):?\s+(?=\S)",
     re.IGNORECASE,
 )
@@ -39,6 +39,7 @@ _REMARK = re.compile(
 )
 _NOTE = re.compile(r"\s+\((?!\s*mod\b)[A-Za-z][A-Za-z ,'-]*\)$")
 _SENTENCE = re.compile(r"(?<=[\d}$)\]])\.\s+(?=[A-Z][a-z]).*$", re.DOTALL)
+_ONLY_TEXT = re.compile(r"\\text(?:bf)?\{[^{}]*\}")
 _UNUSABLE = re.compile(r"[+-]?nan", re.IGNORECASE)
 
 
@@ -88,9 +89,7 @@ def usable_truth(ground_truth: str) -> bool:
     return bool(truth) and not _UNUSABLE.fullmatch(truth)
 
 
-def exact(
-    response: str, ground_truth: str, thinking_end: Sequence[str] = THINKING_END
-) -> tuple[bool, str | None]:
+def exact(response: str, ground_truth: str, thinking_end: Sequence[str] = THINKING_END) -> tuple[bool, str | None]:
     """Compares the answer with the right one up to white space; without an answer, compares the whole response.
 
     Returns:
@@ -164,9 +163,11 @@ def clean_truth(ground_truth: str) -> str:
             values: Any = ast.literal_eval(truth)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             values = None
-        if isinstance(values, list) and len(values) == 1 and isinstance(values[0], str):
-            truth = values[0].strip()
+        if isinstance(values, list) and len(values) == 1 and isinstance(values[0], str | int | float):
+            truth = str(values[0]).strip()
     truth = truth.removeprefix("####").strip()
+    if "answer" in truth.lower():
+        truth = extract(truth) or truth
     if (boxed := last_boxed(truth)) is not None and re.match(r"\$*\\f?boxed|\$*\\fbox", truth):
         truth = boxed
     return unwrap(unbox(truth))
@@ -174,6 +175,7 @@ def clean_truth(ground_truth: str) -> str:
 
 def clean_answer(answer: str) -> str:
     """Removes an introduction ("the value is"), trailing remarks and whole sentences after the answer."""
+    answer = re.sub(r"\\text(?:bf)?\{([^{}]*)\}", r"\1", answer) if _ONLY_TEXT.fullmatch(answer) else answer
     answer = _SENTENCE.sub("", answer)
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
     answer = _OPTION.sub("", answer) if _OPTION.match(answer) else answer

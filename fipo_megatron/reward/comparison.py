@@ -15,7 +15,7 @@ _DIGITS = 60
 _SAMPLES = 6
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "leq": "<=", "geq": ">=", "equiv": "=", "neq": "!=", "in": "in"}
 _CONDITION = re.compile(
-    r"[,;]?\s*(?:\(\s*)?(?:\\text\s*\{\s*(?:where|for|with)?\s*\}|where|for|with)?\s*"
+    r"[,;]?\s*(?:\\ \s*)?(?:\(\s*)?(?:\\text\s*\{\s*(?:where|for|with)?\s*\}|where|for|with)?\s*"
     r"(?<![A-Za-z\\])[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*(?:\\mathbb\s*\{?\s*[ZNRQC]\s*\}?|\\?[ZNRQ])(?:\^?[+*]|_\{?\\?\w+\}?)?\s*\)?$"
 )
 _EMPTY = re.compile(
@@ -86,7 +86,7 @@ def equal(given: str, expected: str) -> bool:
     if ratio[0] or ratio[1]:
         plain, fraction = (expected, ratio[0]) if ratio[0] else (given, ratio[1])
         assert fraction is not None
-        return len(fraction) == 2 and "/" in plain + "\\frac" and _same(read(plain), _quotient(fraction))
+        return len(fraction) == 2 and _same(read(plain), _quotient(fraction))
     return _same(read(given), read(expected), top=True)
 
 
@@ -255,6 +255,8 @@ def _bracketed(tokens: list[Token], sign: int) -> Collection | None:
             return None
         inner = _split(tokens[1:-1], _COMMAS).parts
         return Collection("set", tuple(_read_relation(_stripped(part), sign) for part in inner))
+    if (first_kind, first, last) == ("symbol", "[", "]") and len(_split(tokens[1:-1], _COMMAS).parts) == 1:
+        raise Unreadable("one value in square brackets")
     if left not in ("(", "[") or right not in (")", "]"):
         return None
     parts = _split(tokens[1:-1], _COMMAS - {("word", "and"), ("word", "or")}).parts
@@ -270,7 +272,7 @@ def _bracketed(tokens: list[Token], sign: int) -> Collection | None:
     return Collection(left + right, tuple(_read_element(_stripped(part), sign) for part in parts))
 
 
-def _read_scalar(tokens: list[Token], sign: int) -> Scalar:
+def _read_scalar(tokens: list[Token], sign: int) -> Scalar | RealSet:
     import sympy
 
     unit: Unit | None = None
@@ -282,6 +284,8 @@ def _read_scalar(tokens: list[Token], sign: int) -> Scalar:
         words = "_".join(text.lower() for kind, text in tokens if kind == "word")
         return Scalar(sympy.Symbol("text " + words))
     value, rest = Parser(tokens, sign).prefix()
+    if value == sympy.Symbol("mathbb R") and not rest:
+        return RealSet(sympy.S.Reals)
     while rest and rest[0] in MULTIPLIERS:
         value, rest = value * MULTIPLIERS[rest[0]], rest[1:]
     degree, percent = sympy.Symbol("°"), sympy.Symbol("%")
@@ -308,8 +312,8 @@ def _real_set(value: Any) -> Any:
 
     if isinstance(value, RealSet):
         return value.value
-    if isinstance(value, Scalar) and str(value.value) == "mathbb R":
-        return sympy.S.Reals
+    if isinstance(value, Collection) and all(isinstance(item, RealSet) for item in value.items):
+        return sympy.Union(*(item.value for item in value.items))
     if isinstance(value, Collection):
         scalars = [item.value for item in value.items if isinstance(item, Scalar)]
         if len(scalars) == len(value.items) and all(scalar.is_extended_real for scalar in scalars):

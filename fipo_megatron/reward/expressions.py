@@ -56,19 +56,25 @@ _IGNORED = re.compile(
 )
 _FONT = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|mathnormal|boxed|fbox)\s*\{([^{}]*)\}")
 _THIN_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\,|\\!|\u202f|\{,\}|\\ |,\\!)\d{3})+(?!\d)")
-_FUNCTIONS = ("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg max min gcd lcm det arg").split()
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+_FUNCTIONS = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp lg max min gcd lcm det arg"
+).split()
 _NAMES = {"pi": "pi", "infinity": "infty", "inf": "infty", "sqrt": "sqrt", "infty": "infty"}
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell ldots"
 ).split()
-SHORT_WORDS = frozenset("cm km kg mm ft in lb oz ml mL hr min sec am pm or if and not mod men way day mph kmh deg units".split())
+SHORT_WORDS = frozenset(
+    "cm km kg mm ft in lb oz ml mL hr min sec am pm or if and not mod men way day mph kmh deg units".split()
+)
 
 
 def simplify_notation(text: str) -> str:
     """Removes commands that only change the appearance, and writes symbols as LaTeX."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
     text = "".join(_SYMBOLS.get(character, character) for character in text)
+    text = _REPEATING.sub(_repeating, text)
     text = _THIN_GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
     text = re.sub(r"\\\$|(?<!\\)\$", lambda match: r"\$" if len(match[0]) == 2 else " ", text)
     text = _IGNORED.sub(" ", text.replace(r"\!", ""))
@@ -77,8 +83,21 @@ def simplify_notation(text: str) -> str:
     return text.strip()
 
 
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.groups()
+    below = (10 ** len(repeated) - 1) * 10 ** len(fixed)
+    above = int(whole + fixed + repeated) - int((whole + fixed) or 0)
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
 def tokenize(text: str) -> list[Token]:
-    """Splits a text into tokens. Inside parentheses, commas always separate; elsewhere they may group thousands."""
+    """Splits a text into tokens. Inside parentheses, commas always separate; elsewhere they may group thousands.
+
+    Raises:
+        Unreadable: The text begins with a tilde, the sign for "about".
+    """
+    if text.lstrip().startswith("~"):
+        raise Unreadable("about")
     tokens: list[Token] = []
     position, depth = 0, 0
     while position < len(text):

@@ -25,7 +25,7 @@ _ATTEMPTS = 32
 """Marks without an answer that are passed over, from the last one on."""
 
 _MARK = re.compile(
-    r"(?P<answer>\banswer[ \t*_}\"'`]{0,8}[:：])"
+    r"(?P<answer>(?<![A-Za-z])answer[ \t*_}\"'`]{0,8}[:：])"
     r"|(?P<header>^[ \t>#*_]{0,12}(?:the[ ])?(?:final[ ])?answer[ \t*_]{0,8}$)"
     r"|(?P<box>\\(?:f?boxed|fbox|framebox)(?![A-Za-z]))"
     r"|(?P<hash>^[ \t]{0,4}####(?![#]))"
@@ -37,9 +37,11 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_BARE_BOXED = re.compile(r"[ \t]{1,4}(-?\d[\d.,/]{0,40}|\w)")
+_BARE_BOXED = re.compile(r"[ \t]{0,4}(-?\d[\d.,/]{0,40})|[ \t]{1,4}(\w)")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]{0,8}(?:(?:or|,|;)[\s$]{0,8})")
 _HEADING = re.compile(r"\d+[.)]\s+\w|(?<![\\A-Za-z])[A-Za-z]{3,}")
+_BLANK = re.compile(r"[ *_>]*|[ >]*```\w*[ ]*")
+"""A blank line, or the beginning of a code block."""
 _CLOSER = re.compile(r"^[ \t]*(?:\*\*\*|\*\*|\*|__|_|\}|`|\")(?=\s)")
 """End of the emphasis around the word ``Answer:``."""
 _BULLET = re.compile(r"(?:[-*•>][ \t]+){0,3}")
@@ -47,7 +49,7 @@ _ENVIRONMENT = re.compile(r"\\begin\{(?:align|aligned|equation|gather|gathered|c
                           r"\\end\{(?:align|aligned|equation|gather|gathered|center|displaymath)(\*?)\}")  # fmt: skip
 _WRAPPERS = (
     ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("***", "***"), ("**", "**"), ("__", "__"), ("*", "*"),
-    ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("<answer>", "</answer>"), ("_", "_"),
+    ("```", "```"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("<answer>", "</answer>"), ("_", "_"),
 )  # fmt: skip
 _LEADING = re.compile(r"(?:\*\*?|__|[`\"}>|:]|[☀-➿\U0001f300-\U0001faff️])\s*")
 _TRAILING = re.compile(r"\s*(?:(?<!\^)(?<!\^\{)\*\*?|__|[`\"|;:]|\\\\|[☀-➿\U0001f300-\U0001faff️])$")
@@ -146,7 +148,7 @@ def _box_span(text: str, mark: re.Match[str], closing: dict[int, int]) -> tuple[
     if text[start : start + 1] == "{":
         return (start + 1, closing[start]) if start in closing else None
     bare = _BARE_BOXED.match(text, mark.end())
-    return bare.span(1) if bare else None
+    return bare.span(bare.lastindex or 0) if bare else None
 
 
 def _answer_at(text: str, marks: Sequence[re.Match[str]], index: int, closing: dict[int, int]) -> str:
@@ -154,9 +156,13 @@ def _answer_at(text: str, marks: Sequence[re.Match[str]], index: int, closing: d
     mark = marks[index]
     if mark.lastgroup == "box":
         line = text.rfind("\n", max(0, mark.start() - _WINDOW), mark.start())
-        owner = next((m for m in marks[max(0, index - 8) : index] if m.lastgroup == "answer" and m.start() > line), None)
-        if owner is not None and re.search(r"\bor\b", text[owner.end() : mark.start()]):
-            return unwrap(unbox(_passage(text, owner.end())))  # a choice between several answers
+        owner = next(
+            (m for m in marks[max(0, index - 8) : index] if m.lastgroup == "answer" and m.start() > line), None
+        )
+        if owner is not None and re.search(r"\b(?:or|and)\b|[,;]\s*$", text[owner.end() : mark.start()]):
+            found = unwrap(unbox(_passage(text, owner.end()), keep=True))  # one of several answers
+            if not _HEADING.search(found.replace(" or ", "").replace(" and ", "")):
+                return found
         return unwrap(_boxes(text, marks, index, closing))
     if mark.lastgroup == "tag":
         content, closed, _ = text[mark.end() : mark.end() + _WINDOW].partition("</answer>")
@@ -182,14 +188,14 @@ def _boxes(text: str, marks: Sequence[re.Match[str]], index: int, closing: dict[
     return ", ".join(reversed(found))
 
 
-def unbox(passage: str) -> str:
-    r"""Replaces each ``\boxed{x}`` by ``x``; if only remarks are around a single one, returns its content."""
+def unbox(passage: str, *, keep: bool = False) -> str:
+    r"""Replaces each ``\boxed{x}`` by ``x``; of a single one, returns only the content unless ``keep``."""
     closing = _matching_braces(passage)
     marks = [match for match in _MARK.finditer(passage) if match.lastgroup == "box"]
     spans = [(mark.start(), span) for mark in marks if (span := _box_span(passage, mark, closing)) is not None]
     if not spans:
         return passage
-    if len(spans) == 1:
+    if len(spans) == 1 and not keep:
         return passage[slice(*spans[0][1])]
     pieces, position = [], 0
     for start, (left, right) in spans:
@@ -204,7 +210,7 @@ def _passage(text: str, start: int, *, below: bool = True) -> str:
     lines = text[start : start + _WINDOW].split("\n")
     first = 0
     if not lines[0].strip(" *_}\"'`|:#") and below:
-        first = next((n for n in range(1, len(lines)) if lines[n].strip(" *_>")), len(lines))
+        first = next((n for n in range(1, len(lines)) if not _BLANK.fullmatch(lines[n])), len(lines))
         if first < len(lines):
             lines[first] = lines[first][_bullet_end(lines[first]) :]
     if lines[0].lstrip(" *_}\"'`|:#").startswith("$$") and len(lines[0].strip(" *_}$")) == 0 and len(lines) == 1:
