@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from fipo_megatron.reward import comparison, expressions
+from fipo_megatron.reward import comparison
 from fipo_megatron.reward.extraction import THINKING_END, after_thinking, clean_characters, extract, last_boxed, unbox
 from fipo_megatron.reward.extraction import unwrap as unwrap
+from fipo_megatron.reward.tokens import simplify_notation
 
 MAX_ANSWER_CHARACTERS = 300
 """Longest answer that is compared. A longer one is wrong: no short solution is that long, and symbolic algebra on it
@@ -33,8 +34,8 @@ _LEAD = re.compile(
 )
 _OPTION = re.compile(r"(?:option|choice)\s+(?=\(?[A-J]\)?(?:\W|$))", re.IGNORECASE)
 _REMARK = re.compile(
-    r"(?:\s*[,;.(]|\s)\s*(?:as (?:shown|above|required|desired|we|in|expected|claimed|stated)|because|since|which|where|by "
-    r"the|from the|hence|therefore|thus|i\.e\.|that is)\b.*$",
+    r"(?:\s*[,;.(]|\s)\s*(?:as (?:shown|above|required|desired|we|in|expected|claimed|stated)|because|since|"
+    r"which|where|by the|from the|hence|therefore|thus|i\.e\.|that is)\b.*$",
     re.IGNORECASE | re.DOTALL,
 )
 _NOTE = re.compile(r"\s+\((?!\s*mod\b)[A-Za-z][A-Za-z ,'-]*\)$")
@@ -48,7 +49,7 @@ def normalise(answer: str) -> str:
 
     A space between two digits stays, so ``1 1/2`` and ``11/2`` differ.
     """
-    answer = expressions.simplify_notation(clean_characters(answer))
+    answer = simplify_notation(clean_characters(answer))
     answer = re.sub(r"\\[dtc]frac", r"\\frac", answer)
     if "(" not in answer:
         answer = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), answer)

@@ -33,7 +33,8 @@ _MARK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PHRASE = re.compile(
-    r"\banswer[ \t*_]{1,8}(?:is|are|equals)\b[ \t*_]{0,8}:?(?:[ \t]{1,4}(?:therefore|thus|then|simply|just|indeed)\b)?,?",
+    r"\banswer[ \t*_]{1,8}(?:is|are|equals)\b[ \t*_]{0,8}:?"
+    r"(?:[ \t]{1,4}(?:therefore|thus|then|simply|just|indeed)\b)?,?",
     re.IGNORECASE,
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -108,9 +109,9 @@ def unwrap(answer: str) -> str:
             answer = answer[:-1].rstrip()
         for left, right in _WRAPPERS:
             inner = answer[len(left) : len(answer) - len(right)]
-            if len(answer) > len(left) + len(right) and answer.startswith(left) and answer.endswith(right):
-                if left not in inner and right not in inner:
-                    answer = inner.strip()
+            enclosed = len(answer) > len(left) + len(right) and answer.startswith(left) and answer.endswith(right)
+            if enclosed and left not in inner and right not in inner:
+                answer = inner.strip()
         if answer.count("$") % 2 and not answer.startswith(r"\$"):  # a dollar sign without its partner
             answer = answer.removeprefix("$") if answer.startswith("$") else answer.removesuffix("$")
         answer = answer.strip()
@@ -174,7 +175,7 @@ def _answer_at(text: str, marks: Sequence[re.Match[str]], index: int, closing: d
 
 
 def _boxes(text: str, marks: Sequence[re.Match[str]], index: int, closing: dict[int, int]) -> str:
-    r"""Returns the content of a box; with boxes before it that only ``or`` or a comma separates, the contents of all."""
+    r"""Returns the content of a box; with boxes before it that only ``or`` or a comma separates, of all."""
     span = _box_span(text, marks[index], closing)
     if span is None:
         return ""

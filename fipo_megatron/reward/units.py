@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fipo_megatron.reward.expressions import Token, Unreadable
+from fipo_megatron.reward.tokens import Token, UnreadableError
 
 MULTIPLIERS = {
     ("word", name): value
@@ -22,7 +22,8 @@ MULTIPLIERS = {
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
         "mm millimeter millimetre": "1/1000", "cm centimeter centimetre": "1/100", "m meter metre": "1",
-        "km kilometer kilometre": "1000", "in inch inche": "127/5000", "ft foot feet": "381/1250", "yd yard": "1143/1250",
+        "km kilometer kilometre": "1000", "in inch inche": "127/5000", "ft foot feet": "381/1250",
+        "yd yard": "1143/1250",
         "mi mile": "201168/125",
     },
     "mass": {"mg milligram": "1/1000000", "g gram": "1/1000", "kg kilogram": "1", "lb pound": "45359237/100000000"},
@@ -41,9 +42,58 @@ _UNITS = {
 }
 _LETTERS = frozenset("mgshlNSEWJVAKCF")
 _NOT_UNITS = frozenset(
-    "or and if else not about approximately roughly remainder something more less than at least most plus minus mod "
-    "otherwise maybe perhaps nearly almost over under half when unless either neither nor but except percent k to from "
-    "through between true false none yes no never times divided by sometimes".split()
+    [
+        "or",
+        "and",
+        "if",
+        "else",
+        "not",
+        "about",
+        "approximately",
+        "roughly",
+        "remainder",
+        "something",
+        "more",
+        "less",
+        "than",
+        "at",
+        "least",
+        "most",
+        "plus",
+        "minus",
+        "mod",
+        "otherwise",
+        "maybe",
+        "perhaps",
+        "nearly",
+        "almost",
+        "over",
+        "under",
+        "half",
+        "when",
+        "unless",
+        "either",
+        "neither",
+        "nor",
+        "but",
+        "except",
+        "percent",
+        "k",
+        "to",
+        "from",
+        "through",
+        "between",
+        "true",
+        "false",
+        "none",
+        "yes",
+        "no",
+        "never",
+        "times",
+        "divided",
+        "by",
+        "sometimes",
+    ]
 )
 
 
@@ -64,7 +114,7 @@ def read_unit(tokens: Sequence[Token]) -> Unit:
     """Returns the unit that tokens such as ``cm``, ``m/s``, ``square units`` or ``mod 7`` mean.
 
     Raises:
-        Unreadable: The tokens are not a unit.
+        UnreadableError: The tokens are not a unit.
     """
     import sympy
 
@@ -98,15 +148,15 @@ def read_unit(tokens: Sequence[Token]) -> Unit:
 
 def _name(kind: str, text: str) -> str:
     if kind not in ("word", "letter") or not re.fullmatch(r"[A-Za-z.'$¢]+", text):
-        raise Unreadable(f"{text} is no unit")
+        raise UnreadableError(f"{text} is no unit")
     if len(text) == 1:
         if text not in _LETTERS and text not in "$¢":
-            raise Unreadable(f"{text} is no unit")
+            raise UnreadableError(f"{text} is no unit")
         return text
     name = text.lower().rstrip(".").replace(".", "")
     name = name if name in _UNITS or name.endswith("ss") else name.removesuffix("s")
     if name in _NOT_UNITS or text.lower() in _NOT_UNITS:
-        raise Unreadable(f"{text} is no unit")
+        raise UnreadableError(f"{text} is no unit")
     return name
 
 

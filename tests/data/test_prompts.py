@@ -99,7 +99,7 @@ def test_a_damaged_parquet_file(tmp_path):
 
 
 def test_prompts_that_are_too_long(tmp_path, caplog):
-    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": ""} for n in range(1, 9)])])
+    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in range(1, 9)])])
 
     def tokens_of(messages):
         return [7] * len(messages[0]["content"])
