@@ -149,8 +149,8 @@ def _inequality(sides: tuple[Any, ...], signs: tuple[str, ...]) -> Any:
     """Returns the set of solutions if one letter stands between numbers, else the relation."""
     import sympy
 
-    values = [side.value if isinstance(side, Scalar) else None for side in sides]
-    if any(value is None for value in values):
+    values: list[Any] = [side.value if isinstance(side, Scalar) else None for side in sides]
+    if None in values:
         raise UnreadableError("a relation of collections")
     letters = set().union(*(value.free_symbols for value in values))
     if len(letters) == 1 and all(value.is_number or value.is_Symbol for value in values):
@@ -279,7 +279,7 @@ def real_set(value: Any) -> Any:
 
 
 def same_scalars(a: Scalar, b: Scalar) -> bool:
-    """Whether two quantities are equal after conversion; a percentage is also equal to its number and its value."""
+    """Returns whether two quantities are equal after conversion. 50 % equals both 50 and 0.5."""
     factor: Any = 1
     if a.unit is not None and b.unit is not None:
         if a.unit.dimension != b.unit.dimension:

@@ -10,7 +10,9 @@ from fractions import Fraction
 from typing import Any
 
 from fipo_megatron.reward import comparison
-from fipo_megatron.reward.extraction import THINKING_END, after_thinking, clean_characters, extract, last_boxed, unbox
+from fipo_megatron.reward.extraction import THINKING_END as THINKING_END
+from fipo_megatron.reward.extraction import after_thinking, clean_characters, last_boxed, unbox
+from fipo_megatron.reward.extraction import extract as extract
 from fipo_megatron.reward.extraction import unwrap as unwrap
 from fipo_megatron.reward.tokens import simplify_notation
 
@@ -85,7 +87,7 @@ def _mixed(sign: str, whole: str, above: str, below: str) -> Fraction | None:
 
 
 def usable_truth(ground_truth: str) -> bool:
-    """Whether an answer can be equal to this right answer: it is neither empty nor NaN."""
+    """Returns whether an answer can be equal to this right answer: it is neither empty nor NaN."""
     truth = clean_truth(ground_truth)
     return bool(truth) and not _UNUSABLE.fullmatch(truth)
 
@@ -121,7 +123,7 @@ def math(response: str, ground_truth: str, thinking_end: Sequence[str] = THINKIN
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether an extracted answer equals a right answer that :func:`clean_truth` returned."""
+    """Returns whether an extracted answer equals a right answer that :func:`clean_truth` returned."""
     answer = clean_answer(answer)
     given, expected = normalise(answer), normalise(truth)
     if given == expected:
@@ -211,7 +213,7 @@ def _symbolic(answer: str, truth: str) -> bool:
 
 
 def parsed_whole(text: str, parsed: object) -> bool:
-    """Whether every number, letter and word of a text is found in what was parsed from it."""
+    """Returns whether every number, letter and word of a text is found in what was parsed from it."""
     printed = str(parsed)
     text = re.sub(r"\\(?:int|lim|frac|to|infty|pi|cdot|left|right|sin|cos|tan|ln|log|exp|sqrt|[,;:! ])", " ", text)
     if "\\" in text.replace(r"\{", "").replace(r"\}", ""):

@@ -18,12 +18,12 @@ _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox|textit)\s*\{([^{}]*)\}")
 
 
 def is_empty(text: str) -> bool:
-    """Whether a text says that there is no solution."""
+    """Returns whether a text says that there is no solution."""
     return bool(_EMPTY.fullmatch(" ".join(_WORDS.sub(r" \1 ", text).split()).strip(" $.")))
 
 
 def equal(given: str, expected: str) -> bool:
-    """Whether two texts are the same answer.
+    """Returns whether two texts are the same answer.
 
     Raises:
         UnreadableError: A text is not an expression as a whole.
@@ -56,7 +56,7 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
 
 
 def _same(a: Any, b: Any, top: bool = False) -> bool:
-    """Whether two values are the same answer. ``top`` allows what holds for whole answers only."""
+    """Returns whether two values are the same answer. ``top`` allows what holds for whole answers only."""
     if isinstance(a, Collection) and a.kind == "set" and len(a.items) == 1 and not isinstance(b, Collection | RealSet):
         a = a.items[0]
     if isinstance(b, Collection) and b.kind == "set" and len(b.items) == 1 and not isinstance(a, Collection | RealSet):
@@ -145,7 +145,7 @@ def _is_name(side: Any) -> bool:
 
 
 def _proportional(a: Relation, b: Relation) -> bool:
-    """Whether the differences of both sides have a constant quotient, positive for an inequality."""
+    """Returns whether the differences of both sides have a constant quotient, positive for an inequality."""
     import sympy
 
     first, second = (relation.sides[0].value - relation.sides[1].value for relation in (a, b))

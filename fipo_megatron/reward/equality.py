@@ -10,7 +10,11 @@ _SAMPLES = 6
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two expressions are equal: rational numbers exactly, others to 60 digits at points drawn with a seed."""
+    """Returns whether two expressions are equal.
+
+    Rational numbers are compared exactly, other numbers to about 45 digits, and expressions with letters at points that
+    are drawn with a fixed seed.
+    """
     import sympy
 
     if a == b:

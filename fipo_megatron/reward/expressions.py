@@ -370,7 +370,7 @@ _ATOMS: dict[str, Callable[[Parser], Any]] = {
     "begin": _matrix,
     "imath": lambda parser: parser.sympy.I,
 } | {
-    name: lambda parser, name=name: _accented(parser, name)  # type: ignore[misc]  # the default binds the name
+    name: lambda parser, name=name: _accented(parser, name)
     for name in ("vec", "overrightarrow", "overline", "bar", "hat", "widehat", "tilde", "mathbb", "overleftrightarrow")
 }
 

@@ -34,7 +34,7 @@ _MARK = re.compile(
 )
 _PHRASE = re.compile(
     r"\banswer[ \t*_]{1,8}(?:is|are|equals)\b[ \t*_]{0,8}:?"
-    r"(?:[ \t]{1,4}(?:therefore|thus|then|simply|just|indeed)\b)?,?",
+    r"(?:[ \t]{0,4}(?:therefore|thus|then|simply|just|indeed)\b)?,?",
     re.IGNORECASE,
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -229,7 +229,7 @@ def _bullet_end(line: str) -> int:
 
 
 def _complete(passage: str) -> bool:
-    """Whether no formula, group or environment is left open."""
+    """Returns whether no formula, group or environment is left open."""
     return (
         passage.count("{") <= passage.count("}")
         and passage.count(r"\[") <= passage.count(r"\]")

@@ -22,7 +22,7 @@ _SCAN = re.compile(
     r"|(?P<command>\\(?:[A-Za-z]+|[^A-Za-z]))"
     r"|(?P<letters>[A-Za-z]+)"
     r"|(?P<symbol>.)",
-    re.DOTALL,
+    re.DOTALL | re.ASCII,
 )
 _COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "le": "leq", "ge": "geq", "leqslant": "leq", "geqslant": "geq",
@@ -44,7 +44,7 @@ _IGNORED = re.compile(
     r"scriptstyle)(?![A-Za-z])\.?"
 )
 _FONT = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|mathnormal|boxed|fbox)\s*\{([^{}]*)\}")
-_THIN_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\,|\\!|\u202f|\{,\}|\\ |,\\!)\d{3})+(?!\d)")
+_THIN_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\,|\\!|\u202f|\{,\}|\\ |,\\!)\d{3})+(?!\d)", re.ASCII)
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 FUNCTIONS = [
     "sin",
@@ -149,6 +149,7 @@ def simplify_notation(text: str) -> str:
     text = "".join(_SYMBOLS.get(character, character) for character in text)
     text = _REPEATING.sub(_repeating, text)
     text = _THIN_GROUPS.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text)
+    text = text.replace("\u202f", " ")
     text = re.sub(r"\\\$|(?<!\\)\$", lambda match: r"\$" if len(match[0]) == 2 else " ", text)
     text = _IGNORED.sub(" ", text.replace(r"\!", ""))
     for _ in range(3):
