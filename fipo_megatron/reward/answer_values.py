@@ -138,6 +138,8 @@ def _chain(sides: tuple[Any, ...]) -> Any:
         raise UnreadableError("a false equation")
     if len(constants) == len(sides):
         return sides[-1]
+    if len(sides) == 2 and _is_constant(sides[0]) and getattr(getattr(sides[1], "value", None), "is_Symbol", False):
+        return Relation((sides[1], sides[0]), ("=",))
     return Relation((sides[0], sides[-1]), ("=",))
 
 
@@ -234,6 +236,11 @@ def _read_scalar(tokens: list[Token], sign: int) -> Scalar | RealSet:
     if tokens[:1] == [("symbol", "-")] and tokens[1:2] == [("command", "$")]:
         tokens, unit = [tokens[0], *tokens[2:]], read_unit([("word", "dollar")])
     if tokens and all(kind in ("word", "space") for kind, _ in tokens):
+        if {text.lower() for kind, text in tokens if kind == "word"} in (
+            {"all", "real", "numbers"},
+            {"real", "numbers"},
+        ):
+            return RealSet(sympy.S.Reals)
         words = "_".join(text.lower() for kind, text in tokens if kind == "word")
         return Scalar(sympy.Symbol("text " + words))
     value, rest = Parser(tokens, sign).prefix()

@@ -37,10 +37,17 @@ _LEAD = re.compile(
 _OPTION = re.compile(r"(?:option|choice)\s+(?=\(?[A-J]\)?(?:\W|$))", re.IGNORECASE)
 _REMARK = re.compile(
     r"(?:\s*[,;.(]|\s)\s*(?:as (?:shown|above|required|desired|we|in|expected|claimed|stated)|because|since|"
-    r"which|where|by the|from the|hence|therefore|thus|i\.e\.|that is)\b.*$",
+    r"which|where|by the|from the|i\.e\.|that is|for (?:all|every|any)|"
+    r"(?<=[;,] )(?:this|it|that) is|-\s+(?:the|this|it|that)|//)(?:\b|\s).*$",
     re.IGNORECASE | re.DOTALL,
 )
-_NOTE = re.compile(r"\s+\((?!\s*mod\b)[A-Za-z][A-Za-z ,'-]*\)$")
+_NOTE = re.compile(
+    r"\s+\((?:see|by|from) [^()]*\)$|"
+    r"\s+\((?!\s*(?:mod|approx\w*|about|roughly|nearly|almost|or|not|if|maybe|perhaps|[A-J]\)))"
+    r"[A-Za-z][A-Za-z ,'-]*\)$",
+    re.IGNORECASE,
+)
+_CAPTION = re.compile(r"(?!remainder|not\b)[A-Za-z][A-Za-z ]{2,30}:\s+(?=[-\d$\\(])")
 _SENTENCE = re.compile(r"(?<=[\d}$)\]])\.\s+(?=[A-Z][a-z]).*$", re.DOTALL)
 _ONLY_TEXT = re.compile(r"\\text(?:bf)?\{[^{}]*\}")
 _UNUSABLE = re.compile(r"[+-]?nan", re.IGNORECASE)
@@ -181,6 +188,7 @@ def clean_answer(answer: str) -> str:
     answer = re.sub(r"\\text(?:bf)?\{([^{}]*)\}", r"\1", answer) if _ONLY_TEXT.fullmatch(answer) else answer
     answer = _SENTENCE.sub("", answer)
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
+    answer = _CAPTION.sub("", answer, count=1) if _CAPTION.match(answer) else answer
     answer = _OPTION.sub("", answer) if _OPTION.match(answer) else answer
     for pattern in (_REMARK, _NOTE):
         shorter = pattern.sub("", answer)

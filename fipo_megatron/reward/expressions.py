@@ -116,7 +116,7 @@ class Parser(TokenReader):
             self.next()
             fraction = self._proper_fraction()
             if fraction is not None:
-                return self.sympy.Integer(text) + fraction, True
+                return self._postfix(self.sympy.Integer(text) + fraction), True
             self._position = start
         value = self.power()
         return value, True

@@ -25,7 +25,7 @@ _ATTEMPTS = 32
 """Marks without an answer that are passed over, from the last one on."""
 
 _MARK = re.compile(
-    r"(?P<answer>(?<![A-Za-z])answer[ \t*_}\"'`]{0,8}[:：])"
+    r"(?P<answer>(?<![A-Za-z])answer[ \t*_}\"'`]{0,8}[:：=])"
     r"|(?P<header>^[ \t>#*_]{0,12}(?:the[ ])?(?:final[ ])?answer[ \t*_]{0,8}$)"
     r"|(?P<box>\\(?:f?boxed|fbox|framebox)(?![A-Za-z]))"
     r"|(?P<hash>^[ \t]{0,4}####(?![#]))"
@@ -52,7 +52,10 @@ _WRAPPERS = (
     ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("***", "***"), ("**", "**"), ("__", "__"), ("*", "*"),
     ("```", "```"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("<answer>", "</answer>"), ("_", "_"),
 )  # fmt: skip
-_LEADING = re.compile(r"(?:\*\*?|__|[`\"}>|:]|[☀-➿\U0001f300-\U0001faff️])\s*")
+_DECORATION = re.compile(
+    r"</?(?:b|i|em|strong|s|p|u|br|span|div)\s?/?>|<\|[a-z_]{1,20}\|>|\\(?:qed|blacksquare|square|Box)(?![A-Za-z])\s*\.?\s*$"
+)
+_LEADING = re.compile(r"(?:=(?!=)|[→⇒]|\*\*?|__|[`\"}>|:]|[☀-➿\U0001f300-\U0001faff️])\s*")
 _TRAILING = re.compile(r"\s*(?:(?<!\^)(?<!\^\{)\*\*?|__|[`\"|;:]|\\\\|[☀-➿\U0001f300-\U0001faff️])$")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHARACTERS = (
@@ -95,7 +98,7 @@ def clean_characters(text: str) -> str:
 
 def unwrap(answer: str) -> str:
     """Removes dollar signs, brackets, boxes, emphasis, bullets and punctuation around an answer."""
-    answer = _ENVIRONMENT.sub(" ", clean_characters(answer)).strip()
+    answer = _DECORATION.sub(" ", _ENVIRONMENT.sub(" ", clean_characters(answer))).strip()
     for _ in range(40):
         before = answer
         if (match := _LEADING.match(answer)) and not (answer.startswith("|") and answer.count("|") % 2 == 0):

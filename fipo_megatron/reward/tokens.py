@@ -43,7 +43,11 @@ _IGNORED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|angle|measuredangle|triangle|mathstrut|"
     r"scriptstyle)(?![A-Za-z])\.?"
 )
-_FONT = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|mathnormal|boxed|fbox)\s*\{([^{}]*)\}")
+_FONT = re.compile(
+    r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|mathnormal|boxed|fbox|underline)(?=\s*\{)|"
+    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|rm|it)(?![A-Za-z])"
+)
+_POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])")
 _THIN_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\,|\\!|\u202f|\{,\}|\\ |,\\!)\d{3})+(?!\d)", re.ASCII)
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 FUNCTIONS = [
@@ -113,6 +117,7 @@ GREEK = [
 SHORT_WORDS = frozenset(
     [
         "cm",
+        "all",
         "km",
         "kg",
         "mm",
@@ -152,8 +157,7 @@ def simplify_notation(text: str) -> str:
     text = text.replace("\u202f", " ")
     text = re.sub(r"\\\$|(?<!\\)\$", lambda match: r"\$" if len(match[0]) == 2 else " ", text)
     text = _IGNORED.sub(" ", text.replace(r"\!", ""))
-    for _ in range(3):
-        text = _FONT.sub(r"{\1}", text)
+    text = _POWER.sub("^", _FONT.sub("", text))
     return text.strip()
 
 

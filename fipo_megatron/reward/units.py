@@ -40,61 +40,17 @@ _UNITS = {
     for key, factor in names.items()
     for name in key.split()
 }
-_LETTERS = frozenset("mgshlNSEWJVAKCF")
-_NOT_UNITS = frozenset(
-    [
-        "or",
-        "and",
-        "if",
-        "else",
-        "not",
-        "about",
-        "approximately",
-        "roughly",
-        "remainder",
-        "something",
-        "more",
-        "less",
-        "than",
-        "at",
-        "least",
-        "most",
-        "plus",
-        "minus",
-        "mod",
-        "otherwise",
-        "maybe",
-        "perhaps",
-        "nearly",
-        "almost",
-        "over",
-        "under",
-        "half",
-        "when",
-        "unless",
-        "either",
-        "neither",
-        "nor",
-        "but",
-        "except",
-        "percent",
-        "k",
-        "to",
-        "from",
-        "through",
-        "between",
-        "true",
-        "false",
-        "none",
-        "yes",
-        "no",
-        "never",
-        "times",
-        "divided",
-        "by",
-        "sometimes",
-    ]
+_MAX_WORDS = 4
+_LETTERS = frozenset("mgshlLNSEWJVAKCF")
+_OTHER_WORDS = (
+    "or and if else not about approximately roughly remainder something more less than at least most plus "
+    "minus mod otherwise maybe perhaps nearly almost over under half when unless either neither nor but "
+    "except percent k to from through between true false none yes no never times divided by sometimes "
+    "squared cubed factorial choose root tenth hundredth thousandth millionth third halve quarter fourth "
+    "fifth sixth below above zero negative is are was be cannot can impossible wrong incorrect isnt mistake "
+    "dozen hundred thousand million billion then"
 )
+_NOT_UNITS = frozenset(_OTHER_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -119,6 +75,8 @@ def read_unit(tokens: Sequence[Token]) -> Unit:
     import sympy
 
     tokens = [token for token in tokens if token[0] != "space"]
+    if sum(kind == "word" for kind, _ in tokens) > _MAX_WORDS:
+        raise UnreadableError("a sentence, not a unit")
     if (modulus := _modulus(tokens)) is not None:
         return Unit(((f"mod {modulus}", 1),), 1)
     powers: dict[str, int] = {}
@@ -152,7 +110,7 @@ def _name(kind: str, text: str) -> str:
     if len(text) == 1:
         if text not in _LETTERS and text not in "$¢":
             raise UnreadableError(f"{text} is no unit")
-        return text
+        return "l" if text == "L" else text
     name = text.lower().rstrip(".").replace(".", "")
     name = name if name in _UNITS or name.endswith("ss") else name.removesuffix("s")
     if name in _NOT_UNITS or text.lower() in _NOT_UNITS:
