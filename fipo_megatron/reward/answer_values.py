@@ -8,7 +8,7 @@ from typing import Any
 
 from fipo_megatron.reward.equality import same_value
 from fipo_megatron.reward.expressions import Parser
-from fipo_megatron.reward.tokens import Token, UnreadableError, simplify_notation, tokenize
+from fipo_megatron.reward.latex_tokens import Token, UnreadableError, simplify_notation, tokenize
 from fipo_megatron.reward.units import MULTIPLIERS, Unit, read_unit
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "leq": "<=", "geq": ">=", "equiv": "=", "neq": "!=", "in": "in"}

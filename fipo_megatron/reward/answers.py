@@ -14,7 +14,7 @@ from fipo_megatron.reward.extraction import THINKING_END as THINKING_END
 from fipo_megatron.reward.extraction import after_thinking, clean_characters, last_boxed, unbox
 from fipo_megatron.reward.extraction import extract as extract
 from fipo_megatron.reward.extraction import unwrap as unwrap
-from fipo_megatron.reward.tokens import simplify_notation
+from fipo_megatron.reward.latex_tokens import simplify_notation
 
 MAX_ANSWER_CHARACTERS = 300
 """Longest answer that is compared. A longer one is wrong: no short solution is that long, and symbolic algebra on it

@@ -21,8 +21,6 @@ from fipo_megatron.reward import answers
 
 Check = Callable[[str, str], tuple[bool, str | None]]
 _OPEN_FILES = 64
-_LAST_CHARACTERS = 4000
-"""Length of the end of a response that is searched for its answer; bounds the time."""
 
 
 def main(verifier: str, seconds: str, mebibytes: str, *thinking_end: str) -> None:
@@ -69,7 +67,7 @@ def load(verifier: str, thinking_end: Sequence[str] = answers.THINKING_END) -> C
 
 def _last_answer(response: str, thinking_end: Sequence[str]) -> str | None:
     """Returns the answer of a response for the vote of an evaluation, for verifiers that return none."""
-    answer = answers.extract(response[-_LAST_CHARACTERS:], thinking_end)
+    answer = answers.extract(response, thinking_end)
     return answer and answer[: answers.MAX_ANSWER_CHARACTERS]
 
 

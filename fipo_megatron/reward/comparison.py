@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from fipo_megatron.reward.answer_values import Collection, RealSet, Relation, Scalar, read, real_set, same_scalars
-from fipo_megatron.reward.tokens import simplify_notation
+from fipo_megatron.reward.latex_tokens import simplify_notation
 
 _EMPTY = re.compile(
     r"(?:there (?:is|are) )?(?:none|no (?:real |integer |positive |such )*(?:solutions?|roots?|values?)(?: exists?)?|"

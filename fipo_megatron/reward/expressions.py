@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fipo_megatron.reward.tokens import FUNCTIONS, GREEK, Token, TokenReader, UnreadableError
+from fipo_megatron.reward.latex_tokens import FUNCTIONS, GREEK, Token, TokenReader, UnreadableError
 
 MAX_BITS = 100_000
 """Size of the largest power that is multiplied out."""

@@ -27,7 +27,7 @@ _ATTEMPTS = 32
 _MARK = re.compile(
     r"(?P<answer>(?<![A-Za-z])answer[ \t*_}\"'`]{0,8}[:：=])"
     r"|(?P<header>^[ \t>#*_]{0,12}(?:the[ ])?(?:final[ ])?answer[ \t*_]{0,8}$)"
-    r"|(?P<box>\\(?:f?boxed|fbox|framebox)(?![A-Za-z]))"
+    r"|(?P<box>\\(?:boxed|fbox|framebox)(?![A-Za-z]))"
     r"|(?P<hash>^[ \t]{0,4}####(?![#]))"
     r"|(?P<tag><answer>)",
     re.IGNORECASE | re.MULTILINE,
@@ -69,15 +69,15 @@ _CHARACTERS = (
 
 def extract(response: str, thinking_end: Sequence[str] = THINKING_END) -> str | None:
     """Returns the unwrapped answer of a response, or None; see the module for the precedence of forms."""
-    text = after_thinking(response, thinking_end).translate(_CHARACTERS)
-    marks = list(_MARK.finditer(text))
-    closing = _matching_braces(text) if marks else {}
+    text = clean_characters(after_thinking(response, thinking_end))
+    marks = _marks(text)
+    closing = _matching_braces(text, marks[0].start()) if any(mark.lastgroup == "box" for mark in marks) else {}
     for index in range(len(marks) - 1, max(-1, len(marks) - 1 - _ATTEMPTS), -1):
         if found := _answer_at(text, marks, index, closing):
             return found
-    phrases = list(_PHRASE.finditer(text))
-    for match in phrases[: -_ATTEMPTS - 1 : -1]:
-        if found := unwrap(_until_sentence_end(_passage(text, match.end()))):
+    for position in sorted((p - 1 for word in ("nswer", "NSWER") for p in _last_positions(text, word)), reverse=True):
+        match = _PHRASE.match(text, max(0, position))
+        if match and (found := unwrap(_until_sentence_end(_passage(text, match.end())))):
             return found
     return None
 
@@ -93,7 +93,28 @@ def after_thinking(response: str, thinking_end: Sequence[str] = THINKING_END) ->
 
 def clean_characters(text: str) -> str:
     """Replaces full-width characters and dashes by ASCII, and removes zero-width characters."""
-    return text.translate(_CHARACTERS)
+    return text if text.isascii() and "\t" not in text and "\r" not in text else text.translate(_CHARACTERS)
+
+
+def _marks(text: str) -> list[re.Match[str]]:
+    """Returns the last marks of each kind in their order. Searching words is faster than matching at each character."""
+    starts = {position for word in (r"\boxed", r"\fbox", r"\framebox") for position in _last_positions(text, word)}
+    for word in ("nswer", "NSWER", "####"):
+        for position in _last_positions(text, word):
+            line = text.rfind("\n", max(0, position - 40), position) + 1
+            starts |= {max(0, position - 1), max(0, position - 2), line}
+    found = (_MARK.match(text, start) for start in sorted(starts))
+    return [match for match in found if match is not None]
+
+
+def _last_positions(text: str, word: str) -> list[int]:
+    """Returns the positions of the last occurrences of a word, the last one first."""
+    found: list[int] = []
+    position = text.rfind(word)
+    while position >= 0 and len(found) <= _ATTEMPTS:
+        found.append(position)
+        position = text.rfind(word, 0, position)
+    return found
 
 
 def unwrap(answer: str) -> str:
@@ -125,19 +146,19 @@ def unwrap(answer: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces are balanced."""
-    marks = [match for match in _MARK.finditer(text) if match.lastgroup == "box"]
-    closing = _matching_braces(text) if marks else {}
+    marks = [match for match in _marks(text) if match.lastgroup == "box"]
+    closing = _matching_braces(text, marks[0].start()) if marks else {}
     for match in marks[: -_ATTEMPTS - 1 : -1]:
         if (span := _box_span(text, match, closing)) is not None:
             return text[span[0] : span[1]]
     return None
 
 
-def _matching_braces(text: str) -> dict[int, int]:
+def _matching_braces(text: str, start: int = 0) -> dict[int, int]:
     """Returns the position of the closing brace for that of each opening one, in one pass."""
     opened: list[int] = []
     closing: dict[int, int] = {}
-    for match in _BRACE.finditer(text):
+    for match in _BRACE.finditer(text, start):
         if match[0] == "{":
             opened.append(match.start())
         elif match[0] == "}" and opened:
@@ -194,6 +215,8 @@ def _boxes(text: str, marks: Sequence[re.Match[str]], index: int, closing: dict[
 
 def unbox(passage: str, *, keep: bool = False) -> str:
     r"""Replaces each ``\boxed{x}`` by ``x``; of a single one, returns only the content unless ``keep``."""
+    if "box" not in passage:
+        return passage
     closing = _matching_braces(passage)
     marks = [match for match in _MARK.finditer(passage) if match.lastgroup == "box"]
     spans = [(mark.start(), span) for mark in marks if (span := _box_span(passage, mark, closing)) is not None]

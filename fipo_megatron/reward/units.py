@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fipo_megatron.reward.tokens import Token, UnreadableError
+from fipo_megatron.reward.latex_tokens import Token, UnreadableError
 
 MULTIPLIERS = {
     ("word", name): value
