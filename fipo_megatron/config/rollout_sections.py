@@ -123,6 +123,7 @@ class RewardConfig:
 
     Attributes:
         verifier: Verifier of the answers: ``math``, ``exact``, ``python:MODULE.FUNCTION`` or a URL.
+        thinking_end: End tags of thinking. ``math`` and ``exact`` read only what follows the last of them.
         verifier_processes: Answers checked at the same time.
         verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong.
         verifier_memory_mib: Memory limit of a verifier process in MiB; an answer that needs more counts as wrong.
@@ -132,6 +133,7 @@ class RewardConfig:
     """
 
     verifier: str = "math"
+    thinking_end: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")], ...] = ("</think>",)
     verifier_processes: Positive = 4
     verifier_seconds: PositiveNumber = 5.0
     verifier_memory_mib: Positive = 2048

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import Prompt
 
+_UNUSABLE = re.compile(r"[+-]?nan|[$*.\s]+|\\(?:boxed|text)\{\s*\}|\[\s*\]", re.IGNORECASE)
+"""Right answers that nothing matches."""
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
@@ -60,8 +63,8 @@ def read_problems(
         apart: Whether rows of different data sources are never duplicates, so that every data set stays whole.
 
     Raises:
-        DataError: A file cannot be read, columns are missing (the message names all), a row is invalid, or there are no
-            rows.
+        DataError: A file cannot be read, columns are missing (the message names all), a row is invalid or has an
+            empty answer, or there are no rows.
     """
     found: list[Problem] = []
     seen: set[tuple[str, str, str]] = set()
@@ -108,6 +111,7 @@ def _parquet(file: Path) -> Iterator[Problem]:
         reward, extra = row["reward_model"], row.get("extra_info")
         if not isinstance(reward, dict) or not isinstance(reward.get("ground_truth"), str):
             raise DataError(f"{file}: row {number}: reward_model.ground_truth: expected text, got {reward!r}")
+        _require_usable(file, number, "reward_model.ground_truth", reward["ground_truth"])
         index = extra.get("index") if isinstance(extra, dict) else None
         yield Problem(
             id=f"{file.stem}:{number if index is None else index}",
@@ -134,6 +138,7 @@ def _jsonl(file: Path, answer: str) -> Iterator[Problem]:
         _require(file, row, ("prompt", answer), number)
         if not isinstance(row[answer], str | int | float):
             raise DataError(f"{file}: row {number}: {answer}: expected text, got {row[answer]!r}")
+        _require_usable(file, number, answer, str(row[answer]))
         yield Problem(
             id=str(row.get("id", f"{file.stem}:{number}")),
             messages=_messages(file, number, row["prompt"]),
@@ -147,6 +152,14 @@ def _require(file: Path, columns: Sequence[str] | Mapping[str, Any], needed: Seq
     if missing:
         where = f"{file}: row {row}" if row >= 0 else str(file)
         raise DataError(f"{where}: missing column(s) {', '.join(missing)}; there are {', '.join(columns) or 'none'}")
+
+
+def _require_usable(file: Path, row: int, column: str, value: str) -> None:
+    """Refuses a text that no response can match: an empty one; as a right answer also NaN or an empty formula."""
+    if not value.strip():
+        raise DataError(f"{file}: row {row}: {column}: is empty")
+    if column != "response" and _UNUSABLE.fullmatch(value.strip()):
+        raise DataError(f"{file}: row {row}: {column}: {value!r} is no answer that a response can match")
 
 
 def _messages(file: Path, row: int, value: Any) -> Messages:

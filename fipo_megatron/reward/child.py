@@ -1,10 +1,10 @@
 """A bounded process that checks one answer at a time.
 
-    python -m fipo_megatron.reward.child VERIFIER SECONDS MEBIBYTES
+    python -m fipo_megatron.reward.child VERIFIER SECONDS MEBIBYTES [TAG ...]
 
-It reads requests from stdin and writes verdicts to stdout, as length-prefixed JSON. It exits at the end of stdin, and
-the kernel kills it if an answer takes more CPU time than SECONDS. Its address space is limited to MEBIBYTES, and it
-cannot write files.
+TAG is an end tag of thinking, ``reward.thinking_end``. The process reads requests from stdin and writes verdicts to
+stdout, as length-prefixed JSON. It exits at the end of stdin, and the kernel kills it if an answer takes more CPU time
+than SECONDS. Its address space is limited to MEBIBYTES, and it cannot write files.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fipo_megatron.reward import answers
 
 Check = Callable[[str, str], tuple[bool, str | None]]
 _OPEN_FILES = 64
-_LAST_CHARACTERS = 4000
-"""Length of the end of a response that is searched for its answer; bounds the time."""
 
 
-def main(verifier: str, seconds: str, mebibytes: str) -> None:
+def main(verifier: str, seconds: str, mebibytes: str, *thinking_end: str) -> None:
     """Checks requests until stdin ends."""
-    check = load(verifier)
+    check = load(verifier, thinking_end)
     if verifier == "math":
-        answers.math("Answer: $x+1$", "$1+x$")  # imports math-verify, which takes a second
+        answers.math("Answer: $x+1$", "$1+x$")  # imports SymPy, which takes half a second
     requests, verdicts = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of the verifier must not mix with verdicts
     _limit(int(mebibytes) << 20)
@@ -42,8 +40,12 @@ def main(verifier: str, seconds: str, mebibytes: str) -> None:
         verdicts.flush()
 
 
-def load(verifier: str) -> Check:
+def load(verifier: str, thinking_end: Sequence[str] = answers.THINKING_END) -> Check:
     """Returns the function behind a verifier's name.
+
+    Args:
+        verifier: Name of the verifier.
+        thinking_end: End tags of thinking; see :mod:`.extraction`.
 
     Raises:
         ImportError: The module of a ``python:`` verifier cannot be imported.
@@ -51,18 +53,21 @@ def load(verifier: str) -> Check:
         TypeError: The name is not a function.
     """
     if verifier in ("math", "exact"):
-        builtin: Check = getattr(answers, verifier)
-        return builtin
+        builtin = answers.math if verifier == "math" else answers.exact
+        return lambda response, ground_truth: builtin(response, ground_truth, thinking_end)
     module, _, name = verifier.removeprefix("python:").rpartition(".")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{verifier}: is not a function")
-    return lambda response, ground_truth: (float(function(response, ground_truth)) > 0, _last_answer(response))
+    return lambda response, ground_truth: (
+        float(function(response, ground_truth)) > 0,
+        _last_answer(response, thinking_end),
+    )
 
 
-def _last_answer(response: str) -> str | None:
+def _last_answer(response: str, thinking_end: Sequence[str]) -> str | None:
     """Returns the answer of a response for the vote of an evaluation, for verifiers that return none."""
-    answer = answers.extract(response[-_LAST_CHARACTERS:])
+    answer = answers.extract(response, thinking_end)
     return answer and answer[: answers.MAX_ANSWER_CHARACTERS]
 
 

@@ -100,7 +100,11 @@ def open_verifier(config: RewardConfig) -> Verifier:
     if config.verifier.startswith(("http:", "https:")):
         return HttpVerifier(config.verifier, config.verifier_processes, config.verifier_seconds)
     return ChildVerifier(
-        config.verifier, config.verifier_processes, config.verifier_seconds, config.verifier_memory_mib
+        config.verifier,
+        config.verifier_processes,
+        config.verifier_seconds,
+        config.verifier_memory_mib,
+        config.thinking_end,
     )
 
 
@@ -131,10 +135,14 @@ class ChildVerifier(_CountingVerifier):
         seconds: CPU seconds for one answer. The limit of wall time is twice this plus one second, from when a child
             receives the answer.
         memory_mib: Address space of a child in MiB.
+        thinking_end: End tags of thinking, ``reward.thinking_end``.
     """
 
-    def __init__(self, name: str, processes: int, seconds: float, memory_mib: int) -> None:
+    def __init__(
+        self, name: str, processes: int, seconds: float, memory_mib: int, thinking_end: tuple[str, ...]
+    ) -> None:
         super().__init__()
+        self._thinking_end = thinking_end
         self._name, self._seconds, self._memory = name, seconds, memory_mib
         self._idle: asyncio.LifoQueue[asyncio.subprocess.Process | None] = asyncio.LifoQueue()
         self._processes = processes
@@ -169,7 +177,7 @@ class ChildVerifier(_CountingVerifier):
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LC_ALL") if name in os.environ}
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fipo_megatron.reward.child"),
-            *(self._name, str(self._seconds), str(self._memory)),
+            *(self._name, str(self._seconds), str(self._memory), *self._thinking_end),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -64,6 +64,12 @@ def test_sft_examples_may_occur_twice(tmp_path):
     assert len(read_problems([file], answer="response", once=False)) == 3
 
 
+def test_an_empty_response_for_sft_is_refused(tmp_path):
+    file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "nan"}, {"prompt": "1?", "response": "\n"}])
+    with pytest.raises(DataError, match=r"f\.jsonl: row 1: response: is empty"):
+        read_problems([file], answer="response")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -83,6 +89,16 @@ def test_sft_examples_may_occur_twice(tmp_path):
         ),
         (lambda p: jsonl(p / "f.jsonl", [{"prompt": [], "answer": "1"}]), r"row 0: prompt: expected text, or messages"),
         (lambda p: jsonl(p / "f.jsonl", [{"prompt": "1", "answer": None}]), "row 0: answer: expected text, got None"),
+        (lambda p: jsonl(p / "f.jsonl", [{"prompt": "1", "answer": " "}]), r"f\.jsonl: row 0: answer: is empty"),
+        (
+            lambda p: jsonl(p / "f.jsonl", [{"prompt": "1", "answer": float("nan")}]),
+            "answer: 'nan' is no answer",
+        ),
+        (lambda p: jsonl(p / "f.jsonl", [{"prompt": "1", "answer": "$$"}]), r"row 0: answer: '\$\$' is no answer"),
+        (
+            lambda p: parquet(p / "f.parquet", [ROWS[0] | {"reward_model": {"ground_truth": ""}}]),
+            r"f\.parquet: row 0: reward_model\.ground_truth: is empty",
+        ),
         (lambda p: jsonl(p / "f.jsonl", []), "no problems"),
     ],
 )
@@ -99,7 +115,7 @@ def test_a_damaged_parquet_file(tmp_path):
 
 
 def test_prompts_that_are_too_long(tmp_path, caplog):
-    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": ""} for n in range(1, 9)])])
+    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in range(1, 9)])])
 
     def tokens_of(messages):
         return [7] * len(messages[0]["content"])
