@@ -100,8 +100,10 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             problems.append(str(error))
     problems += _launch_problems(config)
     problems += missing_packages(config.observe)
-    problems += output_problems(Path(config.run.output), config.checkpoint.resume)
-    problems += _checkpoint_problems(Path(config.run.output) / "checkpoints", architecture, config)
+    output = Path(config.run.output)
+    problems += output_problems(output, config.checkpoint.resume) or _checkpoint_problems(
+        output / "checkpoints", architecture, config
+    )
     if config.evaluation.checkpoint is not None:
         problems.append(
             f"evaluation.checkpoint = {config.evaluation.checkpoint}: is for python -m fipo_megatron.evaluate alone; a "

@@ -42,6 +42,10 @@ def error_of(capsys):
         (["data.max_prompt_tokens=3"], "data.max_prompt_tokens = 3: all"),
         (["reward.verifier=python:no.such"], "reward.verifier = python:no.such: there is no module"),
         ([f"run.output={__file__}/run"], "test_errors.py/run: cannot be written"),
+        (["run.output=/proc/run"], "run.output = /proc/run: cannot be written"),
+        (["run.output=/dev/null/run"], "run.output = /dev/null/run: cannot be written"),
+        ([f"run.output={'x' * 300}"], "cannot be written: File name too long"),
+        ([f"run.output=/tmp/{'x' * 300}/run"], "cannot be written: File name too long"),
         (
             ["actor.parallel.tensor_parallel=2"],
             "tensor_parallel = 2 × pipeline_parallel = 1 × context_parallel = 1 needs",
