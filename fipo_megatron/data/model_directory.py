@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,35 +50,47 @@ def read_model_directory(path: Path, data: DataConfig, *, weights: bool, needs_e
     except FileNotFoundError:
         raise InputError(f"model.path = {str(path)!r}: has no config.json; a Hugging Face model is expected") from None
     except ValueError as error:
-        raise InputError("\n".join(f"{path}: {line}" for line in _lines(error, path))) from None
+        raise InputError("\n".join(_lines(error, path))) from None
     problems: list[str] = []
-    unusable = tokenizer_problems(path / "tokenizer.json", architecture.vocab)
     if weights:
         try:
             directory = HfDirectory(path)
             directory.check(architecture)
             directory.check_tied(architecture)
         except WeightsError as error:
-            problems += str(error).splitlines()
+            problems += _lines(error, path)
     else:
-        problems += unusable
+        problems += tokenizer_problems(path / "tokenizer.json", architecture.vocab)
     tokenizer: PreTrainedTokenizerBase | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    if not unusable:
-        try:
+    stop_token_ids: set[int] = set()
+    try:
+        stop_token_ids = read_stop_token_ids(path, architecture.vocab)
+        if not tokenizer_problems(path / "tokenizer.json", architecture.vocab):
             tokenizer = load_tokenizer(path)
-            if needs_eos and tokenizer.eos_token_id is None:
-                problems.append(
-                    f"model.path = {path}: its tokenizer has no eos token, which algorithm.kind = sft needs"
-                )
-            stop_token_ids = read_stop_token_ids(path, tokenizer, architecture.vocab)
             check_chat_template(path, tokenizer, data)
-        except InputError as error:
-            problems += str(error).splitlines()
-            tokenizer = None
-    return ModelDirectory(architecture, tokenizer, stop_token_ids, tuple(problems))
+    except InputError as error:
+        problems += str(error).splitlines()
+        tokenizer = None
+    if tokenizer is not None:
+        eos = tokenizer.eos_token_id
+        stop_token_ids |= set() if eos is None else {eos}
+        if eos is None and needs_eos:
+            problems.append(f"model.path = {path}: its tokenizer has no eos token, which algorithm.kind = sft needs")
+        elif not stop_token_ids:
+            problems.append(
+                f"model.path = {path}: neither tokenizer, generation_config.json nor config.json has an eos token"
+            )
+        elif max(stop_token_ids) >= architecture.vocab:
+            problems.append(
+                f"model.path = {path}: the tokenizer's eos token {eos} has no row in the embedding; config.json: "
+                f"vocab_size = {architecture.vocab}"
+            )
+    return ModelDirectory(architecture, tokenizer, tuple(sorted(stop_token_ids)), tuple(problems))
 
 
 def _lines(error: ValueError, path: Path) -> list[str]:
-    """Returns the lines of an error, without the directory where they begin with it."""
-    return [line.removeprefix(f"{path}/") for line in str(error).splitlines()]
+    """Returns the problems of an error, each with the directory."""
+    lines = [
+        line for line in str(error).splitlines() if not re.fullmatch(rf"{re.escape(str(path))}: \d+ problems?", line)
+    ]
+    return [line if line.startswith((f"{path}/", f"{path}: ")) else f"{path}: {line}" for line in lines]

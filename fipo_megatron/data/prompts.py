@@ -181,7 +181,9 @@ def _require(file: Path, columns: Sequence[str] | Mapping[str, Any], needed: Seq
     missing = [name for name in needed if name not in columns]
     if missing:
         where = f"{file}: row {row}" if row >= 0 else str(file)
-        raise DataError(f"{where}: missing column(s) {', '.join(missing)}; there are {', '.join(columns) or 'none'}")
+        raise DataError(
+            f"{where}: missing column(s) {', '.join(missing)}; there are {', '.join(columns) or 'none':.300}"
+        )
 
 
 def _messages(file: Path, row: int, value: Any) -> Messages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,26 @@ class InputError(ValueError):
     """An input of a run is missing or does not fit; the message lists every problem found."""
 
 
+def _unreadable_files(path: Path) -> list[str]:
+    """Lists which of the files beside tokenizer.json cannot be read; transformers' errors do not name them."""
+    problems = []
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"):
+        try:
+            read_json_object(path / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+    for template in (path / "chat_template.jinja", *sorted(path.glob("additional_chat_templates/*.jinja"))):
+        try:
+            template.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{template}: cannot be read: {one_line(error)}")
+    return problems
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a model directory. Runs no code of the directory and needs no network.
 
@@ -37,6 +57,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not any(all((path / name).is_file() for name in names) for names in _VOCABULARIES):
         needed = ", ".join(" with ".join(names) for names in _VOCABULARIES)
         raise InputError(f"model.path = {path}: no tokenizer; expected {needed}")
+    if problems := _unreadable_files(path):
+        raise InputError("\n".join(problems))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
@@ -69,45 +91,37 @@ def check_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase, data: Da
         raise InputError(f"model.path = {path}: its chat template: {error}") from None
 
 
-def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> tuple[int, ...]:
-    """Returns the ids of all tokens that end a response, sorted.
-
-    They are those of the tokenizer, of generation_config.json and of config.json together, as in SGLang.
+def read_stop_token_ids(path: Path, vocab: int) -> set[int]:
+    """Returns the ids of the tokens that end a response, of generation_config.json and config.json together.
 
     Args:
         path: Model directory.
-        tokenizer: Tokenizer of the model.
         vocab: Size of the model's vocabulary.
 
     Raises:
-        InputError: No source names an end-of-sequence token, one cannot be read, or an id is not in the vocabulary.
+        InputError: A file cannot be read, or an id is not in the vocabulary.
     """
-    named: dict[str, Any] = {"tokenizer": tokenizer.eos_token_id}
+    found: set[int] = set()
     problems = []
     for name in ("generation_config.json", "config.json"):
         try:
-            named[name] = read_json_object(path / name).get("eos_token_id")
+            value = read_json_object(path / name).get("eos_token_id")
         except FileNotFoundError:
             continue
         except ValueError as error:
             problems.append(str(error))
-    found: set[int] = set()
-    for name, value in named.items():
+            continue
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if all(type(number) is int and 0 <= number < vocab for number in ids):
             found |= set(ids)
         else:
             problems.append(
-                f"{path}: {name}: eos_token_id = {value!r:.200}: must be an id below vocab_size = {vocab} of "
+                f"{path / name}: eos_token_id = {value!r:.200}: must be an id below vocab_size = {vocab} of "
                 "config.json, or a list of such ids"
             )
-    if not found and not problems:
-        problems.append(
-            f"model.path = {path}: neither tokenizer, generation_config.json nor config.json has an eos token"
-        )
     if problems:
         raise InputError("\n".join(problems))
-    return tuple(sorted(found))
+    return found
 
 
 def read_prompts(

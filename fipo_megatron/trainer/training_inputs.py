@@ -55,25 +55,21 @@ def read_training_inputs(config: Config) -> TrainingInputs:
     sft = config.algorithm.kind == "sft"
     model = read_model_directory(Path(config.model.path), config.data, weights=True, needs_eos=sft)
     problems = [*_environment_problems(config, model.architecture), *model.problems]
+    if problems or model.tokenizer is None:  # told at once: millions of rows take a minute to read
+        raise InputError("\n".join(problems))
     prompts: list[Prompt] = []
     evaluation_prompts: list[Prompt] = []
     try:
-        if model.tokenizer is not None:
-            prompts = read_prompts(
-                config.data,
-                config.data.files,
-                model.tokenizer,
-                field="data.files",
-                answer="response" if sft else "answer",
-            )
-        if model.tokenizer is not None and config.evaluation.files and config.run.evaluate_every:
+        answer = "response" if sft else "answer"
+        prompts = read_prompts(config.data, config.data.files, model.tokenizer, field="data.files", answer=answer)
+        if config.evaluation.files and config.run.evaluate_every:
             evaluation_prompts = read_prompts(
                 config.data, config.evaluation.files, model.tokenizer, field="evaluation.files", answer="answer"
             )
             problems += name_problems(prompt.data_source for prompt in evaluation_prompts)
     except DataError as error:
         problems.append(str(error))
-    if problems or model.tokenizer is None:
+    if problems:
         raise InputError("\n".join(problems))
     return TrainingInputs(
         model.architecture, model.tokenizer, model.stop_token_ids, tuple(prompts), tuple(evaluation_prompts)
