@@ -7,12 +7,12 @@ response, so the order of the responses does not matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
+from fipo_megatron.algorithm.policy_loss_config import Baseline
+
 _ROUNDING = 1e-12
 
 

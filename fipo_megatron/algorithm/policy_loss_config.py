@@ -13,6 +13,7 @@ Kind = Literal["fipo", "dapo", "grpo", "sft"]
 SafetyRule = Literal["release", "paper"]
 Aggregation = Literal["token_mean", "sequence_mean"]
 KlEstimator = Literal["k1", "k2", "k3"]
+Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": get_args(Kind),

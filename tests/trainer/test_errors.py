@@ -90,6 +90,25 @@ def test_the_command_exits_with_2_and_imports_no_megatron(data, tmp_path):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.processes
+def test_a_typo_is_told_without_torch(data, tmp_path):
+    """Its import, and that of transformers, takes most of the start-up time."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "fipo_megatron.train", *arguments(data, tmp_path / "run", "typo=1")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2
+    assert "typo = 1: unknown key" in done.stderr
+    assert "fipo_megatron.config" in imported
+    assert not imported & {"torch", "transformers", "aiohttp", "pyarrow", "safetensors", "megatron", "rich"}
+
+
 @pytest.mark.distributed
 def test_a_port_in_use(data, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -35,7 +35,7 @@ def error_of(capsys, monkeypatch, data, tmp_path):
         assert not (tmp_path / "run").exists()
         return printed
 
-    monkeypatch.setattr(fipo_megatron.train, "check_megatron_options", _fail)
+    monkeypatch.setattr(training_inputs, "check_megatron_options", _fail)
     yield call
     root.level, root.handlers[:] = before
 
