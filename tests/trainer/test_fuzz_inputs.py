@@ -12,7 +12,7 @@ from fipo_megatron.config import load_config
 from fipo_megatron.trainer.training_inputs import read_training_inputs
 from tests.runs import arguments
 
-MUTATIONS = int(os.environ.get("FIPO_FUZZ_INPUTS", "240"))
+MUTATIONS = int(os.environ.get("FIPO_FUZZ_INPUTS", "500"))
 SECONDS = 20.0
 VALUES = (
     None,

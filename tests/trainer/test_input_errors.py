@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fipo_megatron.train
+from fipo_megatron import convert
 from fipo_megatron.trainer import training_inputs
 from tests.runs import arguments
 
@@ -168,12 +169,15 @@ def test_a_model_directory_that_is_wrong(spoil, message, model, error_of):
     assert len(said.splitlines()) <= 2, said
 
 
-def test_a_tied_model_whose_output_weight_differs(model, error_of):
+def test_a_tied_model_whose_output_weight_differs(model, error_of, tmp_path, capsys):
     tensors(lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))(model)
     directory = training_inputs.read_model_directory(model, _data_config(), weights=True)
     assert not directory.problems
     tensors(lambda held: held["lm_head.weight"][-1].add_(1))(model)
     assert "lm_head.weight differs from model.embed_tokens.weight" in error_of(f"model.path={model}")
+    assert convert.main(["hf-to-megatron", str(model), str(tmp_path / "out")]) == convert.REFUSED
+    assert "lm_head.weight differs from model.embed_tokens.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sft_needs_an_eos_token_of_the_tokenizer(model, error_of):
