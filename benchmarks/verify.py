@@ -16,6 +16,7 @@ THOROUGH = {
     "HYPOTHESIS_PROFILE": "thorough",
     "FIPO_SGLANG_REQUESTS": "500",
     "FIPO_HOSTILE_ANSWERS": "10000",
+    "FIPO_FUZZ_INPUTS": "5000",
     "FIPO_FAIL_POINTS": "response:9,reward:30,sync:2,log_probs:1,save:1,checkpoint_write:1,checkpoint_publish:1,"
     "checkpoint_published:1,update:2,observe:1,generate:2,response:20,checkpoint_published:1",
     "FIPO_RANDOM_KILLS": "20",

@@ -21,25 +21,20 @@ from typing import TYPE_CHECKING
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.data.batch import Batch, build_batch, build_sft_batch, compute_advantages
 from fipo_megatron.observe.collapse_alarm import Alarm, CollapseError
-from fipo_megatron.observe.console import set_up_logging, silence_libraries
-from fipo_megatron.rollout import rollout_dump
-from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
-from fipo_megatron.rollout.scatter import scatter_trajectories
-from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
-from fipo_megatron.weights.hf_directory import WeightsError
 
+# torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+    from fipo_megatron.rollout.sampler import SampledGroups
     from fipo_megatron.trainer.trainer import Trainer
 
 logger = logging.getLogger("fipo_megatron")
-EXPECTED = (EngineError, SamplingExhaustedError, WeightsError, OSError)
-"""Expected failures: logged without a traceback, exit code 1."""
 
 
 def train(trainer: Trainer) -> None:
     """Runs the remaining steps of FIPO, DAPO or GRPO. One turn of the loop is one step."""
+    from fipo_megatron.rollout.scatter import scatter_trajectories
+
     config, actor = trainer.config, trainer.actor
     assert trainer.routes is not None
     while trainer.step < config.run.steps:
@@ -74,6 +69,10 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
     With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError and
     SamplingExhaustedError, what was sampled so far is saved.
     """
+    from fipo_megatron.rollout import rollout_dump
+    from fipo_megatron.rollout.engine import EngineError
+    from fipo_megatron.rollout.sampler import SamplingExhaustedError
+
     config, session, step = trainer.config, trainer.session, trainer.step
     if session is None:  # run.replay
         return rollout_dump.read(Path(str(config.run.replay)), step, keep=trainer.layout.rank == 0)
@@ -167,9 +166,12 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    silence_libraries()
     try:
         config = load_config(arguments[0], arguments[1:])
+        from fipo_megatron.observe.console import set_up_logging, silence_libraries
+        from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
+
+        silence_libraries()
         console = set_up_logging(rank, plain=config.observe.plain_console)
         inputs = read_training_inputs(config)
         check_megatron_options(config, inputs.architecture)
@@ -179,9 +181,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     for notice in notices(config):
         logger.info("note: %s", notice)
-    # Megatron takes seconds to import; the mistakes above are reported before.
-    from fipo_megatron.actor.update_metrics import NoiseError
-    from fipo_megatron.trainer.factory import open_trainer
+    from fipo_megatron.trainer.factory import EXPECTED, open_trainer
 
     try:
         with open_trainer(config, inputs, console) as trainer:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     except CollapseError as error:
         logger.error("%s", error)
         return 3
-    except (*EXPECTED, NoiseError) as error:
+    except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     return 0

@@ -77,6 +77,7 @@ def hf_to_megatron(source: Path, target: Path, options: Options) -> None:
     architecture = Architecture.from_directory(source)
     directory = HfDirectory(source)
     directory.check(architecture)
+    directory.check_tied(architecture)
     publishing.refuse_existing(target)
     with _built_model(architecture, options, options.dtype or directory.training_dtype) as model:
         with _phase(options, model, "reading", model.bytes) as progress:

@@ -7,12 +7,13 @@ response, so the order of the responses does not matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
+from fipo_megatron.algorithm.policy_loss_config import Baseline
+
+_ROUNDING = 1e-12
 
 
 def group_advantages(
@@ -20,8 +21,8 @@ def group_advantages(
 ) -> Tensor:
     """Returns the advantage of each response relative to the responses to the same prompt.
 
-    ``group_normalised``: ``(R − mean) / (std + ε)`` with the n−1 standard deviation (GRPO). ``group_mean``:
-    ``R − mean``. ``leave_one_out``: ``R`` minus the mean of the *other* responses (RLOO).
+    ``group_normalised``: ``(R − mean) / (std + ε)`` with the n−1 standard deviation (GRPO), 0 if the rewards are equal.
+    ``group_mean``: ``R − mean``. ``leave_one_out``: ``R`` minus the mean of the *other* responses (RLOO).
 
     Args:
         rewards: Reward of each response, ``[N]`` floating point; the advantage is computed in float64.
@@ -57,7 +58,9 @@ def group_advantages(
         advantages = centred * (sizes / (sizes - 1))[index]
     elif baseline == "group_normalised":
         std = (zeros.index_add(0, index, centred.square()) / (sizes - 1)).sqrt()
-        advantages = centred / (std[index] + epsilon)
+        scale = std[index] + epsilon
+        # With ε = 0, equal rewards have a deviation of 0 or of rounding: their advantages stay 0.
+        advantages = centred / torch.where(scale > _ROUNDING, scale, 1.0)
     else:
         raise ValueError(f"baseline: expected group_normalised, group_mean or leave_one_out, got {baseline!r}")
     return advantages.float()

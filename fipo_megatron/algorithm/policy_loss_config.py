@@ -13,6 +13,7 @@ Kind = Literal["fipo", "dapo", "grpo", "sft"]
 SafetyRule = Literal["release", "paper"]
 Aggregation = Literal["token_mean", "sequence_mean"]
 KlEstimator = Literal["k1", "k2", "k3"]
+Baseline = Literal["group_normalised", "group_mean", "leave_one_out"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": get_args(Kind),
@@ -20,6 +21,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": get_args(Aggregation),
     "kl_estimator": get_args(KlEstimator),
 }
+
+
+_LARGEST = 1e9
+"""Bound of finite values: products of two and an advantage stay far within float32."""
+
+
+def _is_bounded(value: float) -> bool:
+    return 0 < value <= _LARGEST or value == math.inf
 
 
 @dataclass(frozen=True)
@@ -86,18 +95,27 @@ class PolicyLossConfig:
         low, high = self.weight_bounds
         limit = 1 + self.clip_high
         valid = {
-            "half_life": (self.half_life > 0, "> 0 tokens, or inf for no decay"),
-            "weight_clip": (0 <= low <= high < math.inf, "[low, high] with 0 <= low <= high, or null"),
-            "weight_max": (0 < self.weight_max < math.inf, "> 0 and finite"),
-            "safety_threshold": (self.safety_threshold > 0, "> 0, or inf for never"),
+            "half_life": (_is_bounded(self.half_life), f"> 0 tokens and at most {_LARGEST:g}, or inf for no decay"),
+            "weight_clip": (
+                0 <= low <= high <= _LARGEST,
+                f"[low, high] with 0 <= low <= high <= {_LARGEST:g}, or null",
+            ),
+            "weight_max": (0 < self.weight_max <= _LARGEST, f"> 0 and at most {_LARGEST:g}"),
+            "safety_threshold": (_is_bounded(self.safety_threshold), f"> 0 and at most {_LARGEST:g}, or inf for never"),
             "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
-            "clip_high": (0 <= self.clip_high < math.inf, ">= 0 and finite"),
-            "dual_clip": (self.dual_clip > limit, f"> 1 + clip_high = {limit:g}, or inf for no cap"),
-            "sequence_drop_threshold": (self.sequence_drop_threshold >= 0, ">= 0 tokens"),
-            "shift_clamp": (self.shift_clamp > 0, "> 0, or inf for none"),
-            "kl_coef": (0 <= self.kl_coef < math.inf, ">= 0 and finite"),
-            "entropy_coef": (math.isfinite(self.entropy_coef), "finite"),
-            "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "> 0, or null"),
+            "clip_high": (0 <= self.clip_high <= _LARGEST, f">= 0 and at most {_LARGEST:g}"),
+            "dual_clip": (
+                self.dual_clip > limit and _is_bounded(self.dual_clip),
+                f"> 1 + clip_high = {limit:g} and at most {_LARGEST:g}, or inf for no cap",
+            ),
+            "sequence_drop_threshold": (0 <= self.sequence_drop_threshold < 2**31, ">= 0 tokens and below 2^31"),
+            "shift_clamp": (_is_bounded(self.shift_clamp), f"> 0 and at most {_LARGEST:g}, or inf for none"),
+            "kl_coef": (0 <= self.kl_coef <= _LARGEST, f">= 0 and at most {_LARGEST:g}"),
+            "entropy_coef": (abs(self.entropy_coef) <= _LARGEST, f"of at most ± {_LARGEST:g}"),
+            "importance_cap": (
+                self.importance_cap is None or _is_bounded(self.importance_cap),
+                f"> 0 and at most {_LARGEST:g}, or null",
+            ),
         }
         for name, choices in _CHOICES.items():
             valid[name] = (getattr(self, name) in choices, f"one of {', '.join(choices)}")

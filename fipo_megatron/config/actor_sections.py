@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fipo_megatron.algorithm.advantages import Baseline
-from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
+from fipo_megatron.algorithm.policy_loss_config import Baseline, PolicyLossConfig
 from fipo_megatron.config.field_types import STRICT, Count, NotNegative, Positive, PositiveNumber
 
 IMPORTANCE_CAP = 2.0

@@ -59,6 +59,11 @@ def _run_conflicts(config: Config) -> list[str]:
         )
     if run.replay and config.algorithm.kind == "sft":
         problems.append(f"run.replay = {run.replay}: must be null with algorithm.kind = sft, which reads data.files")
+    if config.algorithm.kind == "sft" and config.algorithm.importance_cap is not None:
+        problems.append(
+            f"algorithm.importance_cap = {config.algorithm.importance_cap:g}: must be null with algorithm.kind = sft, "
+            "which samples nothing"
+        )
     if run.evaluate_every and not config.evaluation.files:
         problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
     if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):

@@ -18,6 +18,9 @@ from fipo_megatron.config.actor_sections import IMPORTANCE_CAP
 from fipo_megatron.config.renamed_keys import take_renamed
 from fipo_megatron.config.schema import Config
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DEEPEST = 50
+
 
 class ConfigError(ValueError):
     """An invalid configuration; the message names every key at fault, its value and what would be valid."""
@@ -36,11 +39,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _read(Path(path), seen=())
     for override in overrides:
         values = _merge(values, _parse_override(override))
+    if problems := _text_problems(values):
+        raise ConfigError(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
     values = {name: {} if value is None else value for name, value in values.items()}  # an empty section is None
     algorithm = values.get("algorithm", {})
     kind = str(algorithm.get("kind", "fipo")) if isinstance(algorithm, dict) else "fipo"
     values, problems = take_renamed(values, kind)
-    values = _merge({"algorithm": KIND_DEFAULTS.get(kind, {}) | _staleness_defaults(values)}, values)
+    values = _merge({"algorithm": KIND_DEFAULTS.get(kind, {}) | _staleness_defaults(values, kind)}, values)
     try:
         # Strict validation takes the arrays of JSON for tuples, but not Python's lists.
         config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
@@ -51,8 +56,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _staleness_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def _text_problems(value: Any, location: str = "", inside: tuple[int, ...] = ()) -> list[str]:
+    """Lists keys that are not text, texts that no file name or file can hold, and values that contain themselves."""
+    if isinstance(value, str):
+        held = "a null byte" if "\0" in value else "a lone surrogate" if _SURROGATE.search(value) else ""
+        return [f"{location} = {value!r:.200}: holds {held}"] if held else []
+    if not isinstance(value, dict | list):
+        return []
+    if id(value) in inside or len(inside) > _DEEPEST:
+        return [f"{location}: is nested too deeply, or in itself"]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    problems = []
+    for key, item in items:
+        name = f"{location}.{key}".lstrip(".")
+        if isinstance(value, dict) and not isinstance(key, str):
+            problems.append(f"{name}: the key {key!r:.200} is not text")
+        problems += _text_problems(item, name, (*inside, id(value)))
+    return problems
+
+
+def _staleness_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
     """Returns defaults of the loss if responses may be older than the weights."""
+    if kind == "sft":
+        return {}
     rollout = values.get("rollout", {})
     staleness = rollout.get("max_staleness") if isinstance(rollout, dict) else None
     return {"importance_cap": IMPORTANCE_CAP} if isinstance(staleness, int) and staleness > 0 else {}
@@ -84,14 +110,30 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _load_yaml(text: str) -> Any:
+    """Parses YAML.
+
+    Raises:
+        ValueError: The text is not valid YAML, nested too deeply, or holds a value that Python cannot.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: holds a null byte")
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base: the files name each other in a circle: {[p.name for p in seen]}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        values = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, got {type(values).__name__}")
@@ -104,8 +146,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, as in algorithm.half_life=32")
     try:
-        parsed: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+        parsed: Any = _load_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}

@@ -107,12 +107,12 @@ class RolloutConfig:
     top_p: Fraction = 1.0
     max_generation_batches: Positive = 10
     on_exhausted: Literal["error", "smaller"] = "error"
-    over_sampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    over_sampling: Annotated[float, Field(ge=1, le=1000)] = 1.0
     max_staleness: Count = 0
     overlap: bool = False
     silence_seconds: PositiveNumber = 600.0
     engine: Literal["sglang", "embedded"] = "sglang"
-    embedded_slots: Annotated[int, Field(ge=16, multiple_of=16)] = 32
+    embedded_slots: Annotated[int, Field(ge=16, le=2**16, multiple_of=16)] = 32
     servers: ServersConfig = field(default_factory=ServersConfig)
     sglang: dict[str, Any] = field(default_factory=dict)
 
@@ -126,7 +126,8 @@ class RewardConfig:
         thinking_end: End tags of thinking. ``math`` and ``exact`` read only what follows the last of them.
         verifier_processes: Answers checked at the same time.
         verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong.
-        verifier_memory_mib: Memory limit of a verifier process in MiB; an answer that needs more counts as wrong.
+        verifier_memory_mib: Memory limit of a verifier process in MiB, at least 256; an answer that needs more counts
+            as wrong.
         overlong_buffer_tokens: Tokens before the length limit over which the penalty grows; 0 disables the penalty.
         overlong_penalty: Penalty at the length limit.
         truncated_is_wrong: Count every response that was cut off at the length limit as wrong.
@@ -136,7 +137,7 @@ class RewardConfig:
     thinking_end: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")], ...] = ("</think>",)
     verifier_processes: Positive = 4
     verifier_seconds: PositiveNumber = 5.0
-    verifier_memory_mib: Positive = 2048
+    verifier_memory_mib: Annotated[int, Field(ge=256, le=2**31 - 1)] = 2048
     overlong_buffer_tokens: Count = 4096
     overlong_penalty: NotNegative = 1.0
     truncated_is_wrong: bool = False

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from fipo_megatron.config.actor_sections import ActorConfig, AlgorithmConfig, ModelConfig, SftConfig
 from fipo_megatron.config.checks import find_conflicts
-from fipo_megatron.config.field_types import STRICT, Count
+from fipo_megatron.config.field_types import STRICT, Seed
 from fipo_megatron.config.rollout_sections import DataConfig, EvaluationConfig, RewardConfig, RolloutConfig
 from fipo_megatron.config.run_sections import CheckpointConfig, HealthConfig, ObserveConfig, RunConfig
 
@@ -45,7 +45,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sft: SftConfig = field(default_factory=SftConfig)
-    seed: Count = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError with a line for every combination of values that cannot work."""

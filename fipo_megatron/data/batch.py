@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from fipo_megatron.algorithm.advantages import group_advantages
 from fipo_megatron.config import AlgorithmConfig, Config
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.packing import split_mini_batches
@@ -71,6 +68,10 @@ def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> l
     Raises:
         ValueError: See :func:`.algorithm.advantages.group_advantages`.
     """
+    import torch  # takes a second: the entry point imports this module before it has read the configuration
+
+    from fipo_megatron.algorithm.advantages import group_advantages
+
     found = []
     for group in groups:
         rewards = torch.tensor([trajectory.reward for trajectory in group.trajectories], dtype=torch.float64)

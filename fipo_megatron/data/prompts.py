@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import Prompt
+from fipo_megatron.storage.json_files import one_line, parse_json
 
 _UNUSABLE = re.compile(r"[+-]?nan|[$*.\s]+|\\(?:boxed|text)\{\s*\}|\[\s*\]", re.IGNORECASE)
 """Right answers that nothing matches."""
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
-Tokenize = Callable[[Messages], Sequence[int]]
-"""Tokenises a conversation for the model to continue, with the chat template applied."""
+Tokenize = Callable[[str], Sequence[int]]
+"""Tokenises the text of a prompt."""
 
 
 class DataError(ValueError):
@@ -76,7 +77,7 @@ def read_problems(
             content = json.dumps(problem.messages), problem.answer, problem.data_source if apart else ""
             if once and content in seen:
                 continue
-            if problem.id in ids:
+            while problem.id in ids:
                 problem = replace(problem, id=f"{problem.id}#{rows}")
             seen.add(content)
             ids.add(problem.id)
@@ -103,55 +104,90 @@ def _parquet(file: Path) -> Iterator[Problem]:
 
     try:
         table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
-    _require(file, table.column_names, ("prompt", "reward_model"))
-    wanted = [name for name in ("prompt", "reward_model", "data_source", "extra_info") if name in table.column_names]
-    for number, row in enumerate(table.select(wanted).to_pylist()):
+        _require(file, table.column_names, ("prompt", "reward_model"))
+        wanted = [
+            name for name in ("prompt", "reward_model", "data_source", "extra_info") if name in table.column_names
+        ]
+        rows = table.select(wanted).to_pylist()
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, RecursionError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+    for number, row in enumerate(rows):
         reward, extra = row["reward_model"], row.get("extra_info")
         if not isinstance(reward, dict) or not isinstance(reward.get("ground_truth"), str):
-            raise DataError(f"{file}: row {number}: reward_model.ground_truth: expected text, got {reward!r}")
+            raise DataError(f"{file}: row {number}: reward_model.ground_truth: expected text, got {reward!r:.200}")
         _require_usable(file, number, "reward_model.ground_truth", reward["ground_truth"])
         index = extra.get("index") if isinstance(extra, dict) else None
-        yield Problem(
+        yield _problem(
+            file,
+            number,
             id=f"{file.stem}:{number if index is None else index}",
-            messages=_messages(file, number, row["prompt"]),
+            prompt=row["prompt"],
             answer=reward["ground_truth"],
-            data_source=str(row.get("data_source") or file.stem),
+            data_source=row.get("data_source"),
         )
 
 
 def _jsonl(file: Path, answer: str) -> Iterator[Problem]:
+    """Yields the rows of a file, which end at line feeds alone: JSON may hold the other separators of Unicode."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    yield _json_row(file, number, line, answer)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def _json_row(file: Path, number: int, line: bytes, answer: str) -> Problem:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{file}: row {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{file}: row {number}: expected an object with prompt and {answer}, got {row!r:.80}")
+    _require(file, row, ("prompt", answer), number)
+    if not isinstance(row[answer], str | int | float):
+        raise DataError(f"{file}: row {number}: {answer}: expected text, got {row[answer]!r:.200}")
+    _require_usable(file, number, answer, str(row[answer]))
+    return _problem(
+        file,
+        number,
+        id=str(row.get("id", f"{file.stem}:{number}")),
+        prompt=row["prompt"],
+        answer=str(row[answer]),
+        data_source=row.get("data_source"),
+    )
+
+
+def _problem(file: Path, row: int, *, id: str, prompt: Any, answer: str, data_source: Any) -> Problem:
+    """Builds a problem from the values of a row."""
+    problem = Problem(id, _messages(file, row, prompt), answer, str(data_source or file.stem))
+    for name, text in (
+        ("id", problem.id),
+        ("answer", problem.answer),
+        ("data_source", problem.data_source),
+        *(("prompt", part) for message in problem.messages for part in message.values()),
+    ):
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}: row {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{file}: row {number}: expected an object with prompt and {answer}, got {line[:80]!r}")
-        _require(file, row, ("prompt", answer), number)
-        if not isinstance(row[answer], str | int | float):
-            raise DataError(f"{file}: row {number}: {answer}: expected text, got {row[answer]!r}")
-        _require_usable(file, number, answer, str(row[answer]))
-        yield Problem(
-            id=str(row.get("id", f"{file.stem}:{number}")),
-            messages=_messages(file, number, row["prompt"]),
-            answer=str(row[answer]),
-            data_source=str(row.get("data_source") or file.stem),
-        )
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{file}: row {row}: {name}: holds a lone surrogate, {text[error.start]!a}, which is not a character"
+            ) from None
+    return problem
 
 
 def _require(file: Path, columns: Sequence[str] | Mapping[str, Any], needed: Sequence[str], row: int = -1) -> None:
     missing = [name for name in needed if name not in columns]
     if missing:
         where = f"{file}: row {row}" if row >= 0 else str(file)
-        raise DataError(f"{where}: missing column(s) {', '.join(missing)}; there are {', '.join(columns) or 'none'}")
+        raise DataError(
+            f"{where}: missing column(s) {', '.join(missing)}; there are {', '.join(columns) or 'none':.300}"
+        )
 
 
 def _require_usable(file: Path, row: int, column: str, value: str) -> None:
@@ -167,19 +203,29 @@ def _messages(file: Path, row: int, value: Any) -> Messages:
         return [{"role": "user", "content": value}]
     good = isinstance(value, list) and value and all(isinstance(m, dict) for m in value)
     if not good or not all(isinstance(m.get(key), str) for m in value for key in ("role", "content")):
-        raise DataError(f"{file}: row {row}: prompt: expected text, or messages with role and content, got {value!r}")
+        raise DataError(
+            f"{file}: row {row}: prompt: expected text, or messages with role and content, got {value!r:.200}"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def tokenize(problems: Sequence[Problem], tokens_of: Tokenize, longest: int) -> list[Prompt]:
+def tokenize(problems: Sequence[Problem], texts: Sequence[str], tokens_of: Tokenize, longest: int) -> list[Prompt]:
     """Tokenises problems and drops prompts longer than ``longest`` tokens; logs the number of dropped prompts.
 
+    Args:
+        problems: Problems.
+        texts: Text of each problem's prompt, with the chat template applied.
+        tokens_of: Tokenises such a text.
+        longest: Maximum length of a prompt in tokens.
+
     Raises:
-        DataError: All prompts are longer.
+        DataError: All prompts are longer, or one has no tokens.
     """
     prompts, dropped = [], 0
-    for problem in problems:
-        tokens = np.asarray(tokens_of(problem.messages), dtype=np.int32)
+    for problem, text in zip(problems, texts, strict=True):
+        tokens = np.asarray(tokens_of(text), dtype=np.int32)
+        if not len(tokens):
+            raise DataError(f"{problem.id}: prompt: has no tokens")
         if len(tokens) > longest:
             dropped += 1
         else:
@@ -194,7 +240,8 @@ def tokenize(problems: Sequence[Problem], tokens_of: Tokenize, longest: int) -> 
 class PromptStream:
     """A stream of prompts in epochs. Each epoch has its own order, which depends on the seed alone.
 
-    From the second epoch on, ids end in ``~`` and the number of the epoch, so they are unique in the run.
+    From the second epoch on, ids end in ``~`` and the number of the epoch, so they are unique in the run. If an id of
+    the data already ends like that, as many ``~`` are used as no id has.
 
     Args:
         prompts: Prompts in the order of the files.
@@ -210,6 +257,8 @@ class PromptStream:
         self.given = 0
         """Cursor: prompts returned so far. Setting it moves the stream."""
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        endings = (re.search(r"(~+)\d+$", prompt.id) for prompt in self._prompts)
+        self._mark = "~" * (1 + max((len(ending[1]) for ending in endings if ending), default=0))
 
     def __call__(self, count: int) -> list[Prompt]:
         """Returns the next ``count`` prompts; fewer at the end of the last epoch."""
@@ -221,7 +270,7 @@ class PromptStream:
             if self._order[0] != epoch:
                 self._order = epoch, self._order_of(epoch)
             prompt = self._prompts[self._order[1][position]]
-            found.append(replace(prompt, id=f"{prompt.id}~{epoch}") if epoch else prompt)
+            found.append(replace(prompt, id=f"{prompt.id}{self._mark}{epoch}") if epoch else prompt)
         self.given += len(found)
         return found
 

@@ -2,58 +2,126 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fipo_megatron.config import DataConfig
-from fipo_megatron.data.prompts import DataError, Messages, read_problems, tokenize
+from fipo_megatron.data.chat_template import ChatTemplateError, render_conversations
+from fipo_megatron.data.prompts import DataError, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.storage.json_files import one_line, read_json_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""Sets of files, one of which holds the vocabulary of a tokenizer."""
 
 
 class InputError(ValueError):
     """An input of a run is missing or does not fit; the message lists every problem found."""
 
 
+def _unreadable_files(path: Path) -> list[str]:
+    """Lists which of the files beside tokenizer.json cannot be read; transformers' errors do not name them."""
+    problems = []
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"):
+        try:
+            read_json_object(path / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+    for template in (path / "chat_template.jinja", *sorted(path.glob("additional_chat_templates/*.jinja"))):
+        try:
+            template.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{template}: cannot be read: {one_line(error)}")
+    return problems
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a model directory.
+    """Reads the tokenizer of a model directory. Runs no code of the directory and needs no network.
 
     Raises:
-        InputError: The directory holds no tokenizer, or one that cannot be read.
+        InputError: The directory holds no tokenizer, one without tokens, or one that cannot be read.
     """
+    from transformers import AutoTokenizer  # takes a second to import
+
+    path = Path(path)
+    if not any(all((path / name).is_file() for name in names) for names in _VOCABULARIES):
+        needed = ", ".join(" with ".join(names) for names in _VOCABULARIES)
+        raise InputError(f"model.path = {path}: no tokenizer; expected {needed}")
+    if problems := _unreadable_files(path):
+        raise InputError("\n".join(problems))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path = {path}: no tokenizer: {error}") from None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+        count = tokenizer.vocab_size
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise InputError(f"model.path = {path}: no tokenizer: {type(error).__name__}: {one_line(error)}") from None
+    if not count:
+        raise InputError(f"model.path = {path}: an empty tokenizer: it has no tokens but added ones")
     return tokenizer
 
 
 def check_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    """Raises InputError if prompts need a chat template and the tokenizer has none."""
-    if not tokenizer.chat_template and data.chat_template == "tokenizer":
+    """Raises InputError if prompts need a chat template, and the tokenizer has none or one that renders no question."""
+    if data.chat_template != "tokenizer":
+        return
+    if not tokenizer.chat_template:
         raise InputError(
             f"model.path = {path}: its tokenizer has no chat template, and prompts are conversations; with "
             "data.chat_template=none they are plain text"
         )
+    if not isinstance(tokenizer.chat_template, str | dict):
+        kind = type(tokenizer.chat_template).__name__
+        raise InputError(f"model.path = {path}: its chat template: expected text, got {kind}")
+    try:
+        render_conversations(tokenizer, [[{"role": "user", "content": "1 + 1?"}]])
+    except ChatTemplateError as error:
+        raise InputError(f"model.path = {path}: its chat template: {error}") from None
 
 
-def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the ids of all tokens that end a response, sorted: of the tokenizer and of generation_config.json.
+def read_stop_token_ids(path: Path, vocab: int) -> set[int]:
+    """Returns the ids of the tokens that end a response, of generation_config.json and config.json together.
+
+    Args:
+        path: Model directory.
+        vocab: Size of the model's vocabulary.
 
     Raises:
-        InputError: Neither names an end-of-sequence token.
+        InputError: A file cannot be read, or an id is not in the vocabulary.
     """
-    found = {tokenizer.eos_token_id}
-    if (file := path / "generation_config.json").is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(named) if isinstance(named, list) else {named}
-    found.discard(None)
-    if not found:
-        raise InputError(f"model.path = {path}: neither tokenizer nor generation_config.json has an eos token")
-    return tuple(sorted(found))
+    found: set[int] = set()
+    problems = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            value = read_json_object(path / name).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if all(type(number) is int and 0 <= number < vocab for number in ids):
+            found |= set(ids)
+        else:
+            problems.append(
+                f"{path / name}: eos_token_id = {value!r:.200}: must be an id below vocab_size = {vocab} of "
+                "config.json, or a list of such ids"
+            )
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
 
 
 def read_prompts(
@@ -74,15 +142,26 @@ def read_prompts(
     if not files:
         raise DataError(f"{field}: is empty; expected .parquet or .jsonl files")
 
-    def token_ids(messages: Messages) -> list[int]:
-        if data.chat_template == "none":
-            return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
-
     problems = read_problems(files, answer=answer, once=answer == "answer", apart=field == "evaluation.files")
-    return tokenize(problems, token_ids, data.max_prompt_tokens)
+    if data.chat_template == "none":
+        texts = ["\n".join(message["content"] for message in problem.messages) for problem in problems]
+    else:
+        try:
+            texts = render_conversations(tokenizer, [problem.messages for problem in problems])
+        except ChatTemplateError as error:
+            raise DataError(f"chat template of {tokenizer.name_or_path}: {problems[error.index].id}: {error}") from None
+
+    def token_ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=data.chat_template == "none")["input_ids"])
+
+    try:
+        return tokenize(problems, texts, token_ids, data.max_prompt_tokens)
+    except DataError:
+        raise
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise DataError(f"tokenizer of {tokenizer.name_or_path}: {type(error).__name__}: {one_line(error)}") from None
 
 
 def sft_example(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Trajectory:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from fipo_megatron.config import Config
+from fipo_megatron.data.model_directory import read_model_directory
 from fipo_megatron.data.prompts import DataError
-from fipo_megatron.data.tokenizer import (
-    InputError,
-    check_chat_template,
-    load_tokenizer,
-    read_prompts,
-    read_stop_token_ids,
-)
+from fipo_megatron.data.tokenizer import InputError, read_prompts
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.evaluation_summary import SUMMARY
 from fipo_megatron.evaluation.results import data_set_name, name_problems
@@ -25,7 +19,10 @@ from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.hf_directory import HfDirectory, WeightsError
+from fipo_megatron.weights.hf_directory import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -61,38 +58,36 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 
     Raises:
         InputError: Inputs are missing or invalid; the message has one line per problem.
-        ValueError: The model is not supported.
     """
     companions = _companions(config)
-    architecture = Architecture.from_directory(companions)
+    served = config.evaluation.checkpoint is not None or bool(config.rollout.servers.urls)
+    model = read_model_directory(companions, config.data, weights=not served)
     problems = _setting_problems(config)
-    if problem := context_problem(config, architecture.max_positions):
+    if problem := context_problem(config, model.architecture.max_positions):
         problems.append(problem)
     output = output_directory(config)
     problems += output_problems(output, "auto")
     if (output / SUMMARY).exists():
         problems.append(f"{output}: already holds an evaluation; choose another name with evaluation.name")
+    problems += model.problems
     try:
         if config.evaluation.checkpoint is not None:
-            torch_dist.check(Path(config.evaluation.checkpoint), architecture, companions)
-        elif not config.rollout.servers.urls:
-            HfDirectory(companions).check(architecture)
+            torch_dist.check(Path(config.evaluation.checkpoint), model.architecture, companions)
     except WeightsError as error:
         problems.append(str(error))
     prompts: list[Prompt] = []
     try:
-        tokenizer = load_tokenizer(companions)
-        check_chat_template(companions, tokenizer, config.data)
-        prompts = read_prompts(
-            config.data, config.evaluation.files, tokenizer, field="evaluation.files", answer="answer"
-        )
-    except (InputError, DataError) as error:
+        if model.tokenizer is not None:
+            prompts = read_prompts(
+                config.data, config.evaluation.files, model.tokenizer, field="evaluation.files", answer="answer"
+            )
+    except DataError as error:
         problems.append(str(error))
     problems += name_problems(prompt.data_source for prompt in prompts)
-    if problems:
+    if problems or model.tokenizer is None:
         raise InputError("\n".join(problems))
     return EvaluationInputs(
-        companions, architecture, tokenizer, read_stop_token_ids(companions, tokenizer), tuple(prompts), output
+        companions, model.architecture, model.tokenizer, model.stop_token_ids, tuple(prompts), output
     )
 
 

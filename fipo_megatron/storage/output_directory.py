@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 
 def output_problems(output: Path, resume: str) -> list[str]:
-    """Lists why a run cannot write its output, one line each; creates nothing.
+    """Lists why a run cannot write its output, one line each; leaves nothing behind.
 
     Args:
         output: Directory ``run.output``; it need not exist.
         resume: ``never`` requires it to be new or empty.
     """
-    if resume == "never" and output.exists() and any(output.iterdir()):
-        return [f"run.output = {output}: already holds a run; choose another, or checkpoint.resume=auto to resume it"]
-    existing = output
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"run.output = {output}: cannot be written"]
+    try:
+        if resume == "never" and output.exists() and any(output.iterdir()):
+            return [
+                f"run.output = {output}: already holds a run; choose another, or checkpoint.resume=auto to resume it"
+            ]
+        existing = output
+        while not existing.exists():
+            existing = existing.parent
+        # Permissions do not tell whether a file system allows a directory: /proc allows none to anyone.
+        with tempfile.TemporaryDirectory(prefix=".fipo-", dir=existing):
+            pass
+    except OSError as error:
+        return [f"run.output = {output}: cannot be written: {error.strerror or error}"]
     return []

@@ -14,13 +14,16 @@ from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.actor.update_metrics import NoiseError
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
 from fipo_megatron.config import Config
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.engine_factory import HostInfo
+from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
@@ -29,8 +32,11 @@ from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
 from fipo_megatron.trainer.trainer import Trainer
 from fipo_megatron.trainer.training_inputs import TrainingInputs
+from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
+EXPECTED = (EngineError, NoiseError, SamplingExhaustedError, WeightsError, OSError)
+"""Expected failures of a run: logged without a traceback, exit code 1."""
 
 
 def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None = None) -> Trainer:

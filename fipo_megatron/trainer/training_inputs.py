@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from fipo_megatron.actor.launch import Launch
 from fipo_megatron.actor.parallel import check_world_size
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.config import Config
+from fipo_megatron.data.model_directory import read_model_directory
 from fipo_megatron.data.prompts import DataError
-from fipo_megatron.data.tokenizer import (
-    InputError,
-    check_chat_template,
-    load_tokenizer,
-    read_prompts,
-    read_stop_token_ids,
-)
+from fipo_megatron.data.tokenizer import InputError, read_prompts
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.results import name_problems
 from fipo_megatron.observe.trackers import missing_packages
@@ -28,6 +22,9 @@ from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights.architecture import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -54,31 +51,28 @@ def read_training_inputs(config: Config) -> TrainingInputs:
 
     Raises:
         InputError: With every problem found.
-        ValueError: The model's architecture is not supported.
     """
-    path = Path(config.model.path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"model.path = {config.model.path!r}: has no config.json; a Hugging Face model is expected")
-    architecture = Architecture.from_directory(path)
-    problems = _environment_problems(config, architecture)
+    sft = config.algorithm.kind == "sft"
+    model = read_model_directory(Path(config.model.path), config.data, weights=True, needs_eos=sft)
+    problems = [*_environment_problems(config, model.architecture), *model.problems]
+    if problems or model.tokenizer is None:  # told at once: millions of rows take a minute to read
+        raise InputError("\n".join(problems))
     prompts: list[Prompt] = []
     evaluation_prompts: list[Prompt] = []
     try:
-        tokenizer = load_tokenizer(path)
-        check_chat_template(path, tokenizer, config.data)
-        answer = "response" if config.algorithm.kind == "sft" else "answer"
-        prompts = read_prompts(config.data, config.data.files, tokenizer, field="data.files", answer=answer)
+        answer = "response" if sft else "answer"
+        prompts = read_prompts(config.data, config.data.files, model.tokenizer, field="data.files", answer=answer)
         if config.evaluation.files and config.run.evaluate_every:
             evaluation_prompts = read_prompts(
-                config.data, config.evaluation.files, tokenizer, field="evaluation.files", answer="answer"
+                config.data, config.evaluation.files, model.tokenizer, field="evaluation.files", answer="answer"
             )
             problems += name_problems(prompt.data_source for prompt in evaluation_prompts)
-    except (InputError, DataError) as error:
+    except DataError as error:
         problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
     return TrainingInputs(
-        architecture, tokenizer, read_stop_token_ids(path, tokenizer), tuple(prompts), tuple(evaluation_prompts)
+        model.architecture, model.tokenizer, model.stop_token_ids, tuple(prompts), tuple(evaluation_prompts)
     )
 
 
@@ -102,8 +96,10 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             problems.append(str(error))
     problems += _launch_problems(config)
     problems += missing_packages(config.observe)
-    problems += output_problems(Path(config.run.output), config.checkpoint.resume)
-    problems += _checkpoint_problems(Path(config.run.output) / "checkpoints", architecture, config)
+    output = Path(config.run.output)
+    problems += output_problems(output, config.checkpoint.resume) or _checkpoint_problems(
+        output / "checkpoints", architecture, config
+    )
     if config.evaluation.checkpoint is not None:
         problems.append(
             f"evaluation.checkpoint = {config.evaluation.checkpoint}: is for python -m fipo_megatron.evaluate alone; a "

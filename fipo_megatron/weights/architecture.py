@@ -6,7 +6,6 @@ and reported at once.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fipo_megatron.config import ActorConfig
+from fipo_megatron.storage.json_files import read_json_object
+from fipo_megatron.weights.config_values import head_problems, value_problems
 
 _REQUIRED = (
     "hidden_size",
@@ -155,10 +156,10 @@ class Architecture:
             ValueError: the architecture is unknown, keys are missing, or settings are not supported; one line each.
         """
         names = config.get("architectures") or [None]
-        if names[0] not in FAMILIES:
-            raise ValueError(f"config.json: architectures = {names}: supported are {', '.join(FAMILIES)}")
+        if not isinstance(names, list) or names[0] not in [*FAMILIES]:
+            raise ValueError(f"config.json: architectures = {names!r:.200}: supported are {', '.join(FAMILIES)}")
         family = FAMILIES[names[0]]
-        if problems := _unreadable(config, family):
+        if problems := value_problems(config, mixture=family.mixture) or _unreadable(config, family):
             raise ValueError("\n".join(problems))
         heads = config["num_attention_heads"]
         return cls(
@@ -183,17 +184,10 @@ class Architecture:
         """Reads ``config.json`` of a Hugging Face directory.
 
         Raises:
-            ValueError: see :meth:`from_hf`, or the file is not JSON.
+            ValueError: see :meth:`from_hf`, or the file cannot be read as a JSON object.
             FileNotFoundError: the file does not exist.
         """
-        file = Path(path) / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{file}: not the configuration of a model, but {type(config).__name__}")
-        return cls.from_hf(config)
+        return cls.from_hf(read_json_object(Path(path) / "config.json"))
 
     def padded_vocab(self, multiple: int) -> int:
         """Returns the number of rows of the embedding: the vocabulary rounded up to a multiple."""
@@ -267,6 +261,9 @@ def _divisors(number: int) -> str:
 def _unreadable(config: Mapping[str, Any], family: Family) -> list[str]:
     """Returns problems of keys that are missing or have unsupported values."""
     problems = [f"config.json: {key}: missing" for key in (*_REQUIRED, *family.required) if config.get(key) is None]
+    if problems:
+        return problems
+    problems = head_problems(config)
     problems += [
         f"config.json: {key} = {config[key]!r}: not supported" for key in family.unsupported if config.get(key)
     ]

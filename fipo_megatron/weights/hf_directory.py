@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fipo_megatron.storage.json_files import one_line, read_json_object
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.placement import Piece
@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes that weights may be stored in, by their names in safetensors."""
+_EMBEDDING = "model.embed_tokens.weight"
+_ROWS = 4096
 
 
 class WeightsError(ValueError):
@@ -59,17 +61,24 @@ class HfDirectory:
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
-                self.problems.append(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+                others = ", ".join(sorted(path.name for path in self.path.glob("*.bin")))
+                hint = f"; {others}: PyTorch's own format is not read" if others else ""
+                self.problems.append(f"{self.path}: holds neither {SINGLE} nor {INDEX}{hint}")
                 self._all_unread = True
                 return {}
             return {SINGLE: None}
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {file: {t for t, f in where.items() if f == file} for file in sorted(set(where.values()))}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(f"{index}: not an index of safetensors files: {error!r}")
+            where = read_json_object(index).get("weight_map")
+            if not isinstance(where, dict) or not where or not all(map(_is_file_name, where.values())):
+                raise ValueError(f"{index}: weight_map: expected an object with the name of each tensor's file")
+        except ValueError as error:
+            self.problems.append(str(error))
             self._all_unread = True
             return {}
+        listed: dict[str, set[str]] = {file: set() for file in sorted(set(where.values()))}
+        for tensor, file in where.items():
+            listed[file].add(tensor)
+        return {**listed}
 
     def _open(self, name: str, tensors: set[str] | None) -> None:
         try:
@@ -77,8 +86,8 @@ class HfDirectory:
         except FileNotFoundError:
             self._unreadable(f"{self.path / name}: missing", tensors)
             return
-        except (SafetensorError, OSError) as error:
-            self._unreadable(f"{self.path / name}: truncated or corrupt: {error}", tensors)
+        except (SafetensorError, OSError, ValueError) as error:
+            self._unreadable(f"{self.path / name}: truncated or corrupt: {one_line(error)}", tensors)
             return
         present = set(file.keys())
         for tensor in sorted(present if tensors is None else tensors):
@@ -112,6 +121,30 @@ class HfDirectory:
             count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
             raise WeightsError(f"{self.path}: {count}\n" + "\n".join(problems))
 
+    def check_tied(self, architecture: Architecture) -> None:
+        """Checks that the output weight of a tied model, if the files hold one, is the embedding. Reads both tensors.
+
+        Raises:
+            WeightsError: They differ. Megatron and transformers would drop the output weight.
+        """
+        if not architecture.tied:
+            return
+        for output in sorted(tables.tied_copies(architecture) & self.shapes.keys()):
+            if self.shapes[output] != self.shapes[_EMBEDDING] or not self._are_equal(output, _EMBEDDING):
+                raise WeightsError(
+                    f"{self.path}: {output} differs from {_EMBEDDING}, but config.json says tie_word_embeddings = true "
+                    "and it would be dropped; set tie_word_embeddings = false if the model has its own output weight"
+                )
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Returns whether two tensors of the same shape have equal values; reads some rows at a time."""
+        rows = self.shapes[one][0]
+        pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+        return all(
+            torch.equal(self.read(Piece(one, 0, *piece, 0)).float(), self.read(Piece(other, 0, *piece, 0)).float())
+            for piece in pieces
+        )
+
     @property
     def training_dtype(self) -> str:
         """The dtype in which Megatron-Core can hold all tensors exactly: bfloat16 if all are bfloat16, else float32."""
@@ -125,17 +158,28 @@ class HfDirectory:
         return found
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\0"}
+
+
 def tokenizer_problems(path: Path, vocab: int) -> list[str]:
     """Returns a problem if a token has no row in the embedding; rows without a token are allowed."""
-    if not path.exists():
-        return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["model"]["vocab"]
-        ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
-        largest = max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{path}: not a tokenizer: {error!r}"]
-    if largest < vocab:
+        content = read_json_object(path)
+    except FileNotFoundError:
         return []
-    return [f"{path}: token {largest} has no row in the embedding; config.json: vocab_size = {vocab}"]
+    except ValueError as error:
+        return [str(error)]
+    model, added = content.get("model"), content.get("added_tokens") or []
+    known = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(known, dict | list) or not isinstance(added, list):
+        return [f"{path}: not a tokenizer: it has no model with a vocab"]
+    ids = list(known.values()) if isinstance(known, dict) else [*range(len(known))]
+    ids += [token.get("id") if isinstance(token, dict) else None for token in added]
+    if wrong := [number for number in ids if type(number) is not int or number < 0]:
+        return [f"{path}: not a tokenizer: {wrong[0]!r:.200} is not the id of a token"]
+    if not ids:
+        return [f"{path}: an empty tokenizer: it has no tokens"]
+    if max(ids) < vocab:
+        return []
+    return [f"{path}: token {max(ids)} has no row in the embedding; config.json: vocab_size = {vocab}"]

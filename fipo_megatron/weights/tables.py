@@ -403,6 +403,11 @@ def local_parameter_count(architecture: Architecture, placement: ParameterPlacem
     return sum(math.prod(local.shape) for local in local_weights(architecture, placement))
 
 
+def tied_copies(architecture: Architecture) -> set[str]:
+    """Returns the names of the tensors that the embedding replaces in a tied model."""
+    return {name for entry in TABLES[architecture.name] if entry.tied for name, _ in entry.tensors}
+
+
 def check(architecture: Architecture, found: Mapping[str, Sequence[int]]) -> list[str]:
     """Returns all differences between the tensors of a model on disk and the expected ones, one line each.
 
@@ -419,9 +424,7 @@ def check(architecture: Architecture, found: Mapping[str, Sequence[int]]) -> lis
         for name, shape in wanted.items()
         if name in found and tuple(found[name]) != shape
     ]
-    spare = {
-        name for entry in TABLES[architecture.name] if architecture.tied and entry.tied for name, _ in entry.tensors
-    }
+    spare = tied_copies(architecture) if architecture.tied else set()
     problems += [
         f"{name}: unexpected; {architecture.name} has no such tensor"
         for name in found

@@ -38,7 +38,9 @@ def test_one_group_by_hand():
 
 
 def test_equal_rewards_have_no_advantage():
-    assert group_advantages(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.int64)).abs().max() < 1e-6
+    for epsilon in (1e-6, 0.0):
+        found = group_advantages(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.int64), epsilon=epsilon)
+        assert found.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,10 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["algorithm.half_life=0", "algorithm.clip_low=2"],
             ["algorithm.half_life: must be > 0 tokens", "algorithm.clip_low: must be in [0, 1], got 2"],
         ),
-        (["algorithm.dual_clip=1"], ["algorithm.dual_clip: must be > 1 + clip_high = 1.28, or inf for no cap, got 1"]),
+        (
+            ["algorithm.dual_clip=1"],
+            ["algorithm.dual_clip: must be > 1 + clip_high = 1.28 and at most 1e+09, or inf for no cap, got 1"],
+        ),
         (["actor.optimizer=7"], ["actor.optimizer = 7: must be an object"]),
         (["algorithm.half_live=3", "seed=x"], ["algorithm.half_live = 3", "seed = 'x': must be a valid integer"]),
         (
@@ -204,6 +207,45 @@ def test_broken_files_are_explained(tmp_path, text, message):
     (tmp_path / "other.yaml").write_text("base: run.yaml\n")
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"seed={2**70}", f"seed = {2**70}: must be less than"),
+        ("reward.verifier_memory_mib=100000000000000", "must be less than or equal to 2147483647"),
+        ("reward.verifier_memory_mib=1e14", "reward.verifier_memory_mib = 100000000000000.0: must be"),
+        ("reward.verifier_memory_mib=1", "reward.verifier_memory_mib = 1: must be greater than or equal to 256"),
+        ("run.steps=1e30", "run.steps = 1e+30: must be"),
+        (f"run.steps={10**30}", f"run.steps = {10**30}: must be less than or equal to"),
+        ("rollout.silence_seconds=1e300", "rollout.silence_seconds = 1e+300: must be less than or equal to"),
+        ("run.output='\"a\\0b\"'", r"run.output = 'a\x00b': holds a null byte"),
+        ("model.path='\"a\\0b\"'", r"model.path = 'a\x00b': holds a null byte"),
+        ("data.files=[a, '\"a\\0b\"']", r"data.files.1 = 'a\x00b': holds a null byte"),
+        ("run.output='\"\\ud800\"'", r"run.output = '\ud800': holds a lone surrogate"),
+        ("rollout.sglang={1: 2}", "rollout.sglang.1: the key 1 is not text"),
+        ("rollout.sglang=&a [*a]", "nested too deeply, or in itself"),
+        ("rollout.sglang=" + "[" * 5000, "nested too deeply"),
+        ("seed=2024-13-45", "the value is not valid YAML: month must be in 1..12"),
+        ("algorithm.weight_max=1e308", "algorithm.weight_max: must be > 0 and at most 1e+09, got 1e+308"),
+        ("algorithm.shift_clamp=1e308", "algorithm.shift_clamp: must be > 0 and at most 1e+09, or inf"),
+        ("algorithm.importance_cap=1e308", "algorithm.importance_cap: must be > 0 and at most 1e+09, or null"),
+        ("algorithm.advantage_epsilon=1e308", "algorithm.advantage_epsilon = 1e+308: must be less than"),
+    ],
+)
+def test_values_out_of_all_proportion_are_refused(override, message):
+    key, _, value = override.partition("=")
+    override = f"{key}={value.replace(chr(39), '') if chr(92) in value else value}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(FIPO_32B, [override])
+    assert message in str(caught.value)
+
+
+def test_sft_has_no_importance_cap():
+    sft = ["algorithm.kind=sft", "actor.prompts_per_mini_batch=64", "run.evaluate_every=0"]
+    with pytest.raises(ConfigError, match=r"algorithm.importance_cap = 2: must be null with algorithm.kind = sft"):
+        load_config(FIPO_32B, [*sft, "algorithm.importance_cap=2"])
+    assert load_config(FIPO_32B, [*sft, "rollout.max_staleness=1"]).algorithm.importance_cap is None
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -50,6 +50,51 @@ def test_jsonl_and_ids_that_occur_twice(tmp_path):
     assert [p.answer for p in problems] == ["1", "2"]
 
 
+def test_ids_that_look_like_ours_stay_unique(tmp_path):
+    rows = [
+        {"prompt": str(n), "answer": "1", "id": name} for n, name in enumerate(["a", "a#3", "a", "a#3", "p", "p~1"])
+    ]
+    ids = [p.id for p in read_problems([jsonl(tmp_path / "f.jsonl", rows)])]
+    assert ids == ["a", "a#3", "a#3#3", "a#3#4", "p", "p~1"]
+    stream = PromptStream([Prompt(name, np.array([1]), "") for name in [*ids, "p~", "p~~2", "~", "~1"]], seed=0)
+    found = [p.id for p in stream(10 * 25)]
+    assert len({*found}) == len(found)
+    assert "p~~~1" in found
+
+
+def test_the_separators_of_unicode_do_not_end_a_row(tmp_path):
+    """JSON allows them inside of text; a row ends at a line feed."""
+    prompt = "one\u2028two\u2029three\u0085four\x0cfive"
+    row = json.dumps({"prompt": prompt, "answer": "1\u2028"}, ensure_ascii=False).replace("\x0c", "\\f")
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(f"{row}\r\n\n{row.replace('one', 'two')}".encode())
+    problems = read_problems([file])
+    assert [p.id for p in problems] == ["f:0", "f:2"]
+    assert problems[0].messages[0]["content"] == prompt
+    assert problems[0].answer == "1\u2028"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (rb'{"prompt": "a\ud800", "answer": "1"}', r"row 1: prompt: holds a lone surrogate, '\\ud800'"),
+        (rb'{"prompt": "a", "answer": "\udfff"}', "row 1: answer: holds a lone surrogate"),
+        (rb'{"prompt": "a", "answer": "1", "id": "\ud800"}', "row 1: id: holds a lone surrogate"),
+        (rb'{"prompt": "a", "answer": "1", "data_source": "\ud800"}', "row 1: data_source: holds a lone surrogate"),
+        (b'{"prompt": ' + b"[" * 100_000, "row 1: nested too deeply"),
+        (b'{"prompt": "\xff", "answer": "1"}', "row 1: not UTF-8"),
+        (b"7" * 5000, "row 1: not JSON"),
+        (b"7", "row 1: expected an object"),
+    ],
+)
+def test_a_row_that_is_wrong(row, message, tmp_path):
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(b'{"prompt": "1?", "answer": "1"}\n' + row)
+    with pytest.raises(DataError, match=message) as caught:
+        read_problems([file])
+    assert len(str(caught.value)) < 400
+
+
 def test_data_sets_that_share_a_problem_stay_whole(tmp_path):
     row = {"prompt": "1?", "answer": "1"}
     files = [jsonl(tmp_path / f"{name}.jsonl", [row, row]) for name in "ab"]
@@ -117,13 +162,17 @@ def test_a_damaged_parquet_file(tmp_path):
 def test_prompts_that_are_too_long(tmp_path, caplog):
     problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in range(1, 9)])])
 
-    def tokens_of(messages):
-        return [7] * len(messages[0]["content"])
+    texts = ["x" * n for n in range(1, 9)]
 
-    assert [len(p.tokens) for p in tokenize(problems, tokens_of, 5)] == [1, 2, 3, 4, 5]
+    def tokens_of(text):
+        return [7] * len(text)
+
+    assert [len(p.tokens) for p in tokenize(problems, texts, tokens_of, 5)] == [1, 2, 3, 4, 5]
     assert "3 of 8 prompts are longer than data.max_prompt_tokens = 5" in caplog.text
+    with pytest.raises(DataError, match="f:0: prompt: has no tokens"):
+        tokenize(problems, texts, lambda text: [], 5)
     with pytest.raises(DataError, match=r"data\.max_prompt_tokens = 0: all 8 prompts are longer"):
-        tokenize(problems, tokens_of, 0)
+        tokenize(problems, texts, tokens_of, 0)
 
 
 def prompts(count):

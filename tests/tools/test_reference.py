@@ -99,8 +99,8 @@ def test_types_and_bounds_in_words():
 
 def test_bounds_that_only_an_error_knows():
     of = dict(reference.all_sections())["algorithm"]
-    assert reference.refusal(of, "half_life") == "> 0 tokens, or inf for no decay"
-    assert reference.refusal(of, "sequence_drop_threshold") == "≥ 0 tokens"
+    assert reference.refusal(of, "half_life") == "> 0 tokens and at most 1e+09, or inf for no decay"
+    assert reference.refusal(of, "sequence_drop_threshold") == "≥ 0 tokens and below 2^31"
     assert not reference.refusal(of, "future_kl_filter")
 
 

@@ -42,6 +42,10 @@ def error_of(capsys):
         (["data.max_prompt_tokens=3"], "data.max_prompt_tokens = 3: all"),
         (["reward.verifier=python:no.such"], "reward.verifier = python:no.such: there is no module"),
         ([f"run.output={__file__}/run"], "test_errors.py/run: cannot be written"),
+        (["run.output=/proc/run"], "run.output = /proc/run: cannot be written"),
+        (["run.output=/dev/null/run"], "run.output = /dev/null/run: cannot be written"),
+        ([f"run.output={'x' * 300}"], "cannot be written: File name too long"),
+        ([f"run.output=/tmp/{'x' * 300}/run"], "cannot be written: File name too long"),
         (
             ["actor.parallel.tensor_parallel=2"],
             "tensor_parallel = 2 × pipeline_parallel = 1 × context_parallel = 1 needs",
@@ -84,6 +88,25 @@ def test_the_command_exits_with_2_and_imports_no_megatron(data, tmp_path):
     assert not [name for name in imported if name.partition(".")[0] == "megatron"]
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.processes
+def test_a_typo_is_told_without_torch(data, tmp_path):
+    """Its import, and that of transformers, takes most of the start-up time."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "fipo_megatron.train", *arguments(data, tmp_path / "run", "typo=1")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2
+    assert "typo = 1: unknown key" in done.stderr
+    assert "fipo_megatron.config" in imported
+    assert not imported & {"torch", "transformers", "aiohttp", "pyarrow", "safetensors", "megatron", "rich"}
 
 
 @pytest.mark.distributed

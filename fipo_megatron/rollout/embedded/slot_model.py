@@ -39,7 +39,9 @@ class SlotModel:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype, slots: int, version: int) -> None:
-        self.module = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.module = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
+        )
         self.module.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.module.requires_grad_(False)
         self.version = version
