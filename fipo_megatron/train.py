@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.data.batch import Batch, build_batch, build_sft_batch, compute_advantages
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.observe.collapse_alarm import Alarm, CollapseError
 from fipo_megatron.observe.console import set_up_logging, silence_libraries
 from fipo_megatron.rollout import rollout_dump
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from fipo_megatron.trainer.trainer import Trainer
 
 logger = logging.getLogger("fipo_megatron")
-EXPECTED = (EngineError, SamplingExhaustedError, WeightsError, OSError)
+EXPECTED = (EngineError, SamplingExhaustedError, VerifierError, WeightsError, OSError)
 """Expected failures: logged without a traceback, exit code 1."""
 
 
@@ -71,8 +72,8 @@ def train(trainer: Trainer) -> None:
 def sample_and_score(trainer: Trainer) -> SampledGroups:
     """Syncs the weights, evaluates if due, and samples the groups of the step; each response is scored as it finishes.
 
-    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError and
-    SamplingExhaustedError, what was sampled so far is saved.
+    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError,
+    SamplingExhaustedError and VerifierError, what was sampled so far is saved.
     """
     config, session, step = trainer.config, trainer.session, trainer.step
     if session is None:  # run.replay
@@ -92,7 +93,7 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
                     sampled = session.sample(trainer.prompts)
             if config.rollout.overlap and step + 1 < config.run.steps:
                 session.prefetch(trainer.prompts)
-    except (EngineError, SamplingExhaustedError):
+    except (EngineError, SamplingExhaustedError, VerifierError):
         trainer.save_interrupted(sampled)
         raise
     if config.run.record_rollouts and session.engine is not None:

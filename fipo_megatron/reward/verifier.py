@@ -1,4 +1,4 @@
-"""Verifiers by name. An answer whose verifier dies or hangs is wrong and counted as a failure; the step goes on."""
+"""Verifiers by name. An answer whose verifier dies, hangs or fails has no verdict but a failure; the step goes on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import asyncio
 import collections
 import contextlib
 import importlib.util
-import json
-import os
+import logging
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlparse
 
-import aiohttp
-
 from fipo_megatron.config import RewardConfig
-from fipo_megatron.reward.child import encode_frame
+from fipo_megatron.data.failed_checks import VerifierError
+from fipo_megatron.reward.child_process import ChildProcess, describe_exit
 
+logger = logging.getLogger(__name__)
 _START_SECONDS = 120.0
+_STARTS = 3
+"""Times that a child may be killed while it starts."""
+_CRASHES = 20
+"""Answers in a row on which a child may crash before the verifier counts as broken."""
+_OUTPUT_CHARACTERS = 2000
 _VALID = "math, exact, python:MODULE.FUNCTION, or a URL that begins with http: or https:"
 
 
@@ -48,13 +51,15 @@ class Verdict:
     Attributes:
         correct: Whether the answer is right.
         extracted: Text that the verifier took for the answer; None if it names none.
-        failure: Reason for a missing verdict, which counts as a wrong answer: ``timeout``, ``memory``, ``crash``,
-            ``error`` or ``unreachable``; empty if there is a verdict.
+        failure: Kind of failure of a check without a verdict: ``timeout`` (wall time), ``memory``, ``crash``, ``error``
+            or ``unreachable``; empty if there is a verdict.
+        detail: Error text of a failure.
     """
 
     correct: bool
     extracted: str | None = None
     failure: str = ""
+    detail: str = ""
 
 
 class Verifier(Protocol):
@@ -62,10 +67,14 @@ class Verifier(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Number of answers so far: ``verified``, and every kind of failure."""
+        """Number of answers so far: ``verified``, every kind of failure, and ``cpu_limit``: wrong by their CPU time."""
 
     async def verify(self, answer: Answer) -> Verdict:
-        """Checks one answer. No content of an answer makes it raise."""
+        """Checks one answer. No content of an answer makes it raise.
+
+        Raises:
+            VerifierError: The verifier does not start, or its processes crash again and again.
+        """
 
     async def close(self) -> None:
         """Ends the processes and connections of the verifier."""
@@ -98,13 +107,15 @@ def open_verifier(config: RewardConfig) -> Verifier:
     """
     check_verifier(config.verifier)
     if config.verifier.startswith(("http:", "https:")):
+        from fipo_megatron.reward.http_verifier import HttpVerifier
+
         return HttpVerifier(config.verifier, config.verifier_processes, config.verifier_seconds)
     return ChildVerifier(
         config.verifier, config.verifier_processes, config.verifier_seconds, config.verifier_memory_mib
     )
 
 
-class _CountingVerifier:
+class CountingVerifier:
     """The counts that all verifiers have."""
 
     def __init__(self) -> None:
@@ -122,22 +133,24 @@ class _CountingVerifier:
         return verdict
 
 
-class ChildVerifier(_CountingVerifier):
+class ChildVerifier(CountingVerifier):
     """Checks in child processes, each bounded in CPU time, wall time and memory.
 
     Args:
         name: Name of the verifier; see :mod:`.child`.
         processes: Number of child processes, each with one answer at a time; other answers wait in order.
-        seconds: CPU seconds for one answer. The limit of wall time is twice this plus one second, from when a child
-            receives the answer.
+        seconds: CPU seconds for one answer; an answer that needs more is wrong. The limit of wall time is twice this
+            plus one second, from when a child receives the answer; beyond it the check has failed.
         memory_mib: Address space of a child in MiB.
     """
 
     def __init__(self, name: str, processes: int, seconds: float, memory_mib: int) -> None:
         super().__init__()
         self._name, self._seconds, self._memory = name, seconds, memory_mib
-        self._idle: asyncio.LifoQueue[asyncio.subprocess.Process | None] = asyncio.LifoQueue()
-        self._processes = processes
+        self._idle: asyncio.LifoQueue[ChildProcess | None] = asyncio.LifoQueue()
+        self._children: set[ChildProcess] = set()
+        self._crashes = 0
+        self._closed = False
         for _ in range(processes):
             self._idle.put_nowait(None)  # started on demand
 
@@ -145,142 +158,113 @@ class ChildVerifier(_CountingVerifier):
         """Checks one answer in an idle child; see :class:`Verifier`."""
         child = await self._idle.get()
         try:
-            if child is None or child.returncode is not None:
+            if child is not None and child.has_exited:
+                await self._end(child)
+                child = None
+            if child is None:
                 child = await self._start()
-            verdict = await self._request(child, answer)
-            if verdict.failure in ("timeout", "crash", "memory"):
-                await _kill(child)
+            verdict, usable = await self._check(child, answer)
+            if not usable:
+                await self._end(child)
                 child = None
             return self._counted(verdict)
         except BaseException:
             if child is not None:
-                await _kill(child)
+                child.kill()
+                await self._end(child)
                 child = None
             raise
         finally:
             self._idle.put_nowait(child)
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        """Starts a child and waits until it is ready.
+    async def _start(self) -> ChildProcess:
+        """Starts a child and waits until it is ready; starts another if it is killed meanwhile.
 
         Raises:
-            RuntimeError: The child does not start; the message holds the end of its stderr.
+            VerifierError: The child does not start; the message holds the end of its stderr.
         """
-        environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LC_ALL") if name in os.environ}
-        child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "fipo_megatron.reward.child"),
-            *(self._name, str(self._seconds), str(self._memory)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                await _read_frame(child)
-        except (TimeoutError, EOFError):
-            await _kill(child)
-            assert child.stderr is not None
-            output = (await child.stderr.read())[-2000:].decode(errors="replace")
-            raise RuntimeError(f"reward.verifier = {self._name}: its process does not start:\n{output}") from None
-        return child
+        for attempt in range(1, _STARTS + 1):
+            child = await ChildProcess.start(self._name, self._seconds, self._memory)
+            self._children.add(child)
+            try:
+                if self._closed:
+                    raise VerifierError(f"reward.verifier = {self._name}: is closed")
+                async with asyncio.timeout(_START_SECONDS):
+                    await child.receive()
+                return child
+            except (TimeoutError, EOFError, ConnectionError, ValueError) as error:
+                code = await self._end(child)
+                late = isinstance(error, TimeoutError)
+                reason = f"was not ready after {_START_SECONDS:g} s" if late else describe_exit(code)
+                text = f"reward.verifier = {self._name}: its process does not start: it {reason}"
+                output = child.standard_error[-_OUTPUT_CHARACTERS:].strip()
+                killed = code is not None and code < 0
+                if not killed or attempt == _STARTS:
+                    times = f" {attempt} times in a row" if attempt > 1 else ""
+                    raise VerifierError(f"{text}{times}\n{output}".rstrip()) from None
+                logger.warning("%s; it is started again", text)
+            except BaseException:
+                child.kill()
+                await self._end(child)
+                raise
+        raise AssertionError("unreachable")
 
-    async def _request(self, child: asyncio.subprocess.Process, answer: Answer) -> Verdict:
-        assert child.stdin is not None
+    async def _check(self, child: ChildProcess, answer: Answer) -> tuple[Verdict, bool]:
+        """Returns the verdict of a child, and whether the child can check another answer."""
+        wall = 2 * self._seconds + 1
         try:
-            async with asyncio.timeout(2 * self._seconds + 1):
-                child.stdin.write(encode_frame({"response": answer.response, "ground_truth": answer.ground_truth}))
-                await child.stdin.drain()
-                reply = await _read_frame(child)
+            async with asyncio.timeout(wall):
+                reply = await child.request({"response": answer.response, "ground_truth": answer.ground_truth})
         except TimeoutError:
-            return Verdict(False, failure="timeout")
-        except (EOFError, ConnectionError):
-            code = await child.wait()
-            return Verdict(False, failure="timeout" if code == -signal.SIGXCPU else "crash")
-        return Verdict(reply["correct"], reply["extracted"], reply["failure"])
+            if child.cpu_used >= self._seconds:
+                return self._over_cpu_limit(), False
+            return Verdict(False, failure="timeout", detail=f"{self._name}: no verdict within {wall:g} s"), False
+        except (EOFError, ConnectionError, ValueError) as error:
+            code = await self._end(child)
+            if code == -signal.SIGXCPU:
+                return self._over_cpu_limit(), False
+            reason = f"sent no verdict: {error}" if isinstance(error, ValueError) else describe_exit(code)
+            return self._crashed(f"{self._name}: its process {reason}", child), False
+        self._crashes = 0
+        verdict = Verdict(reply["correct"], reply["extracted"], reply["failure"], reply["detail"])
+        if verdict.failure:
+            verdict = Verdict(False, None, verdict.failure, f"{self._name}: {verdict.detail}")
+        return verdict, verdict.failure != "memory" and not reply["last"]
+
+    def _over_cpu_limit(self) -> Verdict:
+        """Returns the verdict on an answer that took too much CPU time: it is wrong."""
+        self._crashes = 0
+        self._counts["cpu_limit"] += 1
+        if self._counts["cpu_limit"] == 1:
+            logger.warning(
+                "reward.verifier = %s: an answer took more than reward.verifier_seconds = %g s of CPU time; such "
+                "answers count as wrong",
+                self._name,
+                self._seconds,
+            )
+        return Verdict(False)
+
+    def _crashed(self, text: str, child: ChildProcess) -> Verdict:
+        """Returns the failure of a check whose child crashed.
+
+        Raises:
+            VerifierError: Children have crashed on too many answers in a row.
+        """
+        output = child.standard_error[-_OUTPUT_CHARACTERS:].strip()
+        detail = f"{text}\n{output}".rstrip()
+        self._crashes += 1
+        if self._crashes >= _CRASHES and not self._closed:
+            raise VerifierError(f"reward.verifier = {detail}\n{self._crashes} answers in a row ended like this")
+        return Verdict(False, failure="crash", detail=detail)
+
+    async def _end(self, child: ChildProcess) -> int | None:
+        self._children.discard(child)
+        return await child.end()
 
     async def close(self) -> None:
-        """Kills all children; see :class:`Verifier`."""
-        for _ in range(self._processes):
-            child = await self._idle.get()
-            if child is not None:
-                await _kill(child)
-
-
-async def _read_frame(child: asyncio.subprocess.Process) -> dict[str, Any]:
-    assert child.stdout is not None
-    header = await child.stdout.readexactly(4)
-    message: dict[str, Any] = json.loads(await child.stdout.readexactly(int.from_bytes(header, "little")))
-    return message
-
-
-async def _kill(child: asyncio.subprocess.Process) -> None:
-    """Kills a child and its process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    if child.stdin is not None:
-        child.stdin.close()
-    await child.wait()
-
-
-class HttpVerifier(_CountingVerifier):
-    """Checks with a service: POST of ``prompt``, ``response``, ``ground_truth`` and ``data_source`` as JSON.
-
-    The service replies ``{"correct": true}`` or ``{"score": 1.0}``; a score above 0 is right. An optional
-    ``"extracted"`` is the text that it took for the answer.
-
-    Args:
-        url: URL of the service.
-        concurrency: Number of answers at a time.
-        seconds: Time limit of one request in seconds.
-        attempts: Number of requests per answer if the service fails.
-    """
-
-    def __init__(self, url: str, concurrency: int, seconds: float, attempts: int = 3) -> None:
-        super().__init__()
-        self._url, self._attempts = url, attempts
-        self._timeout = aiohttp.ClientTimeout(total=seconds)
-        self._slots = asyncio.Semaphore(concurrency)
-        self._session: aiohttp.ClientSession | None = None
-
-    async def verify(self, answer: Answer) -> Verdict:
-        """Checks one answer, with retries if the service fails; see :class:`Verifier`."""
-        async with self._slots:
-            for attempt in range(self._attempts):
-                verdict = await self._request(answer)
-                if not verdict.failure:
-                    break
-                await asyncio.sleep(0.1 * 2**attempt)
-        return self._counted(verdict)
-
-    async def _request(self, answer: Answer) -> Verdict:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout)
-        payload = {
-            "prompt": answer.prompt,
-            "response": answer.response,
-            "ground_truth": answer.ground_truth,
-            "data_source": answer.data_source,
-        }
-        try:
-            async with self._session.post(self._url, json=payload) as reply:
-                if reply.status != 200:
-                    return Verdict(False, failure="error")
-                content = await reply.json(content_type=None)
-        except TimeoutError:
-            return Verdict(False, failure="timeout")
-        except (aiohttp.ClientError, OSError):
-            return Verdict(False, failure="unreachable")
-        except ValueError:
-            return Verdict(False, failure="error")
-        value = content.get("correct", content.get("score")) if isinstance(content, dict) else None
-        if not isinstance(value, bool | int | float):
-            return Verdict(False, failure="error")
-        extracted = content.get("extracted")
-        return Verdict(value > 0, extracted if isinstance(extracted, str) else None)
-
-    async def close(self) -> None:
-        """Closes the connections; see :class:`Verifier`."""
-        if self._session is not None:
-            await self._session.close()
+        """Kills all children, also those that are checking or starting; see :class:`Verifier`."""
+        self._closed = True
+        children = list(self._children)
+        for child in children:
+            child.kill()
+        await asyncio.gather(*(self._end(child) for child in children))
