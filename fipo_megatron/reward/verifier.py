@@ -158,6 +158,7 @@ class ChildVerifier(CountingVerifier):
         """Checks one answer in an idle child; see :class:`Verifier`."""
         child = await self._idle.get()
         try:
+            self._check_open()
             if child is not None and child.has_exited:
                 await self._end(child)
                 child = None
@@ -177,6 +178,10 @@ class ChildVerifier(CountingVerifier):
         finally:
             self._idle.put_nowait(child)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VerifierError(f"reward.verifier = {self._name}: is closed")
+
     async def _start(self) -> ChildProcess:
         """Starts a child and waits until it is ready; starts another if it is killed meanwhile.
 
@@ -187,8 +192,7 @@ class ChildVerifier(CountingVerifier):
             child = await ChildProcess.start(self._name, self._seconds, self._memory)
             self._children.add(child)
             try:
-                if self._closed:
-                    raise VerifierError(f"reward.verifier = {self._name}: is closed")
+                self._check_open()
                 async with asyncio.timeout(_START_SECONDS):
                     await child.receive()
                 return child
