@@ -118,7 +118,7 @@ class ChildProcess:
 
     @property
     def has_exited(self) -> bool:
-        """Whether the process has ended. It is not reaped, so that its number stays that of its group."""
+        """Returns whether the process has ended. It is not reaped, so that its number stays that of its group."""
         if self._exit_code is not None:
             return True
         with suppress(ChildProcessError):
@@ -127,7 +127,7 @@ class ChildProcess:
 
     @property
     def cpu_used(self) -> float:
-        """CPU seconds since its last reply; 0 if the process is gone."""
+        """Returns the CPU seconds since its last reply; 0 if the process is gone."""
         try:
             with open(f"/proc/{self._process.pid}/stat", encoding="utf-8", errors="replace") as file:
                 user, system = file.read().rpartition(")")[2].split()[11:13]
@@ -137,7 +137,7 @@ class ChildProcess:
 
     @property
     def standard_error(self) -> str:
-        """Last 8 KiB of the standard error."""
+        """Returns the last 8 KiB of the standard error."""
         return self._errors.content.decode(errors="replace")
 
     def kill(self) -> None:

@@ -156,8 +156,7 @@ def test_a_cancelled_check_kills_its_child():
     asyncio.run(run())
 
 
-def test_a_child_is_renewed_before_its_hard_limit_of_cpu_time(monkeypatch):
-    """The hard limit holds for the life of a process, and it cannot be raised; a new child takes over in time."""
+def test_a_child_has_a_hard_limit_of_cpu_time():
 
     async def run():
         child = await ChildProcess.start(COMMANDS, 1.0, 2048)
@@ -172,6 +171,29 @@ def test_a_child_is_renewed_before_its_hard_limit_of_cpu_time(monkeypatch):
     soft, hard = asyncio.run(run())
     assert 60 <= int(hard) <= 70
     assert int(soft) <= int(hard)
+
+
+def test_a_child_is_renewed_before_its_hard_limit_of_cpu_time():
+    """Each child could be killed during its second answer; the limit of 6 s is inherited."""
+    code = (
+        "import asyncio; from fipo_megatron.reward.verifier import *; from fipo_megatron.config import RewardConfig\n"
+        f"config = RewardConfig(verifier='{COMMANDS}', verifier_processes=1, verifier_seconds=5.0)\n"
+        "start, numbers = ChildProcess.start, set()\n"
+        "async def recording(*arguments):\n"
+        "    child = await start(*arguments)\n"
+        "    numbers.add(child._process.pid)\n"
+        "    return child\n"
+        "ChildProcess.start = recording\n"
+        "async def run():\n"
+        "    verifier = open_verifier(config)\n"
+        "    verdicts = [await verifier.verify(Answer('a', 'a')) for _ in range(3)]\n"
+        "    await verifier.close()\n"
+        "    return all(verdict.correct for verdict in verdicts)\n"
+        "print(asyncio.run(run()), len(numbers))\n"
+    )
+    limited = ["bash", "-c", 'ulimit -t 6; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
+    assert done.stdout.split() == ["True", "3"], done.stderr
 
 
 @pytest.mark.parametrize("answer", ["hang", "ignore"])
