@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from fipo_megatron.reward.verifier import Answer, CountingVerifier, Verdict
+from fipo_megatron.reward.verifier_protocol import Answer, CountingVerifier, Verdict
 
 _BODY_BYTES = 1 << 20
 _EXTRACTED_BYTES = 4 << 10

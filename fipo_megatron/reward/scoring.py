@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Score, Trajectory
-from fipo_megatron.reward.verifier import Answer, Verdict, Verifier
+from fipo_megatron.reward.verifier_protocol import Answer, Verdict, Verifier
 from fipo_megatron.testing import fail_points
 
 

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 from aiohttp import web
 
-from fipo_megatron.reward.verifier import Answer, open_verifier
+from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.reward.verifier_protocol import Answer
 from tests.reward.test_verifier import config
 
 pytestmark = pytest.mark.timeout(60)

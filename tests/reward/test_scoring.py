@@ -13,7 +13,7 @@ from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.trajectory import Prompt, Score, TokenSpan, Trajectory
 from fipo_megatron.evaluation.answering import evaluate
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.reward.verifier import Verdict
+from fipo_megatron.reward.verifier_protocol import Verdict
 from fipo_megatron.rollout.engine import EngineError, Generation
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 

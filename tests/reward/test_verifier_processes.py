@@ -12,13 +12,21 @@ from pathlib import Path
 import pytest
 
 from fipo_megatron.data.failed_checks import VerifierError
-from fipo_megatron.reward import child_process, verifier
+from fipo_megatron.reward import child_process, child_verifier
 from fipo_megatron.reward.child_process import ChildProcess
-from fipo_megatron.reward.verifier import Answer, open_verifier
+from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.reward.verifier_protocol import Answer
 from tests.processes import ROOT, children
 from tests.reward.test_verifier import config, verify
 
 pytestmark = pytest.mark.timeout(60)
+IMPORTS = """
+import asyncio
+from fipo_megatron.config import RewardConfig
+from fipo_megatron.reward.child_process import ChildProcess
+from fipo_megatron.reward.verifier_protocol import Answer
+from fipo_megatron.reward.verifier import open_verifier
+"""
 COMMANDS = "python:tests.reward.verifiers.by_command"
 
 
@@ -85,7 +93,7 @@ def test_a_child_that_is_killed_while_it_starts_is_started_again_a_few_times(mon
                 os.kill(child._process.pid, signal.SIGKILL)
             return child
 
-        monkeypatch.setattr(verifier.ChildProcess, "start", killing)
+        monkeypatch.setattr(ChildProcess, "start", killing)
 
     kill_first(2)
     verdicts, _ = verify(COMMANDS, [Answer("a", "a")], verifier_processes=1)
@@ -99,7 +107,7 @@ def test_a_child_that_is_killed_while_it_starts_is_started_again_a_few_times(mon
 
 
 def test_a_child_that_is_killed_again_and_again_ends_with_a_message(monkeypatch):
-    monkeypatch.setattr(verifier, "_CRASHES", 3)
+    monkeypatch.setattr(child_verifier, "_CRASHES", 3)
     verdicts, _ = verify(COMMANDS, [Answer("kill", ""), Answer("a", "a")] * 3, verifier_processes=1)
     assert [verdict.failure for verdict in verdicts] == ["crash", ""] * 3
     assert "its process was killed by SIGKILL" in verdicts[0].detail
@@ -176,7 +184,7 @@ def test_a_child_has_a_hard_limit_of_cpu_time():
 def test_a_child_is_renewed_before_its_hard_limit_of_cpu_time():
     """Each child could be killed during its second answer; the limit of 6 s is inherited."""
     code = (
-        "import asyncio; from fipo_megatron.reward.verifier import *; from fipo_megatron.config import RewardConfig\n"
+        f"{IMPORTS}\n"
         f"config = RewardConfig(verifier='{COMMANDS}', verifier_processes=1, verifier_seconds=5.0)\n"
         "start, numbers = ChildProcess.start, set()\n"
         "async def recording(*arguments):\n"
@@ -199,7 +207,7 @@ def test_a_child_is_renewed_before_its_hard_limit_of_cpu_time():
 @pytest.mark.parametrize("answer", ["hang", "ignore"])
 def test_children_die_with_a_parent_that_is_killed(answer):
     code = (
-        "import asyncio; from fipo_megatron.reward.verifier import *; from fipo_megatron.config import RewardConfig\n"
+        f"{IMPORTS}\n"
         f"verifier = open_verifier(RewardConfig(verifier='{COMMANDS}', verifier_seconds=100.0))\n"
         "async def run():\n"
         "    await verifier.verify(Answer('a', 'a'))\n"
