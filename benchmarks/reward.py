@@ -11,7 +11,8 @@ from pathlib import Path
 
 from benchmarks.result_table import print_table, write_result
 from fipo_megatron.config import RewardConfig
-from fipo_megatron.reward.verifier import Answer, open_verifier
+from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.reward.verifier_protocol import Answer
 
 PAIRS = Path(__file__).parents[1] / "tests" / "reward" / "labelled_pairs.tsv"
 PADDING = "Let me think about it. " * 800  # about 5,000 tokens before the answer

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import transformers
 
 from fipo_megatron.config import Config, ModelConfig, load_config
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.evaluation import evaluation_summary as summary
 from fipo_megatron.evaluation.answering import Response, evaluate
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
@@ -40,7 +41,7 @@ from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
-EXPECTED = (EngineError, RequestError, WeightsError, OSError)
+EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
 """Expected failures: logged without a traceback, exit code 1."""
 _PROGRESS_SECONDS = 10.0
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.data.batch import Batch, build_batch, build_sft_batch, compute_advantages
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.observe.collapse_alarm import Alarm, CollapseError
 
 # torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
@@ -66,8 +67,8 @@ def train(trainer: Trainer) -> None:
 def sample_and_score(trainer: Trainer) -> SampledGroups:
     """Syncs the weights, evaluates if due, and samples the groups of the step; each response is scored as it finishes.
 
-    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError and
-    SamplingExhaustedError, what was sampled so far is saved.
+    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError,
+    SamplingExhaustedError and VerifierError, what was sampled so far is saved.
     """
     from fipo_megatron.rollout import rollout_dump
     from fipo_megatron.rollout.engine import EngineError
@@ -91,7 +92,7 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
                     sampled = session.sample(trainer.prompts)
             if config.rollout.overlap and step + 1 < config.run.steps:
                 session.prefetch(trainer.prompts)
-    except (EngineError, SamplingExhaustedError):
+    except (EngineError, SamplingExhaustedError, VerifierError):
         trainer.save_interrupted(sampled)
         raise
     if config.run.record_rollouts and session.engine is not None:

@@ -125,9 +125,13 @@ class RewardConfig:
         verifier: Verifier of the answers: ``math``, ``exact``, ``python:MODULE.FUNCTION`` or a URL.
         thinking_end: End tags of thinking. ``math`` and ``exact`` read only what follows the last of them.
         verifier_processes: Answers checked at the same time.
-        verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong.
-        verifier_memory_mib: Memory limit of a verifier process in MiB, at least 256; an answer that needs more counts
-            as wrong.
+        verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong. More than twice this
+            plus one second of wall time is a failed check. For a URL: seconds of one request.
+        verifier_memory_mib: Memory limit of a verifier process in MiB, at least 256; a check that needs more has failed.
+        on_failure: Response whose check failed (docs/rewards.md): ``mask`` leaves it out of the group's advantages and
+            of the loss, ``wrong`` learns from it as from a wrong answer. An evaluation always leaves it out.
+        max_failure_fraction: Fraction of failed checks of a step or an evaluation beyond which it ends with the first
+            error text; 1: only if all checks fail.
         overlong_buffer_tokens: Tokens before the length limit over which the penalty grows; 0 disables the penalty.
         overlong_penalty: Penalty at the length limit.
         truncated_is_wrong: Count every response that was cut off at the length limit as wrong.
@@ -138,6 +142,8 @@ class RewardConfig:
     verifier_processes: Positive = 4
     verifier_seconds: PositiveNumber = 5.0
     verifier_memory_mib: Annotated[int, Field(ge=256, le=2**31 - 1)] = 2048
+    on_failure: Literal["mask", "wrong"] = "mask"
+    max_failure_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     overlong_buffer_tokens: Count = 4096
     overlong_penalty: NotNegative = 1.0
     truncated_is_wrong: bool = False

@@ -61,6 +61,9 @@ def _shuffled_mini_batches(group_sizes: Sequence[int], config: Config, step: int
 def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> list[Group]:
     """Returns the groups with every trajectory's advantage relative to its group.
 
+    Responses whose check failed have no reward: they are not in the group's statistics, and their advantage is 0. So is
+    that of a single response that is left.
+
     Args:
         groups: Scored groups of at least two responses.
         algorithm: ``advantage_baseline`` and ``advantage_epsilon`` are read.
@@ -74,12 +77,14 @@ def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> l
 
     found = []
     for group in groups:
-        rewards = torch.tensor([trajectory.reward for trajectory in group.trajectories], dtype=torch.float64)
-        ids = torch.zeros(len(rewards), dtype=torch.int64)
-        advantages = group_advantages(rewards, ids, algorithm.advantage_baseline, algorithm.advantage_epsilon)
-        trajectories = tuple(
-            replace(trajectory, advantage=float(advantage))
-            for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
-        )
+        scored = [t for t in group.trajectories if t.reward is not None or not t.failure]
+        if len(scored) < 2 <= len(group.trajectories):
+            advantages = dict.fromkeys((trajectory.sample for trajectory in group.trajectories), 0.0)
+        else:
+            rewards = torch.tensor([trajectory.reward for trajectory in scored], dtype=torch.float64)
+            ids = torch.zeros(len(rewards), dtype=torch.int64)
+            relative = group_advantages(rewards, ids, algorithm.advantage_baseline, algorithm.advantage_epsilon)
+            advantages = {t.sample: float(value) for t, value in zip(scored, relative, strict=True)}
+        trajectories = tuple(replace(t, advantage=advantages.get(t.sample, 0.0)) for t in group.trajectories)
         found.append(Group(group.prompt, trajectories))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fipo_megatron.data.trajectory import Group
+from fipo_megatron.data.trajectory import Group, Trajectory
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class GroupRecord:
         samples: Sample numbers of the responses.
         prompt_tokens: Tokens of the prompt.
         response_tokens: Tokens of each response.
-        rewards: Shaped reward of each response.
-        accuracies: Accuracy of each response, 0 or 1.
+        rewards: Shaped reward of each response; None if its check failed and it is masked.
+        accuracies: Accuracy of each response, 0 or 1; None where its reward is.
         oldest: Oldest version of the weights that sampled any token of the group.
         truncated: Responses that were cut off at the length limit.
     """
@@ -29,8 +29,8 @@ class GroupRecord:
     samples: tuple[int, ...]
     prompt_tokens: int
     response_tokens: tuple[int, ...]
-    rewards: tuple[float, ...]
-    accuracies: tuple[int, ...]
+    rewards: tuple[float | None, ...]
+    accuracies: tuple[int | None, ...]
     oldest: int
     truncated: int = 0
 
@@ -49,8 +49,8 @@ class GroupRecord:
             samples=tuple(t.sample for t in trajectories),
             prompt_tokens=len(group.prompt.tokens),
             response_tokens=tuple(len(t.tokens) for t in trajectories),
-            rewards=tuple(float(t.reward or 0.0) for t in trajectories),
-            accuracies=tuple(int(t.accuracy or 0) for t in trajectories),
+            rewards=tuple(None if _is_masked(t) else float(t.reward or 0.0) for t in trajectories),
+            accuracies=tuple(None if _is_masked(t) else int(t.accuracy or 0) for t in trajectories),
             oldest=min(span.weight_version for t in trajectories for span in t.spans),
             truncated=sum(t.finish_reason == "length" for t in trajectories),
         )
@@ -72,3 +72,8 @@ class GroupRecord:
     def lengths(self) -> list[int]:
         """Tokens of each response, prompt included."""
         return [self.prompt_tokens + length for length in self.response_tokens]
+
+
+def _is_masked(trajectory: Trajectory) -> bool:
+    """Returns whether a response is masked because its check failed."""
+    return bool(trajectory.failure) and trajectory.reward is None

@@ -68,9 +68,10 @@ class Trajectory:
         mask: Tokens to learn from, ``[R]`` bool (0/1 integers are converted); 0 for text that was not sampled.
         spans: Weight versions that sampled the tokens; the first span starts at 0.
         finish_reason: ``stop``: end of sequence; ``length``: cut off at the limit; ``abort``: stopped by the trainer.
-        reward: Shaped reward; None before scoring.
-        accuracy: The verifier's verdict, 0 or 1; None before scoring.
-        advantage: Advantage relative to the group; None until the group is complete.
+        reward: Shaped reward; None before scoring, and for a response whose check failed and that is masked.
+        accuracy: The verifier's verdict, 0 or 1; None where ``reward`` is.
+        advantage: Advantage relative to the group; None until the group is complete, 0 without a reward.
+        failure: Kind of failure of a check without a verdict; empty if there is a verdict.
     """
 
     prompt: Prompt
@@ -83,6 +84,7 @@ class Trajectory:
     reward: float | None = None
     accuracy: int | None = None
     advantage: float | None = None
+    failure: str = ""
 
     def __post_init__(self) -> None:
         """Checks all values that a step relies on.
@@ -128,12 +130,18 @@ class Score:
     """The score of one response.
 
     Attributes:
-        reward: Reward after shaping.
-        accuracy: 1 for a right answer, otherwise 0; dynamic sampling reads it.
+        reward: Reward after shaping; None for a response that is masked because its check failed.
+        accuracy: 1 for a right answer, otherwise 0; dynamic sampling reads it. None if ``reward`` is.
+        failure: Kind of failure of a check without a verdict; empty if there is a verdict.
+        failure_text: Error text of the failure.
+        asked: Whether the verifier was asked.
     """
 
-    reward: float
-    accuracy: int
+    reward: float | None
+    accuracy: int | None
+    failure: str = ""
+    failure_text: str = ""
+    asked: bool = True
 
 
 @dataclass(frozen=True, eq=False)

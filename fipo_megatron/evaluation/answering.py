@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from fipo_megatron.config import Config
+from fipo_megatron.data.failed_checks import CheckCounts
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import vote
@@ -16,6 +18,8 @@ from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,18 @@ class Response:
         answer: Normalised answer that the response votes for; None without an answer.
         tokens: Length in tokens.
         truncated: Whether the response was cut off at the length limit.
+        failure: Kind of failure of a check without a verdict; empty if there is a verdict.
+        detail: Error text of the failure.
+        asked: Whether the verifier was asked.
     """
 
     right: bool
     answer: str | None
     tokens: int
     truncated: bool
+    failure: str = ""
+    detail: str = ""
+    asked: bool = True
 
 
 ResponseCallback = Callable[[Response], None]
@@ -64,20 +74,37 @@ async def evaluate(
         Results in the order of ``problems``.
 
     Raises:
-        EngineError: An engine failed.
+        EngineError: An engine failed, or the verifier of one rank does not work.
+        VerifierError: More than ``reward.max_failure_fraction`` of the checks failed.
     """
     results: list[ProblemResult] = []
+    checks = CheckCounts()
+    most_failures = config.reward.max_failure_fraction * len(problems) * config.evaluation.samples_per_prompt
+
+    def count(response: Response) -> None:
+        if response.asked:
+            checks.add(response.failure, response.detail)
+        if checks.failed > most_failures:
+            raise checks.error(config.reward.max_failure_fraction)
+        progress(response)
+
     error = None
     if coordinator.rank in coordinator.leaders:
         assert engine is not None
         share = problems[coordinator.leaders.index(coordinator.rank) :: len(coordinator.leaders)]
         try:
             async with coordinator.alive():
-                results = await _answer_all(share, engine, scorer, config, stop_token_ids, progress)
+                results = await _answer_all(share, engine, scorer, config, stop_token_ids, count)
         except Exception as failure:
             error = failure
-    parts = await coordinator.gather([asdict(result) for result in results], error)
-    by_id = {row["id"]: ProblemResult(**row) for part in parts for row in part}
+    parts = await coordinator.gather({"results": [asdict(result) for result in results], "checks": checks}, error)
+    everyones_checks = CheckCounts.total(CheckCounts(**part["checks"]) for part in parts)
+    if everyones_checks.exceeds(config.reward.max_failure_fraction):
+        raise everyones_checks.error(config.reward.max_failure_fraction)
+    if coordinator.rank == 0:
+        for kind in everyones_checks.failures:
+            logger.warning("evaluation: %s; they are left out", everyones_checks.warning(kind))
+    by_id = {row["id"]: ProblemResult(**row) for part in parts for row in part["results"]}
     return Evaluation(tuple(by_id[prompt.id] for prompt in problems))
 
 
@@ -123,26 +150,29 @@ async def _answer(
 ) -> Response:
     group = f"evaluation/{prompt.id}"
     completion = await engine.generate(GenerationRequest(f"{group}/{sample}", group, prompt.tokens, sampling, seed))
-    verdict = await scorer.verdict(
-        Trajectory(
-            prompt=prompt,
-            sample=sample,
-            tokens=completion.tokens,
-            behaviour_log_probs=completion.log_probs,
-            mask=np.ones(len(completion.tokens), np.bool_),
-            finish_reason=completion.finish_reason,
-        )
+    trajectory = Trajectory(
+        prompt=prompt,
+        sample=sample,
+        tokens=completion.tokens,
+        behaviour_log_probs=completion.log_probs,
+        mask=np.ones(len(completion.tokens), np.bool_),
+        finish_reason=completion.finish_reason,
     )
+    verdict = await scorer.verdict(trajectory)
     return Response(
         verdict.correct,
         normalise_answer(verifier, verdict.extracted),
         len(completion.tokens),
         completion.finish_reason == "length",
+        verdict.failure,
+        verdict.detail,
+        scorer.asks(trajectory),
     )
 
 
 def _count(prompt: Prompt, responses: Sequence[Response]) -> ProblemResult:
-    right = [response.right for response in responses]
+    checked = [response for response in responses if not response.failure]
+    right = [response.right for response in checked]
     return ProblemResult.of(
         data_set_name(prompt.data_source),
         prompt.id,
@@ -150,5 +180,5 @@ def _count(prompt: Prompt, responses: Sequence[Response]) -> ProblemResult:
         right,
         [response.tokens for response in responses],
         sum(response.truncated for response in responses),
-        vote([response.answer for response in responses], right),
+        vote([response.answer for response in checked], right),
     )

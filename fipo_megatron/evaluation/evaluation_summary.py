@@ -34,6 +34,8 @@ def table(evaluation: Evaluation) -> str:
     if k > 1:
         by_k = [[data_set.name, *map(_percent, data_set.passes.values())] for data_set in data_sets]
         text += "\n\n" + _aligned([["data set", *(f"pass@{k}" for k in data_sets[0].passes)], *by_k])
+    if evaluation.failed_checks:
+        text += f"\n\n{evaluation.failed_checks} responses whose check failed are left out."
     return f"{text}\n\nIn brackets: {LEVEL:.0%} bootstrap intervals over problems."
 
 
@@ -63,6 +65,7 @@ def summary(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, An
     return {
         **settings,
         "interval": LEVEL,
+        **({"failed_checks": evaluation.failed_checks} if evaluation.failed_checks else {}),
         "scalars": evaluation.scalars(),
         "data_sets": {data_set.name: _data_set_values(data_set) for data_set in evaluation.data_sets()},
     }

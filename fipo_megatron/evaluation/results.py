@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, k_values, pass_at_k
 from fipo_megatron.storage.atomic import write_atomic
@@ -49,6 +50,8 @@ class ProblemResult:
         truncated: Number of responses that were cut off at the length limit.
         consensus: Answer that won the vote; None without answers.
         consensus_right: Whether the consensus is right.
+        failed: Number of responses whose check failed; they are neither right nor wrong, and do not vote. Not in the
+            row if it is 0.
     """
 
     data_set: str
@@ -62,6 +65,12 @@ class ProblemResult:
     truncated: int
     consensus: str | None
     consensus_right: bool
+    failed: int = 0
+
+    @property
+    def checked(self) -> int:
+        """Number of responses with a verdict."""
+        return self.samples - self.failed
 
     @classmethod
     def of(
@@ -80,7 +89,7 @@ class ProblemResult:
             data_set: Name of the data set.
             problem_id: Identifier of the problem.
             ground_truth: Right answer.
-            right: The verifier's verdict on each response.
+            right: The verifier's verdict on each response whose check did not fail.
             lengths: Tokens of each response.
             truncated: Number of responses that were cut off at the length limit.
             voted: Vote over the answers.
@@ -89,7 +98,7 @@ class ProblemResult:
             data_set,
             problem_id,
             ground_truth,
-            samples=len(right),
+            samples=len(lengths),
             right=sum(map(bool, right)),
             answered=sum(voted.counts.values()),
             answers=voted.counts,
@@ -97,6 +106,7 @@ class ProblemResult:
             truncated=truncated,
             consensus=voted.consensus,
             consensus_right=voted.right,
+            failed=len(lengths) - len(right),
         )
 
 
@@ -126,16 +136,20 @@ class DataSetResult:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[ProblemResult]) -> DataSetResult:
-        """Returns the statistics of the problems of a data set, all with the same number of responses."""
+        """Returns the statistics of the problems of a data set, all with the same number of responses.
+
+        Responses whose check failed are left out, and so are problems of which no response was checked. pass@k of a
+        problem with fewer than k checked responses is that of all of them.
+        """
         samples = rows[0].samples
         ks = k_values(samples)
-        avg, cons, *passes = estimate(
-            [
-                [row.right / samples for row in rows],
-                [float(row.consensus_right) for row in rows],
-                *([pass_at_k(samples, row.right, k) for row in rows] for k in ks),
-            ]
-        )
+        checked = [row for row in rows if row.checked]
+        columns = [
+            [row.right / row.checked for row in checked],
+            [float(row.consensus_right) for row in checked],
+            *([pass_at_k(row.checked, row.right, min(k, row.checked)) for row in checked] for k in ks),
+        ]
+        avg, cons, *passes = estimate(columns) if checked else [Estimate(None)] * len(columns)
         votes = any(row.answered for row in rows) or not any(row.right for row in rows)
         return cls(
             name,
@@ -170,7 +184,12 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """avg@k over all problems."""
-        return sum(row.right for row in self.problems) / sum(row.samples for row in self.problems)
+        return sum(row.right for row in self.problems) / sum(row.checked for row in self.problems)
+
+    @property
+    def failed_checks(self) -> int:
+        """Number of responses whose check failed."""
+        return sum(row.failed for row in self.problems)
 
     @property
     def response_tokens(self) -> float:
@@ -188,6 +207,8 @@ class Evaluation:
             "evaluation/accuracy": self.accuracy,
             "evaluation/response_tokens": self.response_tokens,
         }
+        if self.failed_checks:
+            values["evaluation/failed_checks"] = self.failed_checks
         for data_set in self.data_sets():
             values |= data_set.scalars()
         return values
@@ -196,7 +217,12 @@ class Evaluation:
 def write_problems(file: Path, problems: Iterable[ProblemResult]) -> None:
     """Writes one JSON object per line; the file appears whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+    write_atomic(file, "".join(json.dumps(_row(problem)) + "\n" for problem in problems))
+
+
+def _row(problem: ProblemResult) -> dict[str, Any]:
+    row = asdict(problem)
+    return row if problem.failed else {name: value for name, value in row.items() if name != "failed"}
 
 
 def problems_file(output: Path, step: int) -> Path:

@@ -38,6 +38,7 @@ NOISE, EVALUATED, SAVED, PEAK = (
     "steps that save a checkpoint",
     "GPUs with a known peak",
 )
+FAILED = "failed checks"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
 
@@ -101,6 +102,15 @@ SAMPLER_COUNTS = {
     "prompts_restarted_stale": "Unfinished prompts restarted because their responses were too old.",
     "responses_aborted": "Responses aborted once enough groups were complete.",
     "responses_continued": "Responses aborted in an earlier step and completed in this one.",
+}
+
+FAILURE_COUNTS = {
+    "failures_timeout": "Checks that ran out of wall time.",
+    "failures_memory": "Checks that needed more than `reward.verifier_memory_mib`.",
+    "failures_crash": "Checks whose verifier process crashed.",
+    "failures_error": "Checks in which the verifier raised or returned nonsense.",
+    "failures_unreachable": "Checks whose service could not be reached.",
+    "groups_unchecked": "Sampled groups whose checks all failed; they are dropped.",
 }
 
 _POLICY = {
@@ -254,6 +264,12 @@ OF_DATA_SETS = {
 _EVALUATION = [
     Metric("evaluation/accuracy", "avg@k over the problems of all data sets.", "", EVALUATED),
     Metric("evaluation/response_tokens", "Mean response length over all data sets.", "tokens", EVALUATED),
+    Metric(
+        "evaluation/failed_checks",
+        "Responses whose check failed; they are left out of avg@k, cons@k and pass@k.",
+        "",
+        f"{EVALUATED}, {FAILED}",
+    ),
     *(
         Metric(
             f"evaluation/{{data_set}}/{name}",
@@ -298,6 +314,7 @@ _TIME = [
 METRICS: tuple[Metric, ...] = (
     *_rollout(),
     *(Metric(f"sampler/{name}", text, "", SAMPLED) for name, text in SAMPLER_COUNTS.items()),
+    *(Metric(f"sampler/{name}", text, "", f"{SAMPLED}, {FAILED}") for name, text in FAILURE_COUNTS.items()),
     *OF_UPDATES.values(),
     *_NOISE,
     *_HEALTH,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fipo_megatron.observe.metrics import OF_UPDATES, SAMPLER_COUNTS
+from fipo_megatron.observe.metrics import FAILURE_COUNTS, OF_UPDATES, SAMPLER_COUNTS
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
@@ -20,14 +20,15 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     if sampled is None:
         return {}
     counts = {f"sampler/{name}": sampled.statistics.get(name, 0) for name in SAMPLER_COUNTS}
+    counts |= {f"sampler/{name}": found for name in FAILURE_COUNTS if (found := sampled.statistics.get(name, 0))}
     if not sampled.records:
         return counts
     lengths = [length for record in sampled.records for length in record.response_tokens]
     ages = [step - record.oldest for record in sampled.records]
     low, median, high = np.quantile(lengths, (0.25, 0.5, 0.75)).tolist()
     return {
-        "rollout/accuracy": _mean([a for record in sampled.records for a in record.accuracies]),
-        "rollout/reward": _mean([r for record in sampled.records for r in record.rewards]),
+        "rollout/accuracy": _mean([a for record in sampled.records for a in record.accuracies if a is not None]),
+        "rollout/reward": _mean([r for record in sampled.records for r in record.rewards if r is not None]),
         "rollout/response_tokens_min": min(lengths),
         "rollout/response_tokens_q25": low,
         "rollout/response_tokens_mean": _mean(lengths),

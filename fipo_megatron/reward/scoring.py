@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Score, Trajectory
-from fipo_megatron.reward.verifier import Answer, Verdict, Verifier
+from fipo_megatron.reward.verifier_protocol import Answer, Verdict, Verifier
 from fipo_megatron.testing import fail_points
 
 
@@ -30,24 +30,39 @@ class ResponseScorer:
         self._pending, self._since, self._seconds = 0, 0.0, 0.0
 
     async def __call__(self, trajectory: Trajectory) -> Score:
-        """Returns the accuracy, 0 or 1, and the reward: ±1 plus the overlong penalty, which is ≤ 0."""
+        """Returns the accuracy, 0 or 1, and the reward: ±1 plus the overlong penalty, which is ≤ 0.
+
+        A response whose check failed has neither with ``reward.on_failure = mask``.
+        """
         fail_points.reach("reward")
-        correct = (await self.verdict(trajectory)).correct
+        verdict = await self.verdict(trajectory)
         reward = self._config.reward
+        if verdict.failure and reward.on_failure == "mask":
+            return Score(None, None, verdict.failure, verdict.detail)
         penalty = overlong_penalty(
             torch.tensor([len(trajectory.tokens)]),
             self._config.rollout.max_response_tokens,
             reward.overlong_buffer_tokens,
             reward.overlong_penalty,
         )
-        return Score((1.0 if correct else -1.0) + float(penalty), int(correct))
+        return Score(
+            (1.0 if verdict.correct else -1.0) + float(penalty),
+            int(verdict.correct),
+            verdict.failure,
+            verdict.detail,
+            self.asks(trajectory),
+        )
+
+    def asks(self, trajectory: Trajectory) -> bool:
+        """Returns whether the verifier is asked about a response; see :meth:`verdict`."""
+        return not (self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length")
 
     async def verdict(self, trajectory: Trajectory) -> Verdict:
         """Returns the verdict of the verifier.
 
         With ``reward.truncated_is_wrong`` a truncated response is wrong and has no answer; the verifier is not asked.
         """
-        if self._config.reward.truncated_is_wrong and trajectory.finish_reason == "length":
+        if not self.asks(trajectory):
             return Verdict(False)
         prompt = trajectory.prompt
         answer = Answer(

@@ -106,6 +106,7 @@ class _ArrayPacker:
             "reward": one.reward,
             "accuracy": one.accuracy,
             "advantage": one.advantage,
+            **({"failure": one.failure} if one.failure else {}),
         }
 
     def partial_response(self, one: PartialResponse) -> dict[str, Any]:

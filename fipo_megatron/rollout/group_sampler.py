@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.trajectory import FinishReason, Group, Score, TokenSpan, Trajectory
 from fipo_megatron.rollout.carry_over import PartialGroup, PartialResponse
 from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
@@ -25,7 +27,8 @@ class GroupSampler:
         run_seed: Seed of the run; see :func:`.engine.sampling_seed`.
         keep_partial: Whether a partial group keeps its tokens; otherwise its responses start from the prompt again.
         scorer: Scores a response.
-        counts: Counter to which sampled tokens, and aborted and continued responses, are added.
+        counts: Counter to which sampled tokens, aborted and continued responses, and failed checks are added.
+        checks: Counts to which every check is added.
         progress: Progress of this rank, to be updated.
         on_response: Called when a response is finished or aborted.
     """
@@ -39,17 +42,25 @@ class GroupSampler:
         keep_partial: bool,
         scorer: Callable[[Trajectory], Awaitable[Score]],
         counts: Counter[str],
+        checks: CheckCounts,
         progress: SamplingProgress,
         on_response: Callable[[], None],
     ) -> None:
         self._engine, self._sampling, self._run_seed = engine, sampling, run_seed
         self._keep_partial, self._scorer = keep_partial, scorer
         self._counts, self._progress, self._on_response = counts, progress, on_response
+        self._checks, self._most_failures = checks, math.inf
         self._aborting = False
 
-    def begin_batch(self) -> None:
-        """Allows sampling again after :meth:`abort`."""
+    def begin_batch(self, most_failures: float = math.inf) -> None:
+        """Allows sampling again after :meth:`abort`.
+
+        Args:
+            most_failures: Number of failed checks of this rank in the step beyond which sampling ends with
+                VerifierError.
+        """
         self._aborting = False
+        self._most_failures = most_failures
 
     async def abort(self) -> None:
         """Aborts all responses in flight, and samples none until :meth:`begin_batch`."""
@@ -59,7 +70,14 @@ class GroupSampler:
 
     async def sample(self, group: PartialGroup) -> Group | PartialGroup:
         """Samples the missing responses of a group; returns a partial group if any of them is aborted."""
-        found = await asyncio.gather(*(self._sample_response(response) for response in group.partial))
+        tasks = [asyncio.ensure_future(self._sample_response(response)) for response in group.partial]
+        try:
+            found = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
         finished = [*group.finished, *(result for result in found if isinstance(result, Trajectory))]
         partial = [result for result in found if isinstance(result, PartialResponse)]
         if not partial:
@@ -123,7 +141,14 @@ class GroupSampler:
         )
         async with self._engine.deciding():
             score = await self._scorer(trajectory)
-        return replace(trajectory, reward=score.reward, accuracy=score.accuracy)
+        if score.asked:
+            self._checks.add(score.failure, score.failure_text)
+        if score.failure:
+            self._counts[f"failures_{score.failure}"] += 1
+            if self._checks.failed > self._most_failures:
+                raise VerifierError(score.failure_text)
+        learned = trajectory.mask if score.reward is not None else np.zeros_like(trajectory.mask)
+        return replace(trajectory, reward=score.reward, accuracy=score.accuracy, mask=learned, failure=score.failure)
 
 
 def _merge_spans(spans: Sequence[TokenSpan]) -> tuple[TokenSpan, ...]:

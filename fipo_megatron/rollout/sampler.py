@@ -11,6 +11,7 @@ leader or not, makes the same decisions. With one leader and the embedded engine
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -22,6 +23,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from fipo_megatron.algorithm.advantages import is_informative
+from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group, Prompt, Score, TokenSpan, Trajectory
 from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
@@ -31,6 +33,7 @@ from fipo_megatron.rollout.group_sampler import GroupSampler
 from fipo_megatron.rollout.sampling_progress import SamplingProgress
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
+logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
 
 Scorer = Callable[[Trajectory], Awaitable[Score]]
@@ -56,6 +59,7 @@ class SamplerSettings:
         max_staleness: Largest age of a token's weights, in versions. With 0, aborted responses start from the prompt
             again, and complete groups are carried only while their weights are current.
         on_exhausted: Action after ``max_batches`` without enough groups: ``error``, or ``smaller`` for a smaller step.
+        max_failure_fraction: Largest fraction of failed checks in a step.
     """
 
     prompts_per_step: int
@@ -67,6 +71,7 @@ class SamplerSettings:
     over_sampling: float = 1.0
     max_staleness: int = 0
     on_exhausted: Literal["error", "smaller"] = "error"
+    max_failure_fraction: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class SampledGroups:
         records: Metadata of all groups, in the same order on every rank.
         groups: Scored groups of this leader, in the same order.
         statistics: Counts over all leaders: batches; groups sampled, kept, dropped by reason, carried in and out;
-            responses aborted and continued; tokens sampled.
+            responses aborted and continued; tokens sampled; failed checks by kind, if there are any.
         seconds: Seconds that sampling took; 0 if unknown.
     """
 
@@ -111,6 +116,9 @@ class Sampler:
         self.progress = SamplingProgress()
         self._coordinator = coordinator or StoreCoordinator(dist.HashStore(), 0)
         self._counts: Counter[str] = Counter()
+        self._checks, self._everyones_checks = CheckCounts(), CheckCounts()
+        self._verifier_error = ""
+        self._dropped_unchecked: list[Prompt] = []
         self._groups: deque[Group] = deque()
         self._partial: deque[PartialGroup] = deque()
         self._group_sampler: GroupSampler | None = None
@@ -122,6 +130,7 @@ class Sampler:
                 keep_partial=settings.max_staleness > 0,
                 scorer=scorer,
                 counts=self._counts,
+                checks=self._checks,
                 progress=self.progress,
                 on_response=self._publish_progress,
             )
@@ -144,9 +153,12 @@ class Sampler:
         Raises:
             SamplingExhaustedError: too few groups were kept, and ``on_exhausted`` is ``error``; on every rank.
             EngineError: an engine failed; raised on its rank, and with its text on the others.
+            VerifierError: the verifier does not work, or failed on more than ``max_failure_fraction`` of the answers;
+                on every rank. Groups without a failed check are carried, the others sampled again.
         """
         start = time.perf_counter()
         self._counts.clear()
+        self._forget_checks()
         self.progress.reset()
         self._drop_stale(version)
         mine = {group.prompt.id: group for group in self._groups}
@@ -154,7 +166,9 @@ class Sampler:
         self._groups.clear()
         try:
             kept, batches, everyone = await self._sample(mine, next_prompts)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, VerifierError):
+                self._restart_unchecked(mine)
             self._groups.extend(mine.values())
             raise
         need = self.settings.prompts_per_step
@@ -206,8 +220,17 @@ class Sampler:
         """
         records = [GroupRecord.of(group, self._coordinator.rank) for group in groups]
         self._counts["prompts_carried_out"] = len(self._partial)
-        report = {"records": records, "partial": len(self._partial), "counts": dict(self._counts)}
+        report = {
+            "records": records,
+            "partial": len(self._partial),
+            "counts": dict(self._counts),
+            "checks": self._checks,
+            "verifier_error": self._verifier_error,
+        }
         reports = await self._coordinator.gather(report, error)
+        self._judge_checks(
+            [CheckCounts(**one["checks"]) for one in reports], [one["verifier_error"] for one in reports]
+        )
         everyone: Counter[str] = Counter()
         for one in reports:
             everyone.update(one["counts"])
@@ -215,18 +238,30 @@ class Sampler:
         return interleave_by_leader(by_leader), [one["partial"] for one in reports], dict(everyone)
 
     async def _sample_share(
-        self, continued: Sequence[int], new: Sequence[Sequence[int]], prompts: Sequence[Prompt], missing: int
+        self,
+        continued: Sequence[int],
+        new: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
+        missing: int,
     ) -> tuple[list[Group], BaseException | None]:
-        """Samples this leader's share of a batch; returns an error, so that it can be raised on all ranks."""
+        """Samples this leader's share of a batch; returns an error, so that it can be raised on all ranks.
+
+        A VerifierError is kept until the reports are exchanged; see :meth:`_judge_checks`.
+        """
         if self._coordinator.rank not in self._coordinator.leaders:
             return [], None
         place = self._coordinator.leaders.index(self._coordinator.rank)
         batch = [self._partial.popleft() for _ in range(continued[place])]
         self._counts["prompts_carried_in"] += len(batch)
         batch += [self._new_group(prompts[number]) for number in new[place]]
+        responses = (sum(continued) + len(prompts)) * self.settings.samples_per_prompt
+        most_failures = self.settings.max_failure_fraction * (self._everyones_checks.checks + responses)
         try:
             async with self._coordinator.alive():
-                return await self._sample_groups(batch, missing), None
+                return await self._sample_groups(batch, missing, most_failures), None
+        except VerifierError as error:
+            self._verifier_error = str(error)
+            return [], None
         except Exception as error:
             return [], error
 
@@ -256,12 +291,13 @@ class Sampler:
                 self._counts["prompts_restarted_stale"] += 1
                 self._partial.append(self._new_group(one.prompt))
 
-    async def _sample_groups(self, batch: Sequence[PartialGroup], missing: int) -> list[Group]:
+    async def _sample_groups(self, batch: Sequence[PartialGroup], missing: int, most_failures: float) -> list[Group]:
         """Samples groups; returns those that are kept, in the order in which they were complete."""
         sampler = self._group_sampler
         assert sampler is not None
-        sampler.begin_batch()
+        sampler.begin_batch(most_failures)
         kept: list[Group] = []
+        dropped_unchecked: list[Prompt] = []
         tasks = [asyncio.create_task(sampler.sample(one)) for one in batch]
         try:
             async with self._watching_other_ranks(sampler, missing):
@@ -274,6 +310,8 @@ class Sampler:
                         kept.append(found)
                         if self._coordinator.count(1) >= missing and not all(task.done() for task in tasks):
                             await sampler.abort()
+                    elif _has_failure(found.trajectories):
+                        dropped_unchecked.append(found.prompt)
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -281,6 +319,7 @@ class Sampler:
             # All prompts of this share are sampled again, also those of kept groups: no prompt is lost.
             self._partial.extendleft(reversed(batch))
             raise
+        self._dropped_unchecked += dropped_unchecked
         self._partial.extend(result for task in tasks if isinstance(result := task.result(), PartialGroup))
         return kept
 
@@ -321,17 +360,57 @@ class Sampler:
             await asyncio.gather(watcher, return_exceptions=True)
 
     def _keeps(self, group: Group) -> bool:
-        """Returns whether a group is kept, and counts it."""
-        accuracies = [trajectory.accuracy or 0 for trajectory in group.trajectories]
+        """Returns whether a group is kept, and counts it. Responses whose check failed do not count."""
+        checked = [t for t in group.trajectories if t.reward is not None or not t.failure]
+        if not checked:
+            self._counts["groups_unchecked"] += 1
+            return False
+        accuracies = [trajectory.accuracy or 0 for trajectory in checked]
         if not self.settings.dynamic_sampling or is_informative(accuracies):
             self._counts["groups_kept"] += 1
             return True
         self._counts["groups_all_right" if any(accuracies) else "groups_all_wrong"] += 1
         return False
 
+    def _forget_checks(self) -> None:
+        self._checks.clear()
+        self._everyones_checks.clear()
+        self._verifier_error = ""
+        self._dropped_unchecked.clear()
+
+    def _judge_checks(self, checks: Sequence[CheckCounts], errors: Sequence[str]) -> None:
+        """Warns of kinds of failures that are new in this step; decides, equally on every rank, whether it goes on.
+
+        Raises:
+            VerifierError: A verifier does not work, or failed on too many answers.
+        """
+        before, now = self._everyones_checks, CheckCounts.total(checks)
+        self._everyones_checks = now
+        if self._coordinator.rank == 0:
+            for kind in now.failures.keys() - before.failures.keys():
+                logger.warning("%s", now.warning(kind))
+        if now.exceeds(self.settings.max_failure_fraction):
+            raise now.error(self.settings.max_failure_fraction)
+        for error in filter(None, errors):
+            raise VerifierError(error)
+
+    def _restart_unchecked(self, mine: dict[str, Group]) -> None:
+        """Lets the prompts of all groups that hold a failed check be sampled again."""
+        prompts = list(self._dropped_unchecked)
+        for group in [group for group in mine.values() if _has_failure(group.trajectories)]:
+            prompts.append(mine.pop(group.prompt.id).prompt)
+        self._partial = deque(
+            self._new_group(one.prompt) if _has_failure(one.finished) else one for one in self._partial
+        )
+        self._partial.extend(self._new_group(prompt) for prompt in prompts)
+
     def _publish_progress(self) -> None:
         names = ("done", "begun", "tokens", "oldest")
         self._coordinator.progress = dict(zip(names, self.progress.now(), strict=True))
+
+
+def _has_failure(trajectories: Iterable[Trajectory]) -> bool:
+    return any(trajectory.failure for trajectory in trajectories)
 
 
 def _oldest_version(spans: Sequence[TokenSpan]) -> int:

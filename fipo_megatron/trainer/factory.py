@@ -17,6 +17,7 @@ from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.update_metrics import NoiseError
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
 from fipo_megatron.config import Config
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
@@ -35,7 +36,7 @@ from fipo_megatron.trainer.training_inputs import TrainingInputs
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
-EXPECTED = (EngineError, NoiseError, SamplingExhaustedError, WeightsError, OSError)
+EXPECTED = (EngineError, NoiseError, SamplingExhaustedError, VerifierError, WeightsError, OSError)
 """Expected failures of a run: logged without a traceback, exit code 1."""
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.config import Config
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.rollout.carry_over import Carried
 from fipo_megatron.rollout.engine import EngineError, EngineMemory, RolloutEngine, SamplingParameters
@@ -50,6 +51,7 @@ def sampler_settings(config: Config, stop_token_ids: Sequence[int]) -> SamplerSe
         # Prefetched responses age by one version before they are learned from.
         max_staleness=rollout.max_staleness - rollout.overlap,
         on_exhausted=rollout.on_exhausted,
+        max_failure_fraction=config.reward.max_failure_fraction,
     )
 
 
@@ -159,6 +161,7 @@ class RolloutSession:
         Raises:
             EngineError: No server is left, or another rank failed; what was sampled so far is carried over.
             SamplingExhaustedError: See :class:`.rollout.sampler.Sampler`.
+            VerifierError: See :class:`.rollout.sampler.Sampler`.
         """
         try:
             return self._loop.run(self.sampler.step(next_prompts, self.weights.version))
@@ -187,6 +190,7 @@ class RolloutSession:
         Raises:
             EngineError: See :meth:`sample`.
             SamplingExhaustedError: See :meth:`sample`.
+            VerifierError: See :meth:`sample`.
         """
         return self._prefetched.result() if self._prefetched is not None else None
 
@@ -195,6 +199,7 @@ class RolloutSession:
 
         Raises:
             SamplingExhaustedError: See :meth:`sample`.
+            VerifierError: See :meth:`sample`.
         """
         try:
             return self.wait_prefetched()
@@ -240,7 +245,7 @@ class RolloutSession:
 
     def drop_carried(self) -> None:
         """Waits until prefetching is over, and drops the prefetched groups and the carry-over of this rank."""
-        with suppress(EngineError, SamplingExhaustedError):
+        with suppress(EngineError, SamplingExhaustedError, VerifierError):
             self.wait_prefetched()
         self._prefetched = None
         self.sampler.restore((), ())

@@ -19,6 +19,7 @@ from fipo_megatron.actor.hf_weights import save_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored, TrainState
 from fipo_megatron.config import Config
+from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.data.tokenizer import sft_example
 from fipo_megatron.data.trajectory import Trajectory
@@ -157,7 +158,9 @@ class Trainer:
         """Saves a checkpoint to resume with :attr:`step`; waits first until prefetching is over."""
         carried, prefetched = None, None
         if self.session is not None:
-            with suppress(EngineError, SamplingExhaustedError):  # raised again when the next step needs the groups
+            with suppress(
+                EngineError, SamplingExhaustedError, VerifierError
+            ):  # raised again when the next step needs the groups
                 prefetched = self.session.wait_prefetched()
             carried = self.session.carried()
         scores = self.log.evaluations() if self.config.checkpoint.keep_best else {}

@@ -12,7 +12,8 @@ import pytest
 
 from fipo_megatron.config import RewardConfig
 from fipo_megatron.observe.trajectory_files import cut_rows
-from fipo_megatron.reward.verifier import Answer, check_verifier, open_verifier
+from fipo_megatron.reward.verifier import check_verifier, open_verifier
+from fipo_megatron.reward.verifier_protocol import Answer
 from fipo_megatron.rollout.sglang.server import free_port
 from tests.docs.pages import titled
 

@@ -184,6 +184,20 @@ def test_unreachable_servers_end_the_evaluation(data, tmp_path, caplog):
     assert not list(tmp_path.rglob("*.json*"))
 
 
+def test_a_verifier_that_fails_ends_the_evaluation_with_its_text(data, tmp_path, caplog, capsys):
+    """About 30 % of the checks fail: too many by default; otherwise they are left out, and counted."""
+    fails = "reward.verifier=python:tests.train_verifiers.by_chance_or_fails"
+    assert run(data, tmp_path / "ended", fails) == 1
+    assert "RuntimeError: the database is down" in caplog.text
+    assert not list((tmp_path / "ended").rglob("*.json*"))
+    caplog.clear()
+    assert run(data, tmp_path / "told", fails, "reward.max_failure_fraction=0.9") == 0
+    found = json.loads((tmp_path / "told" / "evaluation-model" / "summary.json").read_text())
+    assert 0 < found["failed_checks"] < 4 * PROBLEMS
+    assert f"the verifier failed on {found['failed_checks']} of {4 * PROBLEMS} answers, error: " in caplog.text
+    assert f"{found['failed_checks']} responses whose check failed are left out" in capsys.readouterr().out
+
+
 def test_sigterm_leaves_no_converted_model_behind(data, trained, tmp_path):
     """SIGTERM arrives while the program samples from a converted checkpoint."""
     longer = ["evaluation.samples_per_prompt=512", f"evaluation.checkpoint={trained}/checkpoints/step-000002"]

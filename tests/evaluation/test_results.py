@@ -8,7 +8,7 @@ from fipo_megatron.config import Config, RunConfig
 from fipo_megatron.evaluation import evaluation_summary as summary
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name, name_problems
-from fipo_megatron.observe.metrics import METRICS, OF_DATA_SETS
+from fipo_megatron.observe.metrics import FAILED, METRICS, OF_DATA_SETS
 from fipo_megatron.observe.run_log import RunLog
 
 
@@ -41,12 +41,13 @@ def test_a_row(evaluation):
         "truncated": 1,
         "consensus": "7",
         "consensus_right": False,
+        "failed": 0,
     }
 
 
 def test_scalars_are_the_tags_of_the_table_of_metrics(evaluation):
     scalars = evaluation.scalars()
-    known = {metric.tag for metric in METRICS if metric.group == "evaluation"}
+    known = {metric.tag for metric in METRICS if metric.group == "evaluation" and not metric.when.endswith(FAILED)}
     assert {tag.replace("/one/", "/{data_set}/").replace("/two/", "/{data_set}/") for tag in scalars} == known
     assert len(scalars) == 2 + 2 * len(OF_DATA_SETS)
     assert scalars["evaluation/accuracy"] == pytest.approx(4 / 12)
@@ -81,9 +82,36 @@ def test_the_summary_can_be_read_again(evaluation, tmp_path):
     assert read["model"] == "m"
     assert read["scalars"] == evaluation.scalars()
     assert read["data_sets"]["one"]["pass"]["2"]["value"] == pytest.approx(5 / 6)
+    assert "failed_checks" not in read
     rows = [json.loads(line) for line in (tmp_path / summary.PROBLEMS).read_text().splitlines()]
+    assert not [row for row in rows if "failed" in row]
     assert [ProblemResult(**row) for row in rows] == list(evaluation.problems)
     assert sorted(file.name for file in tmp_path.iterdir()) == [summary.PROBLEMS, summary.SUMMARY]
+
+
+def test_failed_checks_are_left_out_and_counted(tmp_path):
+    """Of problem 1, 2 of 3 verdicts are right, and 1 of 2 of problem 2; problem 3 and data set two have none."""
+    evaluation = Evaluation(
+        (
+            problem("one", "1", ["5", "5", "7"]),
+            problem("one", "2", ["7", "5"]),
+            problem("one", "3", []),
+            problem("two", "4", []),
+        )
+    )
+    assert [row.failed for row in evaluation.problems] == [1, 2, 4, 4]
+    assert evaluation.accuracy == 3 / 5
+    scalars = evaluation.scalars()
+    assert scalars["evaluation/failed_checks"] == 11
+    assert scalars["evaluation/one/avg"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert scalars["evaluation/one/pass"] == 1
+    assert scalars["evaluation/one/response_tokens"] == 25
+    assert scalars["evaluation/two/avg"] is scalars["evaluation/two/cons"] is scalars["evaluation/two/pass"] is None
+    assert "11 responses whose check failed are left out." in summary.table(evaluation)
+    summary.write(tmp_path, evaluation, {})
+    assert json.loads((tmp_path / summary.SUMMARY).read_text())["failed_checks"] == 11
+    rows = [json.loads(line) for line in (tmp_path / summary.PROBLEMS).read_text().splitlines()]
+    assert [ProblemResult(**row) for row in rows] == list(evaluation.problems)
 
 
 def test_resume_cuts_evaluations(evaluation, tmp_path):

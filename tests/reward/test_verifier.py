@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 from fipo_megatron.config import RewardConfig
-from fipo_megatron.reward.verifier import Answer, check_verifier, open_verifier
+from fipo_megatron.reward.verifier import check_verifier, open_verifier
+from fipo_megatron.reward.verifier_protocol import Answer
 from tests.processes import children
 from tests.reward import hostile
 
@@ -61,25 +62,63 @@ def test_verifiers_of_users():
 
 
 def test_a_failing_verifier_costs_one_answer(tmp_path):
-    """Each failure is one wrong answer; the answers before and after it, in the same processes, are right."""
+    """Each failure is that of one answer; the answers before and after it, in the same processes, are right."""
     kinds = {
         "hang": "timeout",
-        "spin": "timeout",
         "exit": "crash",
         "segfault": "crash",
         "memory": "memory",
         "raise": "error",
+        "leave": "error",
+        "nonsense": "error",
+        "text": "error",
+        "nan": "error",
         f"write {tmp_path / 'file'}": "error",
     }
     answers = [Answer("yes", "yes"), *(Answer(kind, "yes") for kind in kinds)] + [Answer("yes", "yes")] * 6
     start = time.monotonic()
     verdicts, counts = verify("python:tests.reward.verifiers.by_command", answers, verifier_seconds=1.0)
     assert time.monotonic() - start < 60
-    assert [verdict.correct for verdict in verdicts] == [True] + [False] * 7 + [True] * 6
-    assert [verdict.failure for verdict in verdicts[1:8]] == list(kinds.values())
-    assert counts == {"verified": 14, "timeout": 2, "crash": 2, "memory": 1, "error": 2}
+    assert [verdict.correct for verdict in verdicts] == [True] + [False] * 10 + [True] * 6
+    assert [verdict.failure for verdict in verdicts[1:11]] == list(kinds.values())
+    assert counts == {"verified": 17, "timeout": 1, "crash": 2, "memory": 1, "error": 6}
+    details = dict(zip(kinds, [verdict.detail for verdict in verdicts[1:11]], strict=True))
+    for kind, text in {
+        "hang": "no verdict within 3 s",
+        "exit": "its process exited with code 3",
+        "segfault": "its process was killed by SIGSEGV",
+        "memory": "more than reward.verifier_memory_mib = 2048",
+        "raise": "RuntimeError: no",
+        "leave": "SystemExit: 5",
+        "nonsense": "must return a bool or a number, got {'score': 1.0}",
+        "nan": "must return a finite number, got nan",
+    }.items():
+        assert details[kind].startswith("python:tests.reward.verifiers.by_command: ")
+        assert text in details[kind]
+    assert all(not verdict.detail for verdict in verdicts if not verdict.failure)
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
     assert not children()
+
+
+def test_an_answer_that_takes_too_much_cpu_time_is_wrong():
+    """CPU time is the answer's own, wall time is not. The second answer ignores the kernel's signal."""
+
+    async def run():
+        verifier = open_verifier(config("python:tests.reward.verifiers.by_command", verifier_seconds=0.3))
+        verifier._wall_seconds = 6.0  # on a busy machine, too
+        try:
+            commands = ("spin", "ignore", "hang")
+            return [await verifier.verify(Answer(command, "")) for command in commands], verifier.counts
+        finally:
+            await verifier.close()
+
+    verdicts, counts = asyncio.run(run())
+    assert [(verdict.correct, verdict.failure) for verdict in verdicts] == [
+        (False, ""),
+        (False, ""),
+        (False, "timeout"),
+    ]
+    assert counts == {"verified": 3, "cpu_limit": 2, "timeout": 1}
 
 
 @pytest.mark.timeout(3600)

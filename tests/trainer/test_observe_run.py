@@ -12,7 +12,8 @@ from tests.runs import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}")
+FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, registry.EVALUATED))
+ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}", *FAILED)
 """Conditions of tags that do not hold in the run below."""
 
 
