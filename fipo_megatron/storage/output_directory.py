@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fipo_megatron.storage import output_lock
+
 
 def output_problems(output: Path, resume: str) -> list[str]:
     """Lists why a run cannot write its output, one line each; creates nothing.
@@ -13,7 +15,7 @@ def output_problems(output: Path, resume: str) -> list[str]:
         output: Directory ``run.output``; it need not exist.
         resume: ``never`` requires it to be new or empty.
     """
-    if resume == "never" and output.exists() and any(output.iterdir()):
+    if resume == "never" and output.is_dir() and any(path.name != output_lock.FILE for path in output.iterdir()):
         return [f"run.output = {output}: already holds a run; choose another, or checkpoint.resume=auto to resume it"]
     existing = output
     while not existing.exists():

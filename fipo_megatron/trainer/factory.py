@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
@@ -22,6 +23,7 @@ from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.storage.output_lock import lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
@@ -29,6 +31,7 @@ from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
 from fipo_megatron.trainer.trainer import Trainer
 from fipo_megatron.trainer.training_inputs import TrainingInputs
+from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +48,15 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
 
     Raises:
         EngineError: The rollout engine does not start, or serves another model.
-        OSError: The port of rank 0 is in use, or the output cannot be written.
+        OSError: The port of rank 0 is in use, or the output cannot be written or is in use by another process.
         WeightsError: The model or every checkpoint is damaged.
     """
     with ExitStack() as resources:
         layout = parallel.initialize(config.actor.parallel, config.seed)
         resources.callback(parallel.destroy)
+        with raise_on_all_ranks("opening the output directory"):
+            if layout.rank == 0:
+                resources.enter_context(lock_output(Path(config.run.output)))
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
         if config.run.replay:
@@ -67,7 +73,6 @@ def _build(
 ) -> Trainer:
     """Builds all parts of a trainer but the rollout side."""
     output = Path(config.run.output)
-    output.mkdir(parents=True, exist_ok=True)
     actor = MegatronActor(
         config,
         inputs.architecture,
@@ -102,15 +107,31 @@ def _resume(trainer: Trainer) -> Restored | None:
     path, restored = None, None
     if trainer.config.checkpoint.resume == "auto":
         trainer.collapse_monitor.set_aside_collapsed()
-        path = trainer.checkpoints.newest()
-    if path is not None:
-        restored = trainer.restore(path)
+        path, restored = _restore_newest(trainer)
     trainer.collapse_monitor.forget_later_rollbacks()
     trainer.log.open(trainer.step)
     trainer.collapse_monitor.restore()
     if path is not None:
         logger.info("goes on from %s", path)
     return restored
+
+
+def _restore_newest(trainer: Trainer) -> tuple[Path | None, Restored | None]:
+    """Restores the newest checkpoint that can be loaded; sets others aside. None if there is no checkpoint.
+
+    Raises:
+        WeightsError: There are checkpoints, but none can be loaded.
+    """
+    failure: WeightsError | None = None
+    while (path := trainer.checkpoints.newest()) is not None:
+        try:
+            return path, trainer.restore(path)
+        except WeightsError as error:
+            trainer.checkpoints.set_aside(path, error)
+            failure = error
+    if failure is not None:
+        raise WeightsError(f"{trainer.checkpoints.directory}: no checkpoint can be loaded; the last error:\n{failure}")
+    return None, None
 
 
 def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitStack) -> None:
