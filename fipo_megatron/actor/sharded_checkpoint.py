@@ -241,8 +241,8 @@ def load(
                 found = dist_checkpointing.load(shards | others, str(path))
         except CheckpointException as error:
             raise WeightsError(f"{path}: corrupt: {_first(error)}") from error
-        except (CheckpointingException, pickle.UnpicklingError) as error:
-            raise WeightsError(f"{path}: corrupt: {error!r}") from error
+        except (CheckpointingException, pickle.UnpicklingError, KeyError) as error:
+            raise WeightsError(f"{path}: corrupt: {first_line(error)}") from error
         _zero_padding(chunks, architecture, layout)
     return {name: found[name] for name in others}
 
@@ -251,16 +251,18 @@ class _LoadPlanner(torch_strategy.MCoreLoadPlanner):  # type: ignore[misc]  # Me
     """Planner that loads the objects of a checkpoint, beside its tensors, without running code of theirs."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Loads an object with torch's unpickler that knows tensors and plain data only; torch's planner runs any code.
+        """Loads an object with torch's unpickler that knows only tensors and plain data; torch's planner runs any code.
 
         Raises:
             UnpicklingError: The object holds something else.
         """
-        name = read_item.dest_index.fqn
+        plain = io.BytesIO()
         try:
-            self.state_dict[name] = torch.load(value, weights_only=True)
+            torch.save(torch.load(value, weights_only=True), plain)
         except Exception as error:  # a damaged archive raises errors of any type
-            raise pickle.UnpicklingError(f"{name} is refused: {first_line(error)}") from None
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is refused: {first_line(error)}") from None
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 @contextmanager

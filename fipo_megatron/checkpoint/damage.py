@@ -19,6 +19,8 @@ from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.hf_directory import WeightsError, first_line
 
 logger = logging.getLogger(__name__)
+VALUE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors of values that are not as expected; those of devices and other processes are not among them."""
 _UNFINISHED = re.compile(r"\.step-[0-9]{6,}\.partial")
 
 
@@ -42,13 +44,18 @@ def damage_on_all_ranks() -> Iterator[None]:
 
 
 @contextmanager
-def damage_in(path: Path) -> Iterator[None]:
-    """Turns errors of reading a damaged file, which can be of any type, into WeightsError with one sentence."""
+def damage_in(path: Path, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turns errors of reading a damaged file, which can be of any type, into WeightsError with one sentence.
+
+    Args:
+        path: The file, or the directory of the checkpoint.
+        kinds: Types of errors that mean damage. A lack of memory never does.
+    """
     try:
         yield
-    except WeightsError:
+    except (WeightsError, MemoryError):
         raise
-    except Exception as error:
+    except kinds as error:
         raise WeightsError(f"{path}: is damaged: {first_line(error)}") from error
 
 

@@ -26,6 +26,7 @@ from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.damage import (
+    VALUE_ERRORS,
     check_listed,
     damage_in,
     damage_on_all_ranks,
@@ -249,7 +250,7 @@ class CheckpointManager:
             more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=True)},
             verified=True,
         )
-        with raise_on_all_ranks("restoring the optimizer"), damage_in(path):
+        with raise_on_all_ranks("restoring the optimizer"), damage_in(path, VALUE_ERRORS):
             fill_optimizer(self._actor, found["optimizer"])
             self._actor.schedule.num_steps = 0  # load_state_dict adds the saved number of steps
             self._actor.schedule.load_state_dict(saved.schedule)
