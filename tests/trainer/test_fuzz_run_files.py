@@ -160,12 +160,28 @@ def test_a_file_and_its_checksum_both_gone_mean_the_checkpoint_before(data, fini
         assert opened_step(data, run) == 4, lost
 
 
+def test_a_manifest_is_not_believed_before_its_checksum(data, finished, tmp_path):
+    changes = [("architecture", "hidden", 4096), ("config", "checkpoint", []), (None, "rollbacks", 0), (None, "step", [])]
+    for number, (section, key, value) in enumerate(changes):
+        run = tmp_path / str(number)
+        shutil.copytree(finished, run)
+        manifest = run / "checkpoints" / "step-000005" / "run" / "manifest.json"
+        values = json.loads(manifest.read_text())
+        changed = values if section is None else values[section]
+        assert key in changed
+        changed[key] = value
+        manifest.write_text(json.dumps(values))
+        assert opened_step(data, run) == 4, key
+
+
 def test_lost_rows_of_metrics_are_told(data, finished, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     rows = (run / "metrics.jsonl").read_bytes().split(b"\n")
     (run / "metrics.jsonl").write_bytes(b"\n".join([rows[0], rows[1][:50], *rows[2:]]))
     assert opened_step(data, run) == 5
-    assert "metrics.jsonl: row 2 is not JSON; set aside in damaged-metrics.jsonl-0, the other rows are used" in caplog.text
+    assert (
+        "metrics.jsonl: row 2 is not JSON; set aside in damaged-metrics.jsonl-0, the other rows are used" in caplog.text
+    )
     assert "metrics.jsonl: has no row of step 1; the collapse alarm resumes without them" in caplog.text
     assert (run / "damaged-metrics.jsonl-0").read_bytes() == rows[1][:50] + b"\n"

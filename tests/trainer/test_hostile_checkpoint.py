@@ -20,7 +20,11 @@ from tests.trainer.test_factory import open_
 
 pytestmark = pytest.mark.distributed
 
-SETTINGS = ("actor.distributed_optimizer=true", "checkpoint.optimizer_sharding=dp_reshardable", "checkpoint.save_every=2")
+SETTINGS = (
+    "actor.distributed_optimizer=true",
+    "checkpoint.optimizer_sharding=dp_reshardable",
+    "checkpoint.save_every=2",
+)
 
 
 class Attack:
