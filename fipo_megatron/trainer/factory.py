@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.actor.collectives import raise_on_all_ranks
+from fipo_megatron.actor.collectives import broadcast_from_first_rank, raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
@@ -23,7 +23,7 @@ from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.scatter import Routes
-from fipo_megatron.storage.output_lock import lock_output
+from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
@@ -54,9 +54,7 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
     with ExitStack() as resources:
         layout = parallel.initialize(config.actor.parallel, config.seed)
         resources.callback(parallel.destroy)
-        with raise_on_all_ranks("opening the output directory"):
-            if layout.rank == 0:
-                resources.enter_context(lock_output(Path(config.run.output)))
+        _lock_output(Path(config.run.output), layout, resources)
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
         if config.run.replay:
@@ -66,6 +64,23 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
         resources.enter_context(trainer.stop)
         trainer.resources = resources.pop_all()
     return trainer
+
+
+def _lock_output(output: Path, layout: RankLayout, resources: ExitStack) -> None:
+    """Lets rank 0 hold the lock of the output directory until the trainer is closed. A collective of all ranks.
+
+    Raises:
+        OutputInUseError: Another process writes into the directory; on all ranks.
+    """
+    problem = ""
+    with raise_on_all_ranks("opening the output directory"):
+        if layout.rank == 0:
+            try:
+                resources.enter_context(lock_output(output))
+            except OutputInUseError as error:
+                problem = str(error)
+    if problem := broadcast_from_first_rank(problem, layout.device):
+        raise OutputInUseError(problem)
 
 
 def _build(

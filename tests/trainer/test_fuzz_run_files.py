@@ -161,7 +161,12 @@ def test_a_file_and_its_checksum_both_gone_mean_the_checkpoint_before(data, fini
 
 
 def test_a_manifest_is_not_believed_before_its_checksum(data, finished, tmp_path):
-    changes = [("architecture", "hidden", 4096), ("config", "checkpoint", []), (None, "rollbacks", 0), (None, "step", [])]
+    changes = [
+        ("architecture", "hidden", 4096),
+        ("config", "checkpoint", []),
+        (None, "rollbacks", 0),
+        (None, "step", []),
+    ]
     for number, (section, key, value) in enumerate(changes):
         run = tmp_path / str(number)
         shutil.copytree(finished, run)
