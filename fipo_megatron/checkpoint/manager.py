@@ -96,13 +96,22 @@ class CheckpointManager:
         config: Configuration of the run.
         actor: Actor to save and to restore.
         architecture: Architecture of the model.
+        data: SHA-256 of each training file by its path, on rank 0; other ranks need none.
 
     Attributes:
         directory: Directory of the checkpoints.
     """
 
-    def __init__(self, directory: Path, config: Config, actor: MegatronActor, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        actor: MegatronActor,
+        architecture: Architecture,
+        data: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
+        self._data = dict(data or {})
         self._config, self._actor, self._architecture = config, actor, architecture
         self._layout = actor.layout
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -261,7 +270,17 @@ class CheckpointManager:
             logger.warning("%s was saved under another layout: random generators begin anew", path)
         if changed := manifest.differences(saved.config, as_dict(self._config)):
             logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
+        self._warn_of_changed_data(path, saved)
         return restored
+
+    def _warn_of_changed_data(self, path: Path, saved: Manifest) -> None:
+        """Warns of each training file whose content is another one than when the checkpoint was saved."""
+        text = (
+            "%s: has changed since %s was saved. Position %d counts in its new order: prompts may repeat or be left out"
+        )
+        for name, digest in sorted(saved.data.items()):
+            if self._data.get(name, digest) != digest:
+                logger.warning(text, name, path, saved.cursor)
 
     def _read_carry_over(self, path: Path, saved: Manifest) -> Restored:
         """Reads what the samplers had carried over and prefetched.
@@ -323,6 +342,7 @@ class CheckpointManager:
             architecture=manifest.describe_architecture(self._architecture),
             config=as_dict(self._config),
             packages=manifest.package_versions(),
+            data=self._data,
         )
 
     def _check_space(self) -> None:

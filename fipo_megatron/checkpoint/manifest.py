@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Manifest:
         prefetched: Whether the checkpoint holds responses sampled for ``step``.
         rollbacks: Number of rollbacks of the run before it was saved.
         learning_rate_factor: Product of the learning-rate factors of these rollbacks.
+        data: SHA-256 of each training file by its path; empty in checkpoints that were saved without it.
         format: Version of the file's format.
     """
 
@@ -61,6 +62,7 @@ class Manifest:
     prefetched: bool = False
     rollbacks: int = 0
     learning_rate_factor: float = 1.0
+    data: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, checkpoint: Path) -> None:
@@ -114,17 +116,17 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 def _problem(values: dict[str, Any]) -> str:
     """Returns why values are not those of a manifest; an empty string if they are."""
-    known = {field.name: field for field in fields(Manifest)}
+    known = {one.name: one for one in fields(Manifest)}
     if unknown := sorted(values.keys() - known.keys()):
         return f"has unknown keys: {', '.join(unknown)}"
-    for name, field in known.items():
+    for name, one in known.items():
         if name not in values:
-            if field.default is MISSING:
+            if one.default is MISSING and one.default_factory is MISSING:
                 return f"has no {name}"
             continue
-        value, kinds = values[name], _KINDS[str(field.type)]
+        value, kinds = values[name], _KINDS[str(one.type)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            return f"{name} = {value!r}: expected {field.type}"
+            return f"{name} = {value!r}: expected {one.type}"
         if isinstance(value, int | float) and not 0 <= value < _LIMIT:
             return f"{name} = {value!r}: expected a number of at least 0"
     if values["world_size"] < 1 or not 0 < values.get("learning_rate_factor", 1.0) < math.inf:

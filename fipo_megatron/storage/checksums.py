@@ -14,11 +14,13 @@ FILE = "checksums.json"
 
 def compute(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """Computes the checksums of files in a directory: hexadecimal digests by file name."""
-    sums = {}
-    for name in names:
-        with (directory / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    return {name: digest(directory / name) for name in names}
+
+
+def digest(path: Path) -> str:
+    """Computes the hexadecimal checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(directory: Path, sums: Mapping[str, str]) -> None:

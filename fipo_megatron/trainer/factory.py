@@ -23,6 +23,7 @@ from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.storage import checksums
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
@@ -96,7 +97,8 @@ def _build(
     )
     if config.algorithm.kl_coef:
         actor.keep_reference()
-    checkpoints = CheckpointManager(output / "checkpoints", config, actor, inputs.architecture)
+    files = {file: checksums.digest(Path(file)) for file in config.data.files} if layout.rank == 0 else {}
+    checkpoints = CheckpointManager(output / "checkpoints", config, actor, inputs.architecture, files)
     resources.callback(checkpoints.close)
     log = RunLog(config, writes=layout.rank == 0)
     resources.callback(log.close)

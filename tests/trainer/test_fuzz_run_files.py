@@ -179,6 +179,25 @@ def test_a_manifest_is_not_believed_before_its_checksum(data, finished, tmp_path
         assert opened_step(data, run) == 4, key
 
 
+@pytest.mark.parametrize("change", ["swapped", "cut"])
+def test_changed_data_are_named(change, data, finished, tmp_path, caplog):
+    shutil.copytree(finished, tmp_path / "run")
+    rows = (data / "problems.jsonl").read_text().splitlines(keepends=True)
+    changed = [rows[1], rows[0], *rows[2:]] if change == "swapped" else rows[:-1]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(rows))
+    settings = ["checkpoint.save_every=2", f"data.files=[{file}]"]
+    with open_(data, tmp_path / "run", *settings) as trainer:
+        trainer.step += 1
+        trainer.save()
+    with open_(data, tmp_path / "run", *settings):
+        assert "has changed since" not in caplog.text
+    file.write_text("".join(changed))
+    with open_(data, tmp_path / "run", *settings) as trainer:
+        assert trainer.step == 6
+    assert f"{file}: has changed since {tmp_path}/run/checkpoints/step-000006 was saved" in caplog.text
+
+
 def test_lost_rows_of_metrics_are_told(data, finished, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
