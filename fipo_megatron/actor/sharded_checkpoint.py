@@ -300,13 +300,12 @@ def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGro
             checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
 
-def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[str] = ()) -> None:
+def verify_checksums(directory: Path, layout: RankLayout) -> None:
     """Compares the checksums of all files; each rank reads a part of them. A collective.
 
     Args:
         directory: Directory of the checkpoint.
         layout: Layout of this rank.
-        must_have: Files that must have a checksum; checkpoints of other programs have none.
 
     Raises:
         WeightsError: a file is missing or corrupt; on all ranks.
@@ -315,9 +314,6 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
     mine: list[str] = []
     with raise_on_all_ranks("load_weights"):
         mine = checksums.problems(directory, layout.rank, layout.world_size)
-        if not mine and layout.rank == 0:
-            known = checksums.read(directory)
-            mine = [f"{directory / name}: missing in {checksums.FILE}" for name in must_have if name not in known]
     dist.all_gather_object(everywhere, mine)
     if found := [problem for problems in everywhere for problem in problems]:
         raise WeightsError("\n".join(found))

@@ -16,7 +16,7 @@ from fipo_megatron.weights.hf_directory import WeightsError, first_line
 
 
 def random_state_bytes() -> bytes:
-    """Returns the states of all random generators as the content of a file for :func:`restore_random_state`."""
+    """Returns the states of all random generators as the content of a file for :func:`read_random_state`."""
     content = io.BytesIO()
     torch.save(_random_state(), content)
     return content.getvalue()
