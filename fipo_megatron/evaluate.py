@@ -38,6 +38,7 @@ from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.storage.atomic import partial_of
+from fipo_megatron.storage.output_lock import lock_output
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
@@ -179,10 +180,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM removes temporary files, too
     try:
-        inputs.output.mkdir(parents=True, exist_ok=True)
-        with model_directory(config, inputs) as directory:
-            evaluation = asyncio.run(cancel_on_sigterm(sample_and_count(config, inputs, directory)))
-        summary.write(inputs.output, evaluation, settings(config))
+        with lock_output(inputs.output):
+            with model_directory(config, inputs) as directory:
+                evaluation = asyncio.run(cancel_on_sigterm(sample_and_count(config, inputs, directory)))
+            summary.write(inputs.output, evaluation, settings(config))
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1

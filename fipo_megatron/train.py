@@ -67,8 +67,7 @@ def train(trainer: Trainer) -> None:
 def sample_and_score(trainer: Trainer) -> SampledGroups:
     """Syncs the weights, evaluates if due, and samples the groups of the step; each response is scored as it finishes.
 
-    With ``rollout.overlap``, the groups were prefetched during the step before. On EngineError,
-    SamplingExhaustedError and VerifierError, what was sampled so far is saved.
+    With ``rollout.overlap``, the groups were prefetched during the step before. What was sampled survives an error.
     """
     from fipo_megatron.rollout import rollout_dump
     from fipo_megatron.rollout.engine import EngineError

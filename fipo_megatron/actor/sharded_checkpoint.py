@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -34,7 +36,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 
 from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import BytesCallback, local_parameters, parameter_placement, published_directory
@@ -43,7 +45,7 @@ from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.storage import checksums
 from fipo_megatron.weights import hf_files, torch_dist
 from fipo_megatron.weights.architecture import Architecture
-from fipo_megatron.weights.hf_directory import WeightsError
+from fipo_megatron.weights.hf_directory import WeightsError, first_line
 
 CONTENT = {"singleton_local_shards": False, "non_homogeneous_layers": True}
 """Naming of tensors by Megatron-Core: one name per layer, the experts of a layer in one tensor. Saved in the checkpoint
@@ -235,13 +237,43 @@ def load(
     found: ShardedStateDict = {}
     with raise_on_all_ranks("load_weights"):
         try:
-            found = dist_checkpointing.load(shards | others, str(path))
+            with _plain_objects():
+                found = dist_checkpointing.load(shards | others, str(path))
         except CheckpointException as error:
             raise WeightsError(f"{path}: corrupt: {_first(error)}") from error
-        except (CheckpointingException, pickle.UnpicklingError) as error:
-            raise WeightsError(f"{path}: corrupt: {error!r}") from error
+        except (CheckpointingException, pickle.UnpicklingError, KeyError) as error:
+            raise WeightsError(f"{path}: corrupt: {first_line(error)}") from error
         _zero_padding(chunks, architecture, layout)
     return {name: found[name] for name in others}
+
+
+class _LoadPlanner(torch_strategy.MCoreLoadPlanner):  # type: ignore[misc]  # Megatron-Core has no type information
+    """Planner that loads the objects of a checkpoint, beside its tensors, without running code of theirs."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Loads an object with torch's unpickler that knows only tensors and plain data; torch's planner runs any code.
+
+        Raises:
+            UnpicklingError: The object holds something else.
+        """
+        plain = io.BytesIO()
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except Exception as error:  # a damaged archive raises errors of any type
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is refused: {first_line(error)}") from None
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+@contextmanager
+def _plain_objects() -> Iterator[None]:
+    """Lets Megatron-Core use :class:`_LoadPlanner`; its loader names its planner itself."""
+    original = torch_strategy.MCoreLoadPlanner
+    torch_strategy.MCoreLoadPlanner = _LoadPlanner
+    try:
+        yield
+    finally:
+        torch_strategy.MCoreLoadPlanner = original
 
 
 def _zero_padding(chunks: Sequence[HiddenStateGPTModel], architecture: Architecture, layout: RankLayout) -> None:
@@ -268,13 +300,12 @@ def _write_checksums(directory: Path, layout: RankLayout, group: dist.ProcessGro
             checksums.write(directory, {name: sum_ for found in everywhere for name, sum_ in found.items()})
 
 
-def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[str] = ()) -> None:
+def verify_checksums(directory: Path, layout: RankLayout) -> None:
     """Compares the checksums of all files; each rank reads a part of them. A collective.
 
     Args:
         directory: Directory of the checkpoint.
         layout: Layout of this rank.
-        must_have: Files that must have a checksum; checkpoints of other programs have none.
 
     Raises:
         WeightsError: a file is missing or corrupt; on all ranks.
@@ -283,9 +314,6 @@ def verify_checksums(directory: Path, layout: RankLayout, must_have: Sequence[st
     mine: list[str] = []
     with raise_on_all_ranks("load_weights"):
         mine = checksums.problems(directory, layout.rank, layout.world_size)
-        if not mine and layout.rank == 0:
-            known = checksums.read(directory)
-            mine = [f"{directory / name}: missing in {checksums.FILE}" for name in must_have if name not in known]
     dist.all_gather_object(everywhere, mine)
     if found := [problem for problems in everywhere for problem in problems]:
         raise WeightsError("\n".join(found))

@@ -25,14 +25,23 @@ from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
 from fipo_megatron.checkpoint import manifest
+from fipo_megatron.checkpoint.damage import (
+    VALUE_ERRORS,
+    check_listed,
+    damage_in,
+    damage_on_all_ranks,
+    read_manifest,
+    remove,
+    remove_unfinished,
+)
 from fipo_megatron.checkpoint.manifest import Manifest
-from fipo_megatron.checkpoint.random_state import random_state_bytes, restore_random_state
+from fipo_megatron.checkpoint.random_state import random_state_bytes, read_random_state, restore_random_state
 from fipo_megatron.checkpoint.retention import steps_to_keep
 from fipo_megatron.config import Config, as_dict
 from fipo_megatron.rollout import carry_over, rollout_dump
 from fipo_megatron.rollout.carry_over import Carried
 from fipo_megatron.rollout.sampler import SampledGroups
-from fipo_megatron.storage.atomic import partial_of, set_aside
+from fipo_megatron.storage.atomic import set_aside
 from fipo_megatron.testing import fail_points
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
@@ -87,13 +96,22 @@ class CheckpointManager:
         config: Configuration of the run.
         actor: Actor to save and to restore.
         architecture: Architecture of the model.
+        data: SHA-256 of each training file by its path, on rank 0; other ranks need none.
 
     Attributes:
         directory: Directory of the checkpoints.
     """
 
-    def __init__(self, directory: Path, config: Config, actor: MegatronActor, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        actor: MegatronActor,
+        architecture: Architecture,
+        data: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
+        self._data = dict(data or {})
         self._config, self._actor, self._architecture = config, actor, architecture
         self._layout = actor.layout
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -102,9 +120,7 @@ class CheckpointManager:
         with raise_on_all_ranks("opening the directory of checkpoints"):
             if self._layout.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
-                for left in directory.glob(".*.partial"):
-                    logger.warning("%s: was never finished; removed", left)
-                    shutil.rmtree(left)
+                remove_unfinished(directory)
 
     def save(
         self,
@@ -186,12 +202,9 @@ class CheckpointManager:
         dist.broadcast_object_list(found, src=0, device=self._layout.device)
         for name in found[0]:
             try:
-                sharded_checkpoint.verify_checksums(Path(name), self._layout, must_have=(manifest.FILE,))
+                self._verify(Path(name))
             except WeightsError as error:
-                logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", name, error)
-                with raise_on_all_ranks("setting a damaged checkpoint aside"):
-                    if self._layout.rank == 0:  # so that its step can be saved again
-                        logger.error("it is %s now", set_aside(Path(name), "damaged"))
+                self.set_aside(Path(name), error)
                 continue
             return Path(name)
         if found[0]:
@@ -205,9 +218,38 @@ class CheckpointManager:
             The rest of the checkpoint.
 
         Raises:
-            WeightsError: The checkpoint does not hold this model.
+            WeightsError: The checkpoint is damaged or does not hold this model; on all ranks. The actor may hold a part
+                of it.
         """
-        saved = Manifest.read(path)
+        with damage_on_all_ranks():
+            return self._load(path)
+
+    def set_aside(self, path: Path, error: WeightsError) -> None:
+        """Renames a damaged checkpoint, so that its step can be saved again, and logs why. A collective."""
+        with raise_on_all_ranks("setting a damaged checkpoint aside"):
+            if self._layout.rank == 0:
+                logger.error("CHECKPOINT %s IS DAMAGED, the one before it is used:\n%s", path, error)
+                logger.error("it is %s now", set_aside(path, "damaged"))
+
+    def _verify(self, path: Path) -> None:
+        """Raises WeightsError on all ranks if a checkpoint is not whole. A collective."""
+        with damage_on_all_ranks():
+            with raise_on_all_ranks("verifying a checkpoint"):
+                saved = read_manifest(path)  # alone first: it is small, and says which files there must be
+            sharded_checkpoint.verify_checksums(path, self._layout)
+            with raise_on_all_ranks("verifying a checkpoint"):
+                if self._layout.rank == 0:
+                    check_listed(path, saved)
+
+    def _load(self, path: Path) -> Restored:
+        """Restores a checkpoint; raises WeightsError on the ranks that find damage. A collective."""
+        with raise_on_all_ranks("reading a checkpoint"):
+            saved = read_manifest(path)
+            same_parallel = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))
+            same_layout = same_parallel and saved.world_size == self._layout.world_size
+            own_random = path / "run" / f"random-{self._layout.rank}.pt"
+            random_state = read_random_state(own_random) if same_layout else None
+            restored = self._read_carry_over(path, saved)
         sharding = saved.config["checkpoint"]["optimizer_sharding"]
         found = sharded_checkpoint.load(
             self._actor.chunks,
@@ -217,22 +259,42 @@ class CheckpointManager:
             more=lambda: {"optimizer": optimizer_shards(self._actor, sharding, loading=True)},
             verified=True,
         )
-        fill_optimizer(self._actor, found["optimizer"])
-        self._actor.schedule.num_steps = 0  # load_state_dict adds the saved number of steps
-        self._actor.schedule.load_state_dict(saved.schedule)
+        with raise_on_all_ranks("restoring the optimizer"), damage_in(path, VALUE_ERRORS):
+            fill_optimizer(self._actor, found["optimizer"])
+            self._actor.schedule.num_steps = 0  # load_state_dict adds the saved number of steps
+            self._actor.schedule.load_state_dict(saved.schedule)
         self._actor.skipped_steps = saved.skipped_steps
-        same_parallel = saved.parallel == manifest.plain(asdict(self._config.actor.parallel))
-        if same_parallel and saved.world_size == self._layout.world_size:
-            restore_random_state(path / "run" / f"random-{self._layout.rank}.pt")
+        if random_state is not None:
+            restore_random_state(random_state)
         else:
             logger.warning("%s was saved under another layout: random generators begin anew", path)
         if changed := manifest.differences(saved.config, as_dict(self._config)):
             logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
-        files = [path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)]
-        carried = [carry_over.deserialize_groups(file.read_bytes()) for file in files]
-        prefetched = None
+        self._warn_of_changed_data(path, saved)
+        return restored
+
+    def _warn_of_changed_data(self, path: Path, saved: Manifest) -> None:
+        """Warns of each training file whose content is another one than when the checkpoint was saved."""
+        text = (
+            "%s: has changed since %s was saved. Position %d counts in its new order: prompts may repeat or be left out"
+        )
+        for name, digest in sorted(saved.data.items()):
+            if self._data.get(name, digest) != digest:
+                logger.warning(text, name, path, saved.cursor)
+
+    def _read_carry_over(self, path: Path, saved: Manifest) -> Restored:
+        """Reads what the samplers had carried over and prefetched.
+
+        Raises:
+            WeightsError: A file is missing or damaged.
+        """
+        carried, prefetched = [], None
+        for file in (path / "run" / f"sampler-{leader}.npz" for leader in range(saved.leaders)):
+            with damage_in(file):
+                carried.append(carry_over.deserialize_groups(file.read_bytes()))
         if saved.prefetched:
-            prefetched = rollout_dump.read(path / "run", saved.step, keep=self._layout.rank == 0)
+            with damage_in(path / "run"):
+                prefetched = rollout_dump.read(path / "run", saved.step, keep=self._layout.rank == 0)
         return Restored(saved, carried, prefetched)
 
     def _write(
@@ -280,6 +342,7 @@ class CheckpointManager:
             architecture=manifest.describe_architecture(self._architecture),
             config=as_dict(self._config),
             packages=manifest.package_versions(),
+            data=self._data,
         )
 
     def _check_space(self) -> None:
@@ -300,6 +363,4 @@ class CheckpointManager:
                 kept = steps_to_keep([step for step, _ in found], self._config.checkpoint.keep_last, scores, safe_step)
                 for step, path in found:
                     if step not in kept:
-                        hidden = partial_of(path)
-                        path.rename(hidden)
-                        shutil.rmtree(hidden)
+                        remove(path)

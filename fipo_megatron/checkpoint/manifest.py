@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fipo_megatron.config.renamed_keys import RENAMED_KEYS
+from fipo_megatron.storage import checksums
 from fipo_megatron.weights.architecture import Architecture
 
 FORMAT = 2
 FILE = "run/manifest.json"
-_NAME = re.compile(r"step-(\d{6,})")
+_NAME = re.compile(r"step-([0-9]{6,})")
+_LIMIT = 1 << 62
+"""Limit of all numbers in a manifest, so that they fit into int64."""
+_SHARDINGS = ("fully_reshardable", "dp_reshardable")
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "fipo-megatron")
 
 
@@ -39,6 +45,7 @@ class Manifest:
         prefetched: Whether the checkpoint holds responses sampled for ``step``.
         rollbacks: Number of rollbacks of the run before it was saved.
         learning_rate_factor: Product of the learning-rate factors of these rollbacks.
+        data: SHA-256 of each training file by its path; empty in checkpoints that were saved without it.
         format: Version of the file's format.
     """
 
@@ -55,6 +62,7 @@ class Manifest:
     prefetched: bool = False
     rollbacks: int = 0
     learning_rate_factor: float = 1.0
+    data: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, checkpoint: Path) -> None:
@@ -68,13 +76,71 @@ class Manifest:
         Raises:
             ValueError: The file is missing or unreadable, or has an unknown format.
         """
+        file = checkpoint / FILE
         try:
-            values = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{checkpoint / FILE}: cannot be read: {error}") from None
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: expected an object, found {type(values).__name__}")
         if values.get("format") not in (1, FORMAT):
-            raise ValueError(f"{checkpoint / FILE}: has format {values.get('format')}, expected {FORMAT}")
-        return cls(**(_from_format_1(values) if values["format"] == 1 else values))
+            raise ValueError(f"{file}: has format {values.get('format')}, expected {FORMAT}")
+        try:
+            values = _from_format_1(values) if values["format"] == 1 else values
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: is not a manifest of format 1: {error!r}") from None
+        if problem := _problem(values):
+            raise ValueError(f"{file}: {problem}")
+        return cls(**values)
+
+    @classmethod
+    def read_verified(cls, checkpoint: Path) -> Manifest:
+        """Reads the manifest of a checkpoint after its checksum was compared.
+
+        Raises:
+            ValueError: The file is missing, corrupt or unreadable, or has no checksum.
+        """
+        checksums.verify_file(checkpoint, FILE)
+        return cls.read(checkpoint)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "dict[str, Any]": (dict,),
+    "dict[str, str]": (dict,),
+}
+"""Types of JSON values by the annotation of a field."""
+
+
+def _problem(values: dict[str, Any]) -> str:
+    """Returns why values are not those of a manifest; an empty string if they are."""
+    known = {one.name: one for one in fields(Manifest)}
+    if unknown := sorted(values.keys() - known.keys()):
+        return f"has unknown keys: {', '.join(unknown)}"
+    for name, one in known.items():
+        if name not in values:
+            if one.default is MISSING and one.default_factory is MISSING:
+                return f"has no {name}"
+            continue
+        value, kinds = values[name], _KINDS[str(one.type)]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            return f"{name} = {value!r}: expected {one.type}"
+        if isinstance(value, int | float) and not 0 <= value < _LIMIT:
+            return f"{name} = {value!r}: expected a number of at least 0"
+    if values["world_size"] < 1 or not 0 < values.get("learning_rate_factor", 1.0) < math.inf:
+        return "world_size and learning_rate_factor must be finite and more than 0"
+    return _config_problem(values["config"])
+
+
+def _config_problem(config: dict[str, Any]) -> str:
+    """Returns why a configuration does not say how the optimizer was saved; an empty string if it does."""
+    section = config.get("checkpoint")
+    sharding = section.get("optimizer_sharding") if isinstance(section, dict) else None
+    if sharding not in _SHARDINGS:
+        return f"config.checkpoint.optimizer_sharding = {sharding!r}: expected {' or '.join(_SHARDINGS)}"
+    return ""
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:

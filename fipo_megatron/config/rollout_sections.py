@@ -127,7 +127,8 @@ class RewardConfig:
         verifier_processes: Answers checked at the same time.
         verifier_seconds: CPU seconds for one answer; an answer that takes longer counts as wrong. More than twice this
             plus one second of wall time is a failed check. For a URL: seconds of one request.
-        verifier_memory_mib: Memory limit of a verifier process in MiB, at least 256; a check that needs more has failed.
+        verifier_memory_mib: Memory limit of a verifier process in MiB, at least 256; a check that needs more
+            has failed.
         on_failure: Response whose check failed (docs/rewards.md): ``mask`` leaves it out of the group's advantages and
             of the loss, ``wrong`` learns from it as from a wrong answer. An evaluation always leaves it out.
         max_failure_fraction: Fraction of failed checks of a step or an evaluation beyond which it ends with the first

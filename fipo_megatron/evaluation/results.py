@@ -12,6 +12,9 @@ from typing import Any
 
 from fipo_megatron.evaluation.estimates import Estimate, Vote, estimate, k_values, pass_at_k
 from fipo_megatron.storage.atomic import write_atomic
+from fipo_megatron.storage.json_lines import is_regular, make_directory
+
+_PROBLEMS_NAME = re.compile(r"step-(?P<step>[0-9]{6,})\.jsonl|\.step-[0-9]{6,}\.jsonl(?P<partial>\.partial)")
 
 
 def data_set_name(data_source: str) -> str:
@@ -216,7 +219,7 @@ class Evaluation:
 
 def write_problems(file: Path, problems: Iterable[ProblemResult]) -> None:
     """Writes one JSON object per line; the file appears whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(file.parent)
     write_atomic(file, "".join(json.dumps(_row(problem)) + "\n" for problem in problems))
 
 
@@ -231,9 +234,8 @@ def problems_file(output: Path, step: int) -> Path:
 
 
 def cut_problems(output: Path, step: int) -> None:
-    """Removes the files of evaluations at this step and later, and partial files."""
-    for file in (output / "evaluations").glob("step-*.jsonl"):
-        if int(file.stem.rpartition("-")[2]) >= step:
+    """Removes the files of evaluations at this step and later, and partial files; foreign files are left alone."""
+    for file in (output / "evaluations").glob("*step-*.jsonl*"):
+        match = _PROBLEMS_NAME.fullmatch(file.name)
+        if match and (match["partial"] or int(match["step"]) >= step) and is_regular(file):
             file.unlink()
-    for file in (output / "evaluations").glob(".*.partial"):
-        file.unlink()

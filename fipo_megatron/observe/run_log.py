@@ -24,7 +24,9 @@ from fipo_megatron.evaluation.results import Evaluation, cut_problems, problems_
 from fipo_megatron.observe.collapse_alarm import LOOKED_AT, Alarm, HealthSample
 from fipo_megatron.observe.console import StepLines
 from fipo_megatron.observe.trackers import Tracker, open_trackers
-from fipo_megatron.observe.trajectory_files import TrajectoryFiles, cut_rows
+from fipo_megatron.observe.trajectory_files import TrajectoryFiles
+from fipo_megatron.storage.atomic import write_atomic
+from fipo_megatron.storage.json_lines import Check, cut_rows, is_number, is_regular, no_check, read_rows
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import UpdateMetrics
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILES = ("metrics.jsonl", "evaluation.jsonl", "timing.jsonl", "alarms.jsonl")
+_METRICS, _EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+_ACCURACY = "evaluation/accuracy"
 _MIB = 1 << 20
 _LENGTH_BINS = 30
 
@@ -64,7 +67,8 @@ class RunLog:
         self.cut(first_step)
         if self._writes:
             described = as_dict(self._config)
-            (self._output / "config.yaml").write_text(_as_yaml(described), encoding="utf-8")
+            is_regular(file := self._output / "config.yaml")  # anything else is set aside
+            write_atomic(file, _as_yaml(described))
             self._trackers = open_trackers(self._config.observe, self._output, described, first_step)
 
     def close(self) -> None:
@@ -104,7 +108,7 @@ class RunLog:
             return
         with self._observing():
             self._values = values
-            self._append("metrics.jsonl", {"step": step} | dict(values))
+            self._append(_METRICS, {"step": step} | dict(values))
             self._report_scalars(step, values)
             self._report_histograms(step, sampled, updates)
             self._trajectories.append(step, kept)
@@ -137,7 +141,7 @@ class RunLog:
         if self._writes:
             values = found.scalars()
             write_problems(problems_file(self._output, step), found.problems)
-            self._append("evaluation.jsonl", {"step": step} | values)
+            self._append(_EVALUATION, {"step": step} | values)
             self._report_scalars(step, values)
             text = "step %d: evaluation: accuracy %.3f, %.1f tokens per response"
             logger.info(text, step, found.accuracy, found.response_tokens)
@@ -149,31 +153,32 @@ class RunLog:
             self._append("alarms.jsonl", row)
 
     def cut(self, step: int) -> None:
-        """Removes the rows of ``step`` and later from all files, and incomplete lines."""
+        """Removes the rows of ``step`` and later from all files; sets rows aside that cannot be used."""
         if self._writes:
-            for name in FILES:
-                cut_rows(self._output / name, step)
+            for name, check in FILES.items():
+                kept = cut_rows(self._output / name, step, check=check, increasing=True)
+                if name == _METRICS:
+                    _warn_of_lost_rows(self._output / name, kept, step)
             self._trajectories.cut(step)
             cut_problems(self._output, step)
 
     def evaluations(self) -> dict[int, float]:
         """Returns the evaluation accuracy by step; empty on ranks that do not write."""
-        return {row["step"]: row["evaluation/accuracy"] for row in self._rows("evaluation.jsonl")}
+        rows = self._rows(_EVALUATION)
+        return {row["step"]: row[_ACCURACY] for row in rows if row[_ACCURACY] is not None}
 
     def seen(self) -> list[HealthSample]:
         """Returns the samples of the collapse alarm since it was last off; empty on ranks that do not write."""
         found: list[HealthSample] = []
-        for row in self._rows("metrics.jsonl"):
+        for row in self._rows(_METRICS):
             if "health/alarm" in row:
                 found.append((row["step"], *(row[tag] for tag in LOOKED_AT)))
             elif all(row.get(tag) is not None for tag in LOOKED_AT):
                 found.clear()
         return found
 
-    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
-        file = self._output / name
-        if self._writes and file.exists():
-            yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        return read_rows(self._output / name, FILES[name]) if self._writes else []
 
     def _report_scalars(self, step: int, values: Mapping[str, Any]) -> None:
         finite = {tag: float(value) for tag, value in values.items() if value is not None and math.isfinite(value)}
@@ -198,6 +203,39 @@ class RunLog:
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with (self._output / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _check_metrics(values: dict[str, Any]) -> str:
+    """Returns why the alarm cannot use a row of ``metrics.jsonl``; an empty string if it can."""
+    if "health/alarm" in values:
+        for tag in LOOKED_AT:
+            if not is_number(values.get(tag)):
+                return f"has no number {tag}"
+    return ""
+
+
+def _check_evaluation(values: dict[str, Any]) -> str:
+    """Returns why a row of ``evaluation.jsonl`` has no accuracy; an empty string if it has one."""
+    if _ACCURACY in values and (values[_ACCURACY] is None or is_number(values[_ACCURACY])):
+        return ""
+    return f"has no number {_ACCURACY}"
+
+
+FILES: Mapping[str, Check] = {
+    _METRICS: _check_metrics,
+    _EVALUATION: _check_evaluation,
+    "timing.jsonl": no_check,
+    "alarms.jsonl": no_check,
+}
+"""Files with at most one row per step, and the check of their rows."""
+
+
+def _warn_of_lost_rows(file: Path, kept: Sequence[int], step: int) -> None:
+    """Warns of the steps before ``step`` without a row: the collapse alarm resumes from the rows."""
+    lost = sorted(set(range(step)) - set(kept))
+    if lost:
+        shown = ", ".join(map(str, lost[:10])) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
+        logger.warning("%s: has no row of step %s; the collapse alarm resumes without them", file, shown)
 
 
 def _as_yaml(described: Mapping[str, Any]) -> str:

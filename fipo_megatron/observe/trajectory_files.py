@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,14 @@ import numpy as np
 
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Trajectory
-from fipo_megatron.storage.atomic import write_atomic
+from fipo_megatron.storage.json_lines import cut_rows, is_regular, make_directory
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import TokenPart
 
+__all__ = ["TrajectoryFiles", "choose", "cut_rows", "row_of", "token_columns"]
+
+_NAME = re.compile(r"from-([0-9]{6,})\.jsonl")
 _DIGITS = 6
 """Significant digits of per-token numbers."""
 
@@ -101,14 +105,14 @@ class TrajectoryFiles:
         self._directory, self._file_bytes, self._total_bytes = directory, file_bytes, total_bytes
 
     def files(self) -> list[Path]:
-        """Returns the files in the order of their steps."""
-        return sorted(self._directory.glob("from-*.jsonl"))
+        """Returns the files in the order of their steps; foreign files are left alone."""
+        return sorted(file for file in self._directory.glob("from-*.jsonl") if _first_step(file) is not None)
 
     def append(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends the rows of a step to one file."""
         if not rows:
             return
-        self._directory.mkdir(exist_ok=True)
+        make_directory(self._directory)
         found = self.files()
         if not found or found[-1].stat().st_size >= self._file_bytes:
             found.append(self._directory / f"from-{step:06}.jsonl")
@@ -122,7 +126,7 @@ class TrajectoryFiles:
 
     def cut(self, step: int) -> None:
         """Removes the rows of ``step`` and later from the files."""
-        for file in reversed(self.files()):
+        for file in reversed([file for file in self.files() if is_regular(file)]):
             if int(file.stem.partition("-")[2]) >= step:
                 file.unlink()
             else:
@@ -130,16 +134,7 @@ class TrajectoryFiles:
                 return
 
 
-def cut_rows(file: Path, step: int) -> None:
-    """Removes the rows of ``step`` and later from a file of JSON objects, and incomplete lines."""
-    if not file.exists():
-        return
-    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _before(line, step)]
-    write_atomic(file, "".join(kept))
-
-
-def _before(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and int(json.loads(line)["step"]) < step
-    except (ValueError, KeyError):
-        return False
+def _first_step(file: Path) -> int | None:
+    """Returns the step in the name of a trajectory file; None for other names."""
+    match = _NAME.fullmatch(file.name)
+    return int(match[1]) if match else None

@@ -2,9 +2,10 @@
 
     python -m fipo_megatron.reward.child VERIFIER SECONDS MEBIBYTES PARENT [TAG ...]
 
-TAG is an end tag of thinking, ``reward.thinking_end``. The process reads requests from file descriptor 0 and writes verdicts to file descriptor 1, as length-prefixed JSON. It exits at
-the end of the requests, and the kernel kills it if an answer takes more CPU time than SECONDS, or if the process PARENT
-has ended. Its address space is limited to MEBIBYTES, and it cannot write files.
+TAG is an end tag of thinking, ``reward.thinking_end``. The process reads requests from file descriptor 0 and writes
+verdicts to file descriptor 1, as length-prefixed JSON. It exits at the end of the requests, and the kernel kills it if
+an answer takes more CPU time than SECONDS, or if the process PARENT has ended. Its address space is limited to
+MEBIBYTES, and it cannot write files.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ def write_atomic(target: Path, content: bytes | str) -> None:
         OSError: The file cannot be written, for example because the disk is full.
     """
     partial = partial_of(target)
+    if partial.is_dir() and not partial.is_symlink():
+        set_aside(partial, "damaged")
+    partial.unlink(missing_ok=True)  # left by a killed process; a link would be followed
     with partial.open("wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
@@ -41,8 +44,14 @@ def set_aside(path: Path, reason: str) -> Path:
     Returns:
         The new path.
     """
-    number = 0
-    while (aside := path.with_name(f"{reason}-{path.name}-{number}")).exists():
-        number += 1
+    aside = free_name(path, reason)
     path.rename(aside)
+    return aside
+
+
+def free_name(path: Path, reason: str) -> Path:
+    """Returns the first path ``REASON-NAME-N`` beside a path that does not exist."""
+    number = 0
+    while os.path.lexists(aside := path.with_name(f"{reason}-{path.name}-{number}")):
+        number += 1
     return aside

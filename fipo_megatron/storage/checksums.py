@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,11 +14,13 @@ FILE = "checksums.json"
 
 def compute(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """Computes the checksums of files in a directory: hexadecimal digests by file name."""
-    sums = {}
-    for name in names:
-        with (directory / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    return {name: digest(directory / name) for name in names}
+
+
+def digest(path: Path) -> str:
+    """Computes the hexadecimal checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(directory: Path, sums: Mapping[str, str]) -> None:
@@ -32,12 +35,28 @@ def read(directory: Path) -> dict[str, str]:
         ValueError: The file of checksums is damaged.
     """
     file = directory / FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return {}
-    sums = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        sums = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from None
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise ValueError(f"{file}: expected the SHA-256 of every file by its name")
     return sums
+
+
+def verify_file(directory: Path, name: str) -> None:
+    """Compares one file of a directory with its checksum.
+
+    Raises:
+        ValueError: The file is missing or corrupt, or has no checksum.
+    """
+    sums = read(directory)
+    if name not in sums:
+        raise ValueError(f"{directory / name}: missing in {FILE}")
+    if problem := _problem(directory, name, sums[name]):
+        raise ValueError(problem)
 
 
 def problems(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
@@ -55,10 +74,14 @@ def problems(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
         sums = read(directory)
     except ValueError as error:
         return [str(error)]
-    damaged = []
-    for name in sorted(sums)[rank::ranks]:
-        if not (directory / name).is_file():
-            damaged.append(f"{directory / name}: missing")
-        elif compute(directory, [name])[name] != sums[name]:
-            damaged.append(f"{directory / name}: corrupt: its SHA-256 is not the one in {FILE}")
-    return damaged
+    found = (_problem(directory, name, sums[name]) for name in sorted(sums)[rank::ranks])
+    return [problem for problem in found if problem]
+
+
+def _problem(directory: Path, name: str, expected: str) -> str:
+    """Returns why a file does not match its checksum; an empty string if it does."""
+    if not (directory / name).is_file():
+        return f"{directory / name}: missing"
+    if compute(directory, [name])[name] != expected:
+        return f"{directory / name}: corrupt: its SHA-256 is not the one in {FILE}"
+    return ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from fipo_megatron.storage import output_lock
+
 
 def output_problems(output: Path, resume: str) -> list[str]:
     """Lists why a run cannot write its output, one line each; leaves nothing behind.
@@ -14,7 +16,7 @@ def output_problems(output: Path, resume: str) -> list[str]:
         resume: ``never`` requires it to be new or empty.
     """
     try:
-        if resume == "never" and output.exists() and any(output.iterdir()):
+        if resume == "never" and output.is_dir() and any(path.name != output_lock.FILE for path in output.iterdir()):
             return [
                 f"run.output = {output}: already holds a run; choose another, or checkpoint.resume=auto to resume it"
             ]

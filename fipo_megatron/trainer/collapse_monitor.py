@@ -137,7 +137,7 @@ class CollapseMonitor:
                     learning_rate_factor=learning_rate_factor * self._config.roll_back_lr,
                     reason=alarm.reason,
                 )
-                events = [*rollback_record.read(self._output)[: self.rollbacks], event]
+                events = [*rollback_record.done(rollback_record.read(self._output), self.rollbacks), event]
                 rollback_record.write(self._output, events)
                 rollback_record.set_aside_collapsed(self._checkpoints.directory, events)
 
@@ -150,7 +150,7 @@ class CollapseMonitor:
         """
         events = broadcast_from_first_rank(self._read_events(), self._layout.device)
         state = TrainState(saved.step, saved.cursor, saved.rollbacks, saved.learning_rate_factor)
-        done, event = events[: saved.rollbacks], rollback_record.pending(events, saved)
+        done, event = rollback_record.done(events, saved.rollbacks), rollback_record.pending(events, saved)
         if event is not None:
             state = TrainState(saved.step, event.cursor, event.number, event.learning_rate_factor)
             done = [event]
@@ -162,12 +162,15 @@ class CollapseMonitor:
         """Sets aside what a rollback left behind before it was killed. A collective of all ranks."""
         with raise_on_all_ranks("looking for checkpoints"):
             if self._layout.rank == 0:
+                rollback_record.set_bad_rows_aside(self._output)
                 rollback_record.set_aside_collapsed(self._checkpoints.directory, rollback_record.read(self._output))
 
     def forget_later_rollbacks(self) -> None:
         """Removes recorded rollbacks whose checkpoint is gone: the run resumes from before them."""
-        if self._layout.rank == 0 and (events := rollback_record.read(self._output))[self.rollbacks :]:
-            rollback_record.write(self._output, events[: self.rollbacks])
+        if self._layout.rank == 0:
+            events = rollback_record.read(self._output)
+            if (kept := rollback_record.done(events, self.rollbacks)) != events:
+                rollback_record.write(self._output, kept)
 
     def restore(self, step: int | None = None) -> None:
         """Restores the alarm's history: that of the run's files, or after a rollback that of before ``step``."""

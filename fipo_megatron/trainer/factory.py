@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.collectives import broadcast_from_first_rank, raise_on_all_ranks
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.update_metrics import NoiseError
@@ -26,6 +27,8 @@ from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.storage import checksums
+from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
@@ -52,12 +55,13 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
 
     Raises:
         EngineError: The rollout engine does not start, or serves another model.
-        OSError: The port of rank 0 is in use, or the output cannot be written.
+        OSError: The port of rank 0 is in use, or the output cannot be written or is in use by another process.
         WeightsError: The model or every checkpoint is damaged.
     """
     with ExitStack() as resources:
         layout = parallel.initialize(config.actor.parallel, config.seed)
         resources.callback(parallel.destroy)
+        _lock_output(Path(config.run.output), layout, resources)
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
         if config.run.replay:
@@ -69,12 +73,28 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
     return trainer
 
 
+def _lock_output(output: Path, layout: RankLayout, resources: ExitStack) -> None:
+    """Lets rank 0 hold the lock of the output directory until the trainer is closed. A collective of all ranks.
+
+    Raises:
+        OutputInUseError: Another process writes into the directory; on all ranks.
+    """
+    problem = ""
+    with raise_on_all_ranks("opening the output directory"):
+        if layout.rank == 0:
+            try:
+                resources.enter_context(lock_output(output))
+            except OutputInUseError as error:
+                problem = str(error)
+    if problem := broadcast_from_first_rank(problem, layout.device):
+        raise OutputInUseError(problem)
+
+
 def _build(
     config: Config, inputs: TrainingInputs, console: Console | None, layout: RankLayout, resources: ExitStack
 ) -> Trainer:
     """Builds all parts of a trainer but the rollout side."""
     output = Path(config.run.output)
-    output.mkdir(parents=True, exist_ok=True)
     actor = MegatronActor(
         config,
         inputs.architecture,
@@ -83,7 +103,8 @@ def _build(
     )
     if config.algorithm.kl_coef:
         actor.keep_reference()
-    checkpoints = CheckpointManager(output / "checkpoints", config, actor, inputs.architecture)
+    files = {file: checksums.digest(Path(file)) for file in config.data.files} if layout.rank == 0 else {}
+    checkpoints = CheckpointManager(output / "checkpoints", config, actor, inputs.architecture, files)
     resources.callback(checkpoints.close)
     log = RunLog(config, writes=layout.rank == 0)
     resources.callback(log.close)
@@ -109,15 +130,31 @@ def _resume(trainer: Trainer) -> Restored | None:
     path, restored = None, None
     if trainer.config.checkpoint.resume == "auto":
         trainer.collapse_monitor.set_aside_collapsed()
-        path = trainer.checkpoints.newest()
-    if path is not None:
-        restored = trainer.restore(path)
+        path, restored = _restore_newest(trainer)
     trainer.collapse_monitor.forget_later_rollbacks()
     trainer.log.open(trainer.step)
     trainer.collapse_monitor.restore()
     if path is not None:
         logger.info("goes on from %s", path)
     return restored
+
+
+def _restore_newest(trainer: Trainer) -> tuple[Path | None, Restored | None]:
+    """Restores the newest checkpoint that can be loaded; sets others aside. None if there is no checkpoint.
+
+    Raises:
+        WeightsError: There are checkpoints, but none can be loaded.
+    """
+    failure: WeightsError | None = None
+    while (path := trainer.checkpoints.newest()) is not None:
+        try:
+            return path, trainer.restore(path)
+        except WeightsError as error:
+            trainer.checkpoints.set_aside(path, error)
+            failure = error
+    if failure is not None:
+        raise WeightsError(f"{trainer.checkpoints.directory}: no checkpoint can be loaded; the last error:\n{failure}")
+    return None, None
 
 
 def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitStack) -> None:

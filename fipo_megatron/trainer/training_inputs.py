@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,22 +120,25 @@ def _launch_problems(config: Config) -> list[str]:
 
 def _checkpoint_problems(checkpoints: Path, architecture: Architecture, config: Config) -> list[str]:
     """Lists why the newest checkpoint cannot be resumed: another model, or a layout that cannot load its optimizer."""
-    found = manifest.list_checkpoints(checkpoints)
-    if config.checkpoint.resume == "never" or not found:
+    if config.checkpoint.resume == "never" or (newest := _newest_manifest(checkpoints)) is None:
         return []
-    path = found[0][1]
-    try:
-        saved = Manifest.read(path)
-    except ValueError:
-        return []  # damaged: loading reports it and falls back to the checkpoint before
+    path, saved = newest
     problems = []
     if changed := manifest.differences(saved.architecture, manifest.describe_architecture(architecture)):
         problems.append(f"{path}: a checkpoint of another model: {', '.join(changed)}")
     if saved.config["checkpoint"]["optimizer_sharding"] == "dp_reshardable":
         problems += [
-            f"actor.parallel.{size} = {now}: must be {saved.parallel[size]} to go on from {path}, whose optimizer was "
-            "saved with checkpoint.optimizer_sharding = dp_reshardable"
+            f"actor.parallel.{size} = {now}: must be {saved.parallel.get(size)} to go on from {path}, whose optimizer "
+            "was saved with checkpoint.optimizer_sharding = dp_reshardable"
             for size in ("tensor_parallel", "pipeline_parallel")
-            if (now := getattr(config.actor.parallel, size)) != saved.parallel[size]
+            if (now := getattr(config.actor.parallel, size)) != saved.parallel.get(size)
         ]
     return problems
+
+
+def _newest_manifest(checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """Returns the newest checkpoint whose manifest matches its checksum; resuming sets damaged ones aside."""
+    for _, path in manifest.list_checkpoints(checkpoints):
+        with suppress(ValueError):
+            return path, Manifest.read_verified(path)
+    return None

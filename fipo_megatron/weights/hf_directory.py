@@ -32,6 +32,14 @@ class VerificationError(ValueError):
     """Raised if the weights that were written differ from those that were read; the message names every tensor."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns type and message of an error as one sentence, without the advice that torch appends."""
+    lines = str(error).splitlines()
+    text = next((line.strip() for line in lines if "WeightsUnpickler error:" in line), lines[0] if lines else "")
+    text = text.partition("WeightsUnpickler error:")[2].partition(". Please")[0].strip() or text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class HfDirectory:
     """The tensors of a Hugging Face directory. Opening it maps the files into memory; only requested slices are read.
 

@@ -6,6 +6,7 @@ import pytest
 
 from fipo_megatron.checkpoint.manifest import FILE, FORMAT, Manifest, differences
 from fipo_megatron.config import Config, as_dict
+from fipo_megatron.storage import checksums
 
 MANIFEST = Manifest(
     step=20,
@@ -70,3 +71,64 @@ def test_unreadable_manifest_is_named(checkpoint, content, message):
     with pytest.raises(ValueError, match=message):
         Manifest.read(checkpoint)
     assert FORMAT == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "20"}, "step = '20': expected int"),
+        ({"step": True}, "step = True: expected int"),
+        ({"step": 1.5}, "step = 1.5: expected int"),
+        ({"cursor": -1}, "cursor = -1: expected a number of at least 0"),
+        ({"cursor": 1 << 70}, "cursor = 1180591620717411303424: expected a number"),
+        ({"world_size": 0}, "world_size and learning_rate_factor must be"),
+        ({"learning_rate_factor": float("nan")}, "learning_rate_factor = nan: expected a number"),
+        ({"prefetched": 1}, "prefetched = 1: expected bool"),
+        ({"parallel": []}, r"parallel = \[\]: expected dict"),
+        ({"config": {}}, "config.checkpoint.optimizer_sharding = None: expected fully_reshardable or dp_reshardable"),
+        ({"config": {"checkpoint": []}}, "config.checkpoint.optimizer_sharding = None"),
+        ({"stfp": 20}, "has unknown keys: stfp"),
+        ({"step": None}, "step = None: expected int"),
+        ({"format": 1, "config": {}}, "is not a manifest of format 1: KeyError"),
+        ({"format": 1, "config": []}, "is not a manifest of format 1: AttributeError"),
+        ({"format": "2"}, "has format 2, expected 2"),
+    ],
+)
+def test_wrong_values_are_named_in_one_sentence(checkpoint, change, message):
+    MANIFEST.write(checkpoint)
+    values = json.loads((checkpoint / FILE).read_text())
+    (checkpoint / FILE).write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=message) as error:
+        Manifest.read(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"step"', "[" * 100_000, "\ufeff{}"])
+def test_other_json_is_no_manifest(checkpoint, content):
+    (checkpoint / FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"expected an object|cannot be read"):
+        Manifest.read(checkpoint)
+
+
+def test_a_missing_key_is_named(checkpoint):
+    MANIFEST.write(checkpoint)
+    values = json.loads((checkpoint / FILE).read_text())
+    del values["schedule"]
+    (checkpoint / FILE).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="has no schedule"):
+        Manifest.read(checkpoint)
+
+
+def test_the_checksum_is_compared_before_the_manifest_is_believed(checkpoint):
+    MANIFEST.write(checkpoint)
+    with pytest.raises(ValueError, match=r"missing in checksums\.json"):
+        Manifest.read_verified(checkpoint)
+    checksums.write(checkpoint, checksums.compute(checkpoint, [FILE]))
+    assert Manifest.read_verified(checkpoint) == MANIFEST
+    (checkpoint / FILE).write_text((checkpoint / FILE).read_text().replace('"layers": 2', '"layers": 3'))
+    with pytest.raises(ValueError, match="corrupt: its SHA-256"):
+        Manifest.read_verified(checkpoint)
+    for content in ("[]", "{", '{"run/manifest.json": 1}'):
+        (checkpoint / checksums.FILE).write_text(content)
+        with pytest.raises(ValueError, match=r"checksums\.json"):
+            Manifest.read_verified(checkpoint)

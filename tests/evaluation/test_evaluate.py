@@ -17,6 +17,7 @@ from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.config import load_config
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.observe.metrics import OF_DATA_SETS
+from fipo_megatron.storage.output_lock import lock_output
 from fipo_megatron.trainer.training_inputs import read_training_inputs
 from tests import runs
 
@@ -99,6 +100,13 @@ def test_every_source_of_weights_gives_the_rows_of_the_run(data, trained, tmp_pa
     assert summary["checkpoint"] == f"{tmp_path}/converted"
     assert run(data, tmp_path / "out", f"evaluation.checkpoint={trained}/checkpoints/step-000001") == 0
     assert (tmp_path / "out" / "evaluation-step-000001" / "problems.jsonl").read_bytes() != expected
+
+
+def test_a_second_evaluation_of_the_same_name_is_refused(data, tmp_path, caplog):
+    with lock_output(tmp_path / "out" / "evaluation-a"):
+        assert run(data, tmp_path / "out", "evaluation.name=a") == 1
+    assert f"evaluation-a: process {os.getpid()} on" in caplog.text
+    assert list((tmp_path / "out" / "evaluation-a").iterdir()) == []
 
 
 def test_a_hugging_face_model_needs_no_megatron(data, tmp_path):

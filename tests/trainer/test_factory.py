@@ -1,5 +1,6 @@
 """A trainer that cannot be opened leaves nothing open: no process group, thread, process or signal handler."""
 
+import os
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from examples.quickstart import task
 from fipo_megatron.config import load_config
 from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.factory import open_trainer
 from fipo_megatron.trainer.training_inputs import read_training_inputs
 from fipo_megatron.weights.hf_directory import WeightsError
@@ -61,6 +63,19 @@ def test_damaged_checkpoint_on_resume_closes_what_was_opened(data, tmp_path):
     assert not dist.is_initialized()
     assert not names_of_threads()
     assert handlers() == before
+
+
+def test_output_of_a_running_run_is_refused_before_anything_is_opened(data, tmp_path):
+    before = handlers()
+    with lock_output(tmp_path / "run"), pytest.raises(OutputInUseError, match=f"process {os.getpid()} on"):
+        open_(data, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not dist.is_initialized()
+    assert not names_of_threads()
+    assert handlers() == before
+    with open_(data, tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_servers_that_do_not_answer_close_what_was_opened(data, tmp_path):
