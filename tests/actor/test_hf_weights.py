@@ -166,7 +166,7 @@ def break_corrupt(path):
 
 def break_index(path):
     (path / "model.safetensors.index.json").write_text('{"weight_map": [')
-    return ["not an index of safetensors files"]
+    return ["model.safetensors.index.json: not JSON"]
 
 
 def break_no_files(path):
@@ -235,7 +235,7 @@ def break_tokenizer(path):
 
 def break_tokenizer_file(path):
     (path / "tokenizer.json").write_text("{")
-    return ["tokenizer.json: not a tokenizer"]
+    return ["tokenizer.json: not JSON"]
 
 
 BREAKS = [

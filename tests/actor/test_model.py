@@ -148,7 +148,7 @@ def test_directory(tmp_path):
     reference.config.save_pretrained(tmp_path)
     assert Architecture.from_directory(tmp_path) == architecture_of(reference)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         Architecture.from_directory(tmp_path)
     with pytest.raises(FileNotFoundError):
         Architecture.from_directory(tmp_path / "nowhere")
