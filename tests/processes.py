@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
@@ -132,5 +133,6 @@ def children() -> list[int]:
     server = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
     found = []
     for task in Path("/proc/self/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended; its children are another's now
+            found += [int(child) for child in (task / "children").read_text().split()]
     return [child for child in found if child not in server]
