@@ -90,7 +90,7 @@ def test_the_summary_can_be_read_again(evaluation, tmp_path):
 
 
 def test_failed_checks_are_left_out_and_counted(tmp_path):
-    """Of problem 1, 2 of 3 verdicts are right, and 1 of 2 of problem 2; problem 3 and data set two have none."""
+    """Two of three verdicts of problem 1 are right, one of two of problem 2; problem 3 and data set two have none."""
     evaluation = Evaluation(
         (
             problem("one", "1", ["5", "5", "7"]),

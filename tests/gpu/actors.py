@@ -132,7 +132,7 @@ class Case:
         return torch.cat(self.of_responses(self.log_probs()))
 
     def gradients(self, old):
-        """Of the loss of the mini-batch, on the CPU, under the names of layers whose norms stand alone."""
+        """Returns the loss's gradients on the CPU, under the names of layers whose norms stand alone."""
         self.actor.forward_backward(self.plan[0], self.trajectories, old[0])
         (chunk,) = self.actor.chunks
         found = {unfused(name): p.main_grad.detach().double().cpu() for name, p in chunk.named_parameters()}
