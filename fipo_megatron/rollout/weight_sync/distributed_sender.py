@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -112,14 +112,35 @@ def _join_group(backend: str, address: str, port: int, world: int, name: str, ti
 
     store = dist.TCPStore(address, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
     group: dist.ProcessGroup
-    group, _ = _new_process_group_helper(
-        world,
-        0,
-        [],
-        Backend(backend),
-        PrefixStore(name, store),
-        group_name=name,  # type: ignore[arg-type]  # a NewType of str in some versions of torch
-        timeout=timeout,
-    )
+    with _default_group_unbound():
+        group, _ = _new_process_group_helper(
+            world,
+            0,
+            [],
+            Backend(backend),
+            PrefixStore(name, store),
+            group_name=name,  # type: ignore[arg-type]  # a NewType of str in some versions of torch
+            timeout=timeout,
+        )
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group
+
+
+@contextlib.contextmanager
+def _default_group_unbound() -> Iterator[None]:
+    """Hides the device of the default group while another group is formed.
+
+    With a bound device torch forms every further NCCL group by ``ncclCommSplit`` of the default group
+    (``distributed_c10d._new_process_group_helper``, ``split_from``). A split is a collective of all ranks of the
+    trainer, which take no part here, and cannot contain the servers.
+    """
+    default = dist.group.WORLD if dist.is_initialized() else None
+    device = getattr(default, "bound_device_id", None)
+    if default is None or device is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
