@@ -5,8 +5,13 @@ SGLANG_VENV ?= .venv-sglang
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
-# Where CUDA is, torch often comes with the machine and the rest by PYTHONPATH: no virtual environment of ours.
+# Where CUDA is, torch often comes with the machine: no virtual environment of ours. What such an image lacks is
+# downloaded on a machine with a network (make gpu-wheels) and carried to it. Further wheels in that folder go along.
 GPU_PYTHON ?= python3
+GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS ?= build/gpu-wheels
+# Reports and results of make gpu-check.
+OUT ?= build
 
 # Processes of `make test`.
 WORKERS ?= 2
@@ -16,7 +21,7 @@ ELSEWHERE := pretrained or sglang or browser
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-check verify clean
+.PHONY: help setup quickstart test test-fast test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-wheels gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -83,10 +88,21 @@ bench: setup sglang-env ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.rollout
 	$(RUN) -m benchmarks.conversion
 
-gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON=python3, no .venv)
+gpu-wheels: setup ## Wheels that images with CUDA often lack, for Python GPU_PYTHON_VERSION, into build/gpu-wheels (5 MB)
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--implementation cp --python-version $(GPU_PYTHON_VERSION) $(addprefix --platform ,manylinux_2_28_x86_64 \
+		manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -r constraints/gpu-wheels.txt -d $(GPU_WHEELS)
+
+# A package of the image and its replacement must not be mixed: the wheels go into a folder of their own, searched first.
+# Gloo finds no interface by itself where the name of the host does not resolve; one GPU needs the loopback only.
+gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON=python3, no .venv); reports into OUT
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: needs CUDA, and this torch (" + torch.__version__ + ") finds no device; choose another Python with GPU_PYTHON=...")'
-	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs --junitxml=build/gpu-tests.xml tests/gpu
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(if $(wildcard $(GPU_WHEELS)/*.whl),rm -rf build/gpu-site && $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
+		--no-compile --target build/gpu-site $(wildcard $(GPU_WHEELS)/*.whl))
+	mkdir -p $(OUT)
+	export PYTHONPATH=build/gpu-site:$$PYTHONPATH GLOO_SOCKET_IFNAME=$${GLOO_SOCKET_IFNAME:-lo}; status=0; \
+	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs --junitxml=$(OUT)/gpu-tests.xml tests/gpu || status=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu --results $(OUT) || status=1; exit $$status
 
 verify: setup sglang-env ## Everything slow: property tests with many more examples, then the benchmarks
 	$(RUN) -m benchmarks.verify

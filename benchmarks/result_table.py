@@ -52,8 +52,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
-def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """Writes ``benchmarks/results/<name>.json`` with the date and the machine; returns its path."""
+def write_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+    """Writes ``<name>.json`` into the directory, with the date and the machine; returns its path."""
     machine = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
@@ -62,8 +62,8 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
     print(f"\nwrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path

@@ -30,6 +30,7 @@ from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
 from fipo_megatron.actor.offload import Offloaded
 from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
 from fipo_megatron.actor.parallel import RankLayout
+from fipo_megatron.actor.recompute import recompute_off
 from fipo_megatron.actor.reference import ReferencePolicy
 from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetrics, reduce_outputs, token_parts
 from fipo_megatron.algorithm.future_kl import gather_over
@@ -127,7 +128,7 @@ class MegatronActor:
                 results[index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
                 return torch.zeros_like(found.log_probs[0]), micro.mask.sum().int(), {}
 
-            with torch.no_grad(), frozen_scaling(self.chunks):
+            with torch.no_grad(), frozen_scaling(self.chunks), recompute_off(self.chunks):
                 count = self._run(mini_batch, trajectories, keep, with_entropy=True, forward_only=True)
             stored.append([results.get(index) for index in range(count)])
         return stored

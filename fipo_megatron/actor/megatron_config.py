@@ -201,6 +201,8 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
         "variable_seq_lengths": parallel.pipeline_parallel > 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": fused and architecture.mixture is not None,
+        # Unfused, tokens return from their experts by atomic additions, whose order on CUDA differs from pass to pass.
+        "moe_permute_fusion": fused and cuda and architecture.mixture is not None,
         "moe_router_dtype": "fp32",
         # On gloo, batched transfers of the interleaved schedule return wrong results without an error.
         "batch_p2p_comm": cuda and not interleaved,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel import random
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
@@ -337,3 +338,17 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
         gradients.append([p.main_grad.clone() for p in actor._parameters()])
         parallel.destroy()
     assert equal(*gradients)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_only_the_training_pass_recomputes(build, plan, trajectories, recompute, monkeypatch):
+    """A recomputed region of a forward-only pass would leave its FP8 scales to the next training pass."""
+    regions, forward = [], random.CheckpointFunction.forward
+    monkeypatch.setattr(
+        random.CheckpointFunction, "forward", staticmethod(lambda *given: regions.append(1) or forward(*given))
+    )
+    actor = build(recompute=recompute)
+    old = actor.log_probs(plan, trajectories)
+    assert len(regions) == 0
+    actor.forward_backward(plan[0], trajectories, old[0])
+    assert len(regions) == actor.chunks[0].config.num_layers * len(plan[0].micro_batches[0])

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.actor_worker import Setup, architecture
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.fp8 import scaling_state
 from fipo_megatron.actor.megatron_config import transformer_engine_found
@@ -167,6 +168,21 @@ def test_transformer_engine_layers_are_close_to_those_of_torch(name, build, repo
 
 
 @needs_transformer_engine
+@pytest.mark.parametrize("fp8", [{}, {"fp8": "e4m3", "fp8_recipe": "blockwise"}], ids=["bfloat16", "fp8"])
+def test_noise_floor_of_a_mixture_of_experts_is_nothing(fp8, device, report):
+    """Tokens return from their experts in a fixed order: the fused permutation is the default on CUDA."""
+    parallel.destroy()
+    setup = Setup.build(architecture(1024, 2, mixture=True), {}, FUSED | UNBOUNDED | fp8)
+    trajectories, plan = setup.batch([384, 128, 200, 56], 768)
+    floor = setup.actor.check_noise_floor(plan[0], trajectories)
+    (metrics,) = setup.actor.update(plan, trajectories, setup.actor.log_probs(plan, trajectories))
+    parallel.destroy()
+    report(noise_shift=floor.shift, noise_future_kl=floor.future_kl, grad_norm=metrics.grad_norm)
+    assert not metrics.skipped
+    assert floor.shift <= 1e-6
+
+
+@needs_transformer_engine
 def test_noise_floor_of_transformer_engine_layers(build, report):
     case = build(**(FUSED | UNBOUNDED))
     floor = case.actor.check_noise_floor(case.plan[0], case.trajectories)
@@ -206,6 +222,22 @@ def test_fp8_training_steps(recipe, build):
     first, second = case.update(old), case.update(old)
     assert (first.skipped, second.skipped) == ("", "")
     assert second.statistics["shift_abs_max"] > 1e-3
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recompute_under_fp8_gives_the_same_gradient(recipe, build, report):
+    """Each recomputed region uses the scales of its own forward pass, not those of an earlier log-prob pass."""
+    gradients = []
+    for recompute in ("none", "full"):
+        case = build_fp8(build, recipe, recompute=recompute)
+        for _ in range(2):  # the scales of the second update differ from those of the first
+            old = case.log_probs()
+            assert not case.update(old).skipped
+        gradients.append(case.gradients(case.log_probs()))
+    worst, together = distance(gradients[1], gradients[0])
+    report(worst_gradient=worst, gradient=together)
+    assert together <= 1e-3
 
 
 @needs_transformer_engine
