@@ -13,7 +13,7 @@ head dimension for the scores and weighted values of a sequence of ℓ tokens, h
 is twice forward: 6 · N · T and 12 · L · h · d · ℓ² / 2 in all, as in PaLM (arXiv 2204.02311, App. B) except for the
 half. MFU divides these by the time and by the peak of dense bfloat16, also for FP8.
 
-    python -m benchmarks.gpu [--limit SECONDS] [--results DIRECTORY]
+    python -m benchmarks.gpu [--limit SECONDS] [--layers KIND] [--results DIRECTORY]
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ WITH_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
 }
 PARTS = (2, 4, 8, 16, 16)
 """Divisors of a micro-batch's tokens: the lengths of its packed sequences."""
-REPEATS, SCAN_REPEATS = 3, 21
+REPEATS, SCAN_REPEATS = 5, 21
+MEASURE_SECONDS = 3.0
 SCANS = ((8, 20_480), (1, 131_072))
 LOSS_TOKENS = (16_384, 65_536)
 HEAD = (32_768, 5_120, 19_008)
@@ -161,7 +162,7 @@ class Case:
         }
 
 
-FULL = {"recompute": "full"}
+SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 CASES = (
     *(
         case
@@ -173,11 +174,9 @@ CASES = (
             Case(QWEN25_7B, 32_768, True, layers, FULL),
         )
     ),
-    *(
-        case
-        for layers in list(WITH_TRANSFORMER_ENGINE)[1:]
-        for case in (Case(QWEN3_06B, 16_384, True, layers), Case(QWEN25_7B, 32_768, True, layers, FULL))
-    ),
+    *(Case(QWEN25_7B, 32_768, True, layers, FULL) for layers in list(WITH_TRANSFORMER_ENGINE)[1:]),
+    Case(QWEN3_06B, 65_536, False, "TE", SELECTIVE),
+    *(Case(QWEN3_06B, 16_384, True, layers) for layers in list(WITH_TRANSFORMER_ENGINE)[1:]),
 )
 
 
@@ -195,7 +194,7 @@ def forward_flops(shape: Architecture, lengths: Sequence[int]) -> float:
 
 
 def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Measures the median seconds and the peak memory allocated during one call."""
+    """Measures the median seconds of a few calls, at most ``MEASURE_SECONDS`` in all, and their peak memory."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -205,6 +204,8 @@ def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
         function()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        if sum(times) > MEASURE_SECONDS:
+            break
     return {"seconds": statistics.median(times), "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
@@ -366,6 +367,7 @@ def main() -> int:
     """Prints the tables and writes the result; returns 2 without CUDA, 1 if a measurement failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which no case is begun")
+    parser.add_argument("--layers", default="", help="only cases whose kind of layers begins so, for example TE")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the result file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -384,7 +386,7 @@ def main() -> int:
     gc.collect()
     torch.cuda.empty_cache()
     results: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in (case for case in CASES if case.layers.startswith(arguments.layers)):
         results.append(measure_case(case, deadline))
         print("measured " + ", ".join(case.row().values()), flush=True)
     print_table(f"One micro-batch on {device}", rows(results))

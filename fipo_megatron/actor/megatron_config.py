@@ -193,9 +193,10 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
         "use_cpu_initialization": not cuda,
         # Megatron-Core's own default is deprecated and warns.
         "cuda_graph_scope": [],
-        # On the CPU these work, but compile for many seconds.
+        # On the CPU it works, but compiles for many seconds.
         "bias_activation_fusion": cuda,
-        "bias_dropout_fusion": cuda,
+        # There is no bias and no dropout to fuse, and the fused function is compiled again for every length.
+        "bias_dropout_fusion": False,
         "apply_rope_fusion": fused,
         # Micro-batches differ in length, which Megatron forbids with its default dispatcher, also for dense models.
         "variable_seq_lengths": parallel.pipeline_parallel > 1,
