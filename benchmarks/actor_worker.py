@@ -76,15 +76,24 @@ class Setup:
     columns: int
 
     @classmethod
-    def build(cls, shape: Architecture, sizes: dict[str, Any], changes: dict[str, Any]) -> Setup:
-        """Builds an actor from parallel sizes and changes to the default settings: float32, one process."""
+    def build(
+        cls,
+        shape: Architecture,
+        sizes: dict[str, Any],
+        changes: dict[str, Any],
+        layout: parallel.RankLayout | None = None,
+    ) -> Setup:
+        """Builds an actor from parallel sizes and changes to the default settings: float32, one process.
+
+        Process groups are initialised unless ``layout`` is that of existing ones.
+        """
         settings: dict[str, Any] = {
             "dtype": "float32",
             "distributed_optimizer": False,
             "parallel": ParallelConfig(**sizes),
         }
         config = Config(actor=ActorConfig(**(settings | changes)))
-        layout = parallel.initialize(config.actor.parallel, seed=3)
+        layout = layout or parallel.initialize(config.actor.parallel, seed=3)
         return cls(layout, MegatronActor(config, shape, layout, load=lambda chunks: None), shape.vocab)
 
     def batch(self, lengths: Sequence[int], budget: int) -> tuple[list[Trajectory], tuple[MiniBatch, ...]]:

@@ -41,6 +41,7 @@ from fipo_megatron.actor.megatron_config import transformer_engine_found
 from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
 from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss
 from fipo_megatron.algorithm.policy_loss_config import loss_config
+from fipo_megatron.config import ParallelConfig
 from fipo_megatron.weights.architecture import Architecture
 
 PEAK_BF16 = {
@@ -234,7 +235,7 @@ def passes(setup: Setup, case: Case) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure_case(case: Case, deadline: float) -> dict[str, Any]:
+def measure_case(case: Case, layout: parallel.RankLayout, deadline: float) -> dict[str, Any]:
     """Measures a case; if memory or time do not suffice, the reason stands under ``left_out``."""
     result: dict[str, Any] = case.row() | {"weights_in_products": matrix_weights(case.shape.architecture())}
     if case.layers not in LAYERS and not transformer_engine_found():
@@ -245,7 +246,7 @@ def measure_case(case: Case, deadline: float) -> dict[str, Any]:
     setup = None
     try:
         settings = {"dtype": "bfloat16", "distributed_optimizer": True} | layers | case.changes
-        setup = Setup.build(case.shape.architecture(), {}, settings)
+        setup = Setup.build(case.shape.architecture(), {}, settings, layout)
         result["passes"] = passes(setup, case)
     except torch.OutOfMemoryError:
         result["left_out"] = "out of memory"
@@ -253,7 +254,6 @@ def measure_case(case: Case, deadline: float) -> dict[str, Any]:
         # A failure with one kind of layers must not end the rest of the run.
         result["left_out"] = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     del setup
-    parallel.destroy()
     gc.collect()
     torch.cuda.empty_cache()
     return result
@@ -385,10 +385,13 @@ def main() -> int:
     print_table(f"Log-probs and entropy at the output layer on {device}", [head_row(head)])
     gc.collect()
     torch.cuda.empty_cache()
+    # Once for all cases: on a GPU the process groups take seconds.
+    layout = parallel.initialize(ParallelConfig(), seed=3)
     results: list[dict[str, Any]] = []
     for case in (case for case in CASES if case.layers.startswith(arguments.layers)):
-        results.append(measure_case(case, deadline))
+        results.append(measure_case(case, layout, deadline))
         print("measured " + ", ".join(case.row().values()), flush=True)
+    parallel.destroy()
     print_table(f"One micro-batch on {device}", rows(results))
     if device not in PEAK_BF16:
         print(f"no MFU: the peak of {device} is not in PEAK_BF16")
@@ -402,7 +405,8 @@ def main() -> int:
         "actor": results,
     }
     slug = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
-    write_result(f"gpu_{slug}", result, arguments.results)
+    kind = f"_{arguments.layers.lower()}" if arguments.layers else ""
+    write_result(f"gpu_{slug}{kind}", result, arguments.results)
     return int(any(result.get("left_out", "").startswith("failed") for result in results))
 
 

@@ -173,8 +173,15 @@ def describe_architecture(architecture: Architecture) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the installed versions of the packages that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Returns the installed versions of the packages that numbers depend on; ``not installed`` for a bare checkout."""
+    return {name: _installed_version(name) for name in _PACKAGES}
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -1,10 +1,12 @@
 """Manifests: what is written is read again, also if an earlier version wrote it."""
 
+import importlib.metadata
 import json
+import re
 
 import pytest
 
-from fipo_megatron.checkpoint.manifest import FILE, FORMAT, Manifest, differences
+from fipo_megatron.checkpoint.manifest import FILE, FORMAT, Manifest, differences, package_versions
 from fipo_megatron.config import Config, as_dict
 from fipo_megatron.storage import checksums
 
@@ -132,3 +134,18 @@ def test_the_checksum_is_compared_before_the_manifest_is_believed(checkpoint):
         (checkpoint / checksums.FILE).write_text(content)
         with pytest.raises(ValueError, match=r"checksums\.json"):
             Manifest.read_verified(checkpoint)
+
+
+def test_a_checkout_that_is_not_installed_has_versions_of_the_rest(monkeypatch):
+    """Seen on a GPU machine: the package came as a source tree, and the first checkpoint ended the run."""
+    installed = importlib.metadata.version
+
+    def version(name):
+        if name == "fipo-megatron":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = package_versions()
+    assert found.pop("fipo-megatron") == "not installed"
+    assert all(re.match(r"\d+\.", each) for each in found.values())

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.distributed as dist
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import local_micro_batches
-from fipo_megatron.config import ActorConfig, Config, OptimizerConfig
+from fipo_megatron.config import ActorConfig, Config, OptimizerConfig, ParallelConfig
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import pack, plan_micro_batches
 from fipo_megatron.weights.architecture import Architecture
@@ -75,6 +76,17 @@ def unfused(name):
     return name
 
 
+_layout = None
+
+
+def one_rank():
+    """The layout of one rank; its process groups, which take seconds on a GPU, stay until the process ends."""
+    global _layout
+    if _layout is None or not dist.is_initialized():
+        _layout = parallel.initialize(ParallelConfig(), seed=3, environment={})
+    return _layout
+
+
 class Case:
     """An actor, alone on its GPU, with everything in one mini-batch of several packed micro-batches.
 
@@ -95,7 +107,7 @@ class Case:
             "optimizer": OptimizerConfig(lr=1e-4, warmup_steps=0),
         }
         actor = ActorConfig(**(settings | changes))
-        self.layout = parallel.initialize(actor.parallel, seed=3, environment={})
+        self.layout = one_rank()
         config = Config(actor=actor, algorithm=layout_cases.ALGORITHM)
         self.actor = MegatronActor(config, self.reference.architecture, self.layout, self.load)
         self.multiple = token_multiple(actor)

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from benchmarks.actor_worker import Setup, architecture
-from fipo_megatron.actor import parallel
 from fipo_megatron.actor.fp8 import scaling_state
 from fipo_megatron.actor.megatron_config import transformer_engine_found
 from fipo_megatron.config import ActorConfig
 from tests.actor import hf_reference
-from tests.gpu.actors import FAMILIES, Case, distance
+from tests.gpu.actors import FAMILIES, Case, distance, one_rank
 
 needs_transformer_engine = pytest.mark.skipif(
     not transformer_engine_found(), reason="needs Transformer Engine, which is not installed here"
@@ -27,16 +26,14 @@ RECIPES = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid"}
 
 @pytest.fixture
 def build(device):
-    """Builds a Case; one at a time, the process groups go down with it."""
+    """Builds a Case."""
 
     def make(name="qwen3", **changes):
-        parallel.destroy()
         case = Case(name, **changes)
         assert case.layout.device == device
         return case
 
-    yield make
-    parallel.destroy()
+    return make
 
 
 @pytest.fixture
@@ -171,12 +168,10 @@ def test_transformer_engine_layers_are_close_to_those_of_torch(name, build, repo
 @pytest.mark.parametrize("fp8", [{}, {"fp8": "e4m3", "fp8_recipe": "blockwise"}], ids=["bfloat16", "fp8"])
 def test_noise_floor_of_a_mixture_of_experts_is_nothing(fp8, device, report):
     """Tokens return from their experts in a fixed order: the fused permutation is the default on CUDA."""
-    parallel.destroy()
-    setup = Setup.build(architecture(1024, 2, mixture=True), {}, FUSED | UNBOUNDED | fp8)
+    setup = Setup.build(architecture(1024, 2, mixture=True), {}, FUSED | UNBOUNDED | fp8, one_rank())
     trajectories, plan = setup.batch([384, 128, 200, 56], 768)
     floor = setup.actor.check_noise_floor(plan[0], trajectories)
     (metrics,) = setup.actor.update(plan, trajectories, setup.actor.log_probs(plan, trajectories))
-    parallel.destroy()
     report(noise_shift=floor.shift, noise_future_kl=floor.future_kl, grad_norm=metrics.grad_norm)
     assert not metrics.skipped
     assert floor.shift <= 1e-6

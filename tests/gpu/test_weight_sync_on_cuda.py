@@ -6,14 +6,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from fipo_megatron.actor import parallel
-from fipo_megatron.config import ParallelConfig
 from fipo_megatron.rollout.weight_sync import distributed_sender
+from tests.gpu.actors import one_rank
 
 
 def test_a_group_beside_the_default_group_broadcasts_without_a_split(device, monkeypatch):
-    parallel.destroy()
-    layout = parallel.initialize(ParallelConfig(), seed=1, environment={})
+    layout = one_rank()
     assert dist.group.WORLD.bound_device_id == layout.device
     asked, source = [], distributed_c10d._get_split_source
     monkeypatch.setattr(distributed_c10d, "_get_split_source", lambda group: asked.append(group) or source(group))
@@ -26,4 +24,3 @@ def test_a_group_beside_the_default_group_broadcasts_without_a_split(device, mon
     assert asked == []
     assert torch.equal(values.cpu(), torch.arange(1000.0))
     dist.destroy_process_group(group)
-    parallel.destroy()
