@@ -100,7 +100,7 @@ gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON
 	$(if $(wildcard $(GPU_WHEELS)/*.whl),rm -rf build/gpu-site && $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
 		--no-compile --target build/gpu-site $(wildcard $(GPU_WHEELS)/*.whl))
 	mkdir -p $(OUT)
-	export PYTHONPATH=build/gpu-site:$$PYTHONPATH GLOO_SOCKET_IFNAME=$${GLOO_SOCKET_IFNAME:-lo}; status=0; \
+	export PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH GLOO_SOCKET_IFNAME=$${GLOO_SOCKET_IFNAME:-lo}; status=0; \
 	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs --junitxml=$(OUT)/gpu-tests.xml tests/gpu || status=1; \
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(OUT) || status=1; exit $$status
 
