@@ -57,6 +57,9 @@ def value_problems(config: Mapping[str, Any], *, mixture: bool) -> list[str]:
     dense = config.get("mlp_only_layers")
     if not isinstance(dense, list | None) or not all(type(layer) is int for layer in dense or []):
         problems.append(_problem("mlp_only_layers", dense, "a list of numbers of layers"))
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list | None) or any(kind != "full_attention" for kind in kinds or []):
+        problems.append(_problem("layer_types", kinds, "a list of 'full_attention'"))
     for key in _OBJECTS:
         values = config.get(key)
         if isinstance(values, dict):
