@@ -65,6 +65,11 @@ def value_problems(config: Mapping[str, Any], *, mixture: bool) -> list[str]:
         if isinstance(values, dict):
             problems += _number_problems(values, _ROPE_NUMBERS, f"{key}.")
             problems += [
+                _problem(f"{key}.{name}", value, "one value for all layers")
+                for name, value in values.items()
+                if isinstance(value, dict)
+            ]
+            problems += [
                 _problem(f"{key}.{name}", values[name], "a number from 0")
                 for name in ("mscale", "mscale_all_dim")
                 if values.get(name) not in (None, 0) and not _is_positive(values[name])
