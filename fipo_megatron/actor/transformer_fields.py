@@ -135,8 +135,8 @@ def field_problem(name: str, value: Any) -> str | None:
     """
     if name not in FREE:
         return (
-            f"actor.transformer.{name} = {value!r}: cannot be set here; only fields that do not change the function of "
-            "the model can, which config.json defines"
+            f"actor.transformer.{name} = {value!r}: cannot be set here; config.json defines the function of the model, "
+            "and this field is not known to leave it unchanged"
         )
     if name in VALUES and value not in VALUES[name]:
         return f"actor.transformer.{name} = {value!r}: must be one of {', '.join(VALUES[name])}"
