@@ -32,6 +32,7 @@ from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.recompute import recompute_off
 from fipo_megatron.actor.reference import ReferencePolicy
+from fipo_megatron.actor.router_losses import balances_load, measured_loads, routers
 from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetrics, reduce_outputs, token_parts
 from fipo_megatron.algorithm.future_kl import gather_over
 from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
@@ -87,6 +88,7 @@ class MegatronActor:
         self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
         self._reference: ReferencePolicy | None = None
         self._exchange = gather_over(parallel_state.get_context_parallel_group())
+        self._routers = routers(self.chunks)
 
     def plan(self, lengths: Sequence[int], mini_batches: Sequence[Sequence[int]]) -> tuple[MiniBatch, ...]:
         """Returns the micro-batches of a step for this actor's layout, the same on every rank.
@@ -291,6 +293,9 @@ class MegatronActor:
             return output.numerator, output.denominator.int(), {}
 
         self.zero_grad()
+        if balances_load(self.chunks[0].config):
+            with torch.no_grad(), frozen_scaling(self.chunks), measured_loads(self._routers):
+                self._run(mini_batch, trajectories, None, with_entropy=False, forward_only=True)
         self._run(mini_batch, trajectories, loss, with_entropy=with_entropy, forward_only=False)
         return replace(reduce_outputs(outputs, self.layout), tokens=tokens)
 
@@ -334,12 +339,12 @@ class MegatronActor:
         self,
         mini_batch: MiniBatch,
         trajectories: Trajectories,
-        loss: Callable[[int, LocalMicroBatch, TokenLogProbs], tuple[Tensor, Tensor, dict[str, Any]]],
+        loss: Callable[[int, LocalMicroBatch, TokenLogProbs], tuple[Tensor, Tensor, dict[str, Any]]] | None,
         *,
         with_entropy: bool,
         forward_only: bool,
     ) -> int:
-        """Runs one pass over this rank's micro-batches, calling ``loss`` on the last stage; returns their number."""
+        """Runs one pass over this rank's micro-batches with ``loss`` on the last stage; returns their number."""
         if self._offload_depth:
             raise RuntimeError("the actor is offloaded: leave the block of offloaded() first")
         self._num_micro_batches(mini_batch)
@@ -361,9 +366,12 @@ class MegatronActor:
             iterator: Iterator[tuple[int, LocalMicroBatch]], chunk: torch.nn.Module
         ) -> tuple[Tensor, Callable[[Tensor], Any]]:
             index, micro = next(iterator)
-            hidden = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+            padding = {"padding_mask": micro.padding} if self._routers else {}
+            hidden = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **padding)
 
             def finish(hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                if loss is None:
+                    return hidden_SBH.new_zeros(()), micro.mask.sum().int(), {}
                 return loss(index, micro, self._token_log_probs(hidden_SBH, micro, with_entropy))
 
             return hidden, finish

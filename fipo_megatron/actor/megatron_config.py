@@ -1,7 +1,8 @@
 """Translation of our configuration and the model's architecture to Megatron-Core's three configuration classes.
 
-Every field of those classes can be set by name in ``actor.transformer``, ``actor.ddp`` and
-``actor.megatron_optimizer``, unless it follows from the model or from a setting of ours. Each value has one source.
+Fields of those classes can be set by name in ``actor.transformer``, ``actor.ddp`` and ``actor.megatron_optimizer``,
+unless they follow from the model or from a setting of ours, or change the function of the model
+(:mod:`.transformer_fields`). Each value has one source.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from fipo_megatron.actor.transformer_fields import field_problem
 from fipo_megatron.config import ActorConfig, Config
 from fipo_megatron.weights.architecture import Architecture
 
@@ -69,6 +71,7 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
         ("megatron_optimizer", OptimizerConfig, _derived_optimizer(actor)),
     ):
         problems += _field_problems(cls, name, getattr(actor, name), derived)
+    problems += _function_problems(actor, _derived_transformer(architecture, actor))
     if architecture.mixture and torch.cuda.is_available() and not _transformer_engine_used(actor):
         problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
     if architecture.mixture and architecture.mixture.normalised and architecture.mixture.top_k == 1:
@@ -241,6 +244,8 @@ def _derived_optimizer(actor: ActorConfig) -> dict[str, Any]:
         "clip_grad": own.clip_grad,
         "bf16": actor.dtype == "bfloat16",
         "fp16": False,
+        # Gradients would be divided by it, and the loss is not multiplied by it.
+        "loss_scale": None,
         "overlap_param_gather": False,
         "params_dtype": getattr(torch, actor.dtype),
         "fp8_recipe": actor.fp8_recipe if actor.fp8 != "off" else None,
@@ -282,6 +287,17 @@ def _field_problems(cls: type, section: str, given: Mapping[str, Any], derived: 
     return problems + _type_problems(
         cls, section, {k: v for k, v in converted.items() if k in names and k not in derived}
     )
+
+
+def _function_problems(actor: ActorConfig, derived: Mapping[str, Any]) -> list[str]:
+    """Returns problems of fields that may change the function of the model, without those that hold functions."""
+    hints = get_type_hints(TransformerConfig)
+    problems = [
+        field_problem(name, value)
+        for name, value in actor.transformer.items()
+        if name in hints and name not in derived and "Callable" not in str(hints[name])
+    ]
+    return [problem for problem in problems if problem]
 
 
 def _type_problems(cls: type, section: str, given: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ class LocalMicroBatch:
         position_ids: ``[1, T]`` int64, positions in the whole sequences.
         labels: ``[1, T]`` int64, the token after each position.
         mask: ``[T]`` bool, true if the label is in the loss.
+        padding: ``[1, T]`` bool, true for padding.
         advantages: ``[T]`` float32.
         behaviour_log_probs: ``[T]`` float32.
         packed_seq_params: Boundaries of the whole padded sequences. Padding is at the end of its sequence, where causal
@@ -35,6 +36,7 @@ class LocalMicroBatch:
     position_ids: Tensor
     labels: Tensor
     mask: Tensor
+    padding: Tensor
     advantages: Tensor
     behaviour_log_probs: Tensor
     packed_seq_params: PackedSeqParams
@@ -89,6 +91,7 @@ def local_micro_batches(
             position_ids=torch.from_numpy(part.position_ids)[None].to(device),
             labels=torch.from_numpy(part.labels)[None].to(device),
             mask=torch.from_numpy(part.mask).to(device),
+            padding=torch.from_numpy(part.padding)[None].to(device),
             advantages=torch.from_numpy(part.advantages).to(device),
             behaviour_log_probs=torch.from_numpy(part.behaviour_log_probs).to(device),
             packed_seq_params=packed_seq_params,

@@ -21,6 +21,7 @@ from fipo_megatron.actor.attention import PackedCoreAttention
 from fipo_megatron.actor.megatron_config import transformer_config
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.rotary import PackedRotaryEmbedding, inverse_frequencies
+from fipo_megatron.actor.router_losses import replace_routers
 from fipo_megatron.config import ActorConfig
 from fipo_megatron.weights.architecture import Architecture
 
@@ -108,7 +109,7 @@ def build_model(architecture: Architecture, actor: ActorConfig, layout: RankLayo
 def _build_chunk(
     architecture: Architecture, actor: ActorConfig, config: TransformerConfig, layout: RankLayout, stage: int | None
 ) -> HiddenStateGPTModel:
-    return HiddenStateGPTModel(
+    chunk = HiddenStateGPTModel(
         config=config,
         transformer_layer_spec=_block_spec(config, stage),
         vocab_size=architecture.padded_vocab(actor.vocab_multiple * layout.tensor_size),
@@ -120,6 +121,8 @@ def _build_chunk(
         frequencies=inverse_frequencies(architecture.rope, architecture.head_dim).to(layout.device),
         true_vocab_size=architecture.vocab,
     )
+    replace_routers(chunk)
+    return chunk
 
 
 def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from fipo_megatron.actor.megatron_config import ddp_config, optimizer_config
 from fipo_megatron.actor.model import HiddenStateGPTModel
@@ -18,9 +20,10 @@ def wrap_for_training(chunks: Sequence[HiddenStateGPTModel], actor: ActorConfig)
 
     Sets the functions that Megatron's schedules read from the chunks' ``config``: ``finalize_model_grads_func``,
     without which the gradients of norms under tensor parallelism and of tied embeddings under pipeline parallelism are
-    wrong, and ``no_sync_func`` for overlapped reduction.
+    wrong, and ``no_sync_func`` for overlapped reduction. Marks the parameters of experts for the gradient norm.
     """
     config = chunks[0].config
+    mark_expert_parameters(chunks)
     wrapped = [
         # Only the first chunk's gradients are final early enough for buckets to overlap anything.
         DistributedDataParallel(config, ddp_config(actor), chunk, disable_bucketing=number > 0)
@@ -32,6 +35,20 @@ def wrap_for_training(chunks: Sequence[HiddenStateGPTModel], actor: ActorConfig)
     if actor.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def mark_expert_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Marks the parameters of the experts as split over ranks, as Megatron's own layers do.
+
+    The gradient norm leaves out an unmarked parameter on every tensor-parallel rank but the first, as a copy
+    (``param_is_not_tensor_parallel_duplicate`` in ``tensor_parallel/layers.py``). Transformer Engine's GroupedLinear
+    does not mark its parameters from version 2.13 on.
+    """
+    for chunk in chunks:
+        for layer in chunk.modules():
+            if isinstance(layer, MoELayer):
+                for parameter in layer.experts.parameters():
+                    setattr(parameter, "tensor_model_parallel", True)  # noqa: B010 - Megatron's own attribute
 
 
 def build_optimizer(

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
 
 
+_FILTERED = (
+    "tokens outside the nucleus are never drawn, and the log-probs of the others are those before filtering, so "
+    "mismatch/* and algorithm.importance_cap do not show or correct this"
+)
+
+
 def find_conflicts(config: Config) -> list[str]:
     """Lists every combination of values that cannot work, a line each: field, value and what would be valid."""
     algorithm, actor, rollout, reward = config.algorithm, config.actor, config.rollout, config.reward
@@ -33,6 +39,11 @@ def find_conflicts(config: Config) -> list[str]:
         problems.append(
             f"rollout.samples_per_prompt = {rollout.samples_per_prompt}: must be at least 2; an advantage compares the "
             "responses to one prompt"
+        )
+    if rollout.top_p < 1 and algorithm.kind != "sft" and not rollout.allow_top_p:
+        problems.append(
+            f"rollout.top_p = {rollout.top_p:g}: must be 1 in training; {_FILTERED}. Set "
+            "rollout.allow_top_p=true to accept this; evaluation.top_p is a setting of its own"
         )
     if reward.overlong_buffer_tokens > rollout.max_response_tokens:
         problems.append(
@@ -188,6 +199,8 @@ def notices(config: Config) -> list[str]:
     ]
     if a.kl_coef and a.kl_estimator == "k1":
         found.append("algorithm.kl_estimator = k1 has zero expected gradient as a loss term; use k2 or k3")
+    if config.rollout.top_p < 1 and a.kind != "sft":
+        found.append(f"rollout.top_p = {config.rollout.top_p:g}: {_FILTERED}")
     staleness = config.rollout.max_staleness
     if staleness and a.importance_cap is None:
         found.append(

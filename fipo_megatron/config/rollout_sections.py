@@ -84,7 +84,10 @@ class RolloutConfig:
         samples_per_prompt: Responses per prompt (G).
         max_response_tokens: Maximum response length.
         temperature: Sampling temperature. Log-probs are those of the tempered distribution.
-        top_p: Cumulative probability of nucleus sampling; 1 disables it.
+        top_p: Cumulative probability of nucleus sampling; 1 disables it. Below 1, responses are not drawn from the
+            policy that is trained, and ``allow_top_p`` must be set.
+        allow_top_p: Accept ``top_p`` below 1. Behaviour log-probs are those before filtering, so neither the mismatch
+            nor importance weights include the filter.
         max_generation_batches: Maximum number of prompt batches that dynamic sampling draws in a step.
         on_exhausted: Reaction to too few groups after ``max_generation_batches``: an error, or a smaller step.
         over_sampling: Oversampling factor. Once enough groups have finished, the rest are aborted.
@@ -105,6 +108,7 @@ class RolloutConfig:
     max_response_tokens: Positive = 20480
     temperature: PositiveNumber = 1.0
     top_p: Fraction = 1.0
+    allow_top_p: bool = False
     max_generation_batches: Positive = 10
     on_exhausted: Literal["error", "smaller"] = "error"
     over_sampling: Annotated[float, Field(ge=1, le=1000)] = 1.0

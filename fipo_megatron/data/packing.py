@@ -140,6 +140,7 @@ class PackedSequences:
         labels: Next token of the same sequence, ``[T]`` int64; 0 at the last position and in the padding.
         position_ids: Positions from 0 in each sequence, continued through the padding, ``[T]`` int64.
         mask: Positions whose label is a response token to learn from, ``[T]`` bool.
+        padding: Positions of padding, ``[T]`` bool; all positions of a filler.
         advantages: Advantage of the label, ``[T]`` float32; 0 outside the mask.
         behaviour_log_probs: The engine's log-prob of the label, ``[T]`` float32; 0 outside the response.
         lengths: Tokens of each sequence without padding, ``[S]`` int32.
@@ -151,6 +152,7 @@ class PackedSequences:
     labels: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    padding: NDArray[np.bool_]
     advantages: NDArray[np.float32]
     behaviour_log_probs: NDArray[np.float32]
     lengths: NDArray[np.int32]
@@ -187,6 +189,7 @@ def pack(
         labels=np.zeros(total, np.int64),
         position_ids=np.arange(total) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
         mask=np.zeros(total, np.bool_),
+        padding=np.ones(total, np.bool_),
         advantages=np.zeros(total, np.float32),
         behaviour_log_probs=np.zeros(total, np.float32),
         lengths=np.array(lengths, np.int32),
@@ -198,6 +201,7 @@ def pack(
         prompt, end = len(trajectory.prompt.tokens), len(trajectory)
         packed.tokens[start : start + prompt] = trajectory.prompt.tokens
         packed.tokens[start + prompt : start + end] = trajectory.tokens
+        packed.padding[start : start + end] = False
         packed.labels[start : start + end - 1] = packed.tokens[start + 1 : start + end]
         response = slice(start + prompt - 1, start + end - 1)
         learn = trajectory.mask & (not (mask_truncated and trajectory.finish_reason == "length"))

@@ -26,6 +26,9 @@ _REQUIRED = (
     "rms_norm_eps",
 )
 
+_UNSUPPORTED = ("quantization_config", "dual_chunk_attention_config")
+"""Keys that must be false or absent for every family: they change what the weights mean, or what an engine computes."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -265,7 +268,9 @@ def _unreadable(config: Mapping[str, Any], family: Family) -> list[str]:
         return problems
     problems = head_problems(config)
     problems += [
-        f"config.json: {key} = {config[key]!r}: not supported" for key in family.unsupported if config.get(key)
+        f"config.json: {key} = {config[key]!r:.200}: not supported"
+        for key in (*family.unsupported, *_UNSUPPORTED)
+        if config.get(key)
     ]
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"config.json: hidden_act = {config['hidden_act']!r}: must be 'silu'")

@@ -57,10 +57,18 @@ def value_problems(config: Mapping[str, Any], *, mixture: bool) -> list[str]:
     dense = config.get("mlp_only_layers")
     if not isinstance(dense, list | None) or not all(type(layer) is int for layer in dense or []):
         problems.append(_problem("mlp_only_layers", dense, "a list of numbers of layers"))
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list | None) or any(kind != "full_attention" for kind in kinds or []):
+        problems.append(_problem("layer_types", kinds, "a list of 'full_attention'"))
     for key in _OBJECTS:
         values = config.get(key)
         if isinstance(values, dict):
             problems += _number_problems(values, _ROPE_NUMBERS, f"{key}.")
+            problems += [
+                _problem(f"{key}.{name}", value, "one value for all layers")
+                for name, value in values.items()
+                if isinstance(value, dict)
+            ]
             problems += [
                 _problem(f"{key}.{name}", values[name], "a number from 0")
                 for name in ("mscale", "mscale_all_dim")

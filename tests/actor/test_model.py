@@ -169,6 +169,18 @@ def config_json(name, **changes):
         ("qwen3 moe", {"num_experts": None, "num_local_experts": None}, "num_experts: missing"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True: not supported"),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types = .* must be a list of 'full_att",
+        ),
+        ("qwen2", {"layer_types": 3}, "layer_types = 3: must be a list of 'full_attention'"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .*fp8.*: not supported"),
+        (
+            "qwen2",
+            {"dual_chunk_attention_config": {"chunk_size": 8}},
+            "dual_chunk_attention_config = .*: not supported",
+        ),
         ("llama2", {"attention_bias": True}, "attention_bias = True: not supported"),
         (
             "qwen2",

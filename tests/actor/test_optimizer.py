@@ -77,3 +77,17 @@ def test_optimizer_of_megatron_by_name(layout):
     )
     assert isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["momentum"] == 0.0
+
+
+def test_experts_are_marked_for_the_gradient_norm(layout):
+    """Transformer Engine's GroupedLinear leaves the attribute out from version 2.13 on."""
+    actor = ActorConfig(dtype="float32", distributed_optimizer=False)
+    architecture = Architecture.from_hf(random_model("qwen3 moe").config.to_dict())
+    chunks = build_model(architecture, actor, layout)
+    experts = [parameter for name, parameter in chunks[0].named_parameters() if ".experts." in name]
+    for parameter in experts:
+        del parameter.tensor_model_parallel
+    wrap_for_training(chunks, actor)
+    assert experts
+    assert all(parameter.tensor_model_parallel for parameter in experts)
+    assert not getattr(chunks[0].decoder.layers[0].mlp.router.weight, "tensor_model_parallel", False)

@@ -122,6 +122,10 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
         (["rollout.samples=3"], ["rollout.samples = 3: unknown key; did you mean rollout.samples_per_prompt?"]),
         (["zzz=1"], ["zzz = 1: unknown key; see the sections: run, model, algorithm, data,"]),
         (["rollout.top_p=2"], ["rollout.top_p = 2: must be less than or equal to 1"]),
+        (
+            ["rollout.top_p=0.9"],
+            ["rollout.top_p = 0.9: must be 1 in training; tokens outside the nucleus are never dr"],
+        ),
         (["rollout.samples_per_prompt=1.5"], ["rollout.samples_per_prompt = 1.5: must be a valid integer"]),
         (["algorithm.kind=gipo"], ["algorithm.kind = 'gipo': must be 'fipo', 'dapo', 'grpo' or 'sft'"]),
         (["algorithm.half_life=true"], ["algorithm.half_life = True: must be a valid number"]),
@@ -334,6 +338,14 @@ def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():
     one_update = ["rollout.prompts_per_step=64"]
     assert load_config(FIPO_32B, [*one_update, "algorithm.allow_inert=true"]).updates_per_step == 1
     assert load_config(FIPO_32B, [*one_update, "algorithm.kind=dapo"]).updates_per_step == 1
+
+
+def test_nucleus_sampling_can_be_allowed_and_is_free_in_evaluation():
+    assert load_config(FIPO_32B, ["evaluation.top_p=0.5"]).evaluation.top_p == 0.5
+    allowed = load_config(FIPO_32B, ["rollout.top_p=0.9", "rollout.allow_top_p=true"])
+    assert any("rollout.top_p = 0.9: tokens outside the nucleus" in notice for notice in notices(allowed))
+    sft = load_config(FIPO_32B, ["algorithm.kind=sft", "rollout.top_p=0.9"])
+    assert not any("top_p" in notice for notice in notices(sft))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -64,13 +67,16 @@ ARCHITECTURES = {
     "qwen3-moe": ("Qwen3Moe", {"tie_word_embeddings": False, **_MIXTURE}),
 }
 
+# Architectures with fields of TransformerConfig after the comma. The losses make up most of a router's gradient.
+TRANSFORMER = {"qwen3-moe, router losses": {"moe_aux_loss_coeff": 0.2, "moe_z_loss_coeff": 0.05}}
+
 
 def build_transformers_model(name: str) -> torch.nn.Module:
     """Returns a tiny random model in float32, the same on every rank, with non-trivial norms and biases."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
-    family, changes = ARCHITECTURES[name]
+    family, changes = ARCHITECTURES[name.partition(",")[0]]
     config = getattr(transformers, f"{family}Config")(**(_SMALL | changes))
     torch.manual_seed(11)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
@@ -102,8 +108,11 @@ class Expected:
     grad_norm: float = 0.0
 
 
-def make_expected(model: torch.nn.Module) -> Expected:
-    """Draws responses, and old log-probs near the model's; computes loss and gradient of the first step in float64."""
+def make_expected(model: torch.nn.Module, losses: Mapping[str, float] = MappingProxyType({})) -> Expected:
+    """Draws responses, and old log-probs near the model's; computes loss and gradient of the first step in float64.
+
+    ``losses`` has the coefficients of the routers' auxiliary losses.
+    """
     model = copy.deepcopy(model).double()
     rng = np.random.default_rng(5)
     texts = [(rng.integers(0, VOCAB, p), rng.integers(0, VOCAB, r)) for p, r in LENGTHS]
@@ -120,7 +129,7 @@ def make_expected(model: torch.nn.Module) -> Expected:
         mask[0] = True
         trajectories.append(Trajectory(Prompt(f"p{number}", prompt, ""), 0, response, old, mask, advantage=advantage))
     expected = Expected(log_probs, trajectories)
-    expected.loss, expected.denominator = backward(model, trajectories)
+    expected.loss, expected.denominator = backward(model, trajectories, losses=losses)
     expected.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     expected.grad_norm = float(
         torch.stack([g.double().square().sum() for g in expected.gradients.values()]).sum().sqrt()
@@ -136,11 +145,15 @@ def response_log_probs(model: torch.nn.Module, prompt: np.ndarray, response: np.
 
 
 def backward(
-    model: torch.nn.Module, trajectories: list[Trajectory], config: PolicyLossConfig = ALGORITHM
+    model: torch.nn.Module,
+    trajectories: list[Trajectory],
+    config: PolicyLossConfig = ALGORITHM,
+    losses: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[float, int]:
-    """Sets the gradients of the mini-batch loss; returns the loss and its denominator."""
+    """Sets the gradients of the mini-batch loss; returns the loss, without auxiliary losses, and its denominator."""
     model.zero_grad()
-    log_probs = [response_log_probs(model, t.prompt.tokens, t.tokens) for t in trajectories]
+    with router_logits(model) as routers:
+        log_probs = [response_log_probs(model, t.prompt.tokens, t.tokens) for t in trajectories]
     responses = [
         reference.Response(
             current.detach().double().numpy(),
@@ -152,8 +165,42 @@ def backward(
     ]
     loss, gradients, denominator, _ = reference.mini_batch(responses, config)
     upstream = [torch.from_numpy(gradient) for gradient in gradients]
-    sum((current * g).sum() for current, g in zip(log_probs, upstream, strict=True)).backward()
+    total = sum((current * g).sum() for current, g in zip(log_probs, upstream, strict=True))
+    if losses:
+        total = total + auxiliary_losses(model, [torch.cat(logits) for logits in routers], losses) / denominator
+    total.backward()
     return float(loss), denominator
+
+
+@contextmanager
+def router_logits(model: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
+    """Records the logits ``[tokens, experts]`` of every forward pass in the block, by layer."""
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    found: list[list[Tensor]] = [[] for _ in routers]
+    hooks = [
+        router.register_forward_pre_hook(
+            lambda module, inputs, logits=logits: logits.append(inputs[0].flatten(0, -2) @ module.weight.T)
+        )
+        for router, logits in zip(routers, found, strict=True)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def auxiliary_losses(model: torch.nn.Module, routers: list[Tensor], losses: Mapping[str, float]) -> Tensor:
+    """Returns the sum over routers and tokens of the load-balancing loss and the z-loss, with loads of all tokens."""
+    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    total = torch.zeros((), dtype=torch.float64)
+    for logits in routers:
+        chosen = logits.topk(top_k).indices
+        loads = torch.tensor([float((chosen == expert).sum()) for expert in range(experts)]) / chosen.numel()
+        balance = experts * (loads.double() * logits.softmax(-1)).sum()
+        total = total + losses["moe_aux_loss_coeff"] * balance
+        total = total + losses["moe_z_loss_coeff"] * logits.exp().sum(-1).log().square().sum()
+    return total
 
 
 def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dict[str, Tensor]:
@@ -167,7 +214,7 @@ def optimizer_steps(name: str, trajectories: list[Trajectory], kind: str) -> dic
     if kind == "adam":
         optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999), eps=settings["adam_eps"])
     for _ in range(STEPS[kind]):
-        backward(model, trajectories)
+        backward(model, trajectories, losses=TRANSFORMER.get(name, {}))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return {key: value.clone() for key, value in model.state_dict().items()}
@@ -201,7 +248,7 @@ def reference_of(name: str) -> Reference:
         found: Reference = torch.load(Path(directory) / f"{name}.pt", weights_only=False)
         return found
     model = build_transformers_model(name)
-    expected = make_expected(model)
+    expected = make_expected(model, TRANSFORMER.get(name, {}))
     return Reference(
         config=model.config.to_dict() | {"architectures": [type(model).__name__]},
         start=model.state_dict(),
@@ -212,5 +259,5 @@ def reference_of(name: str) -> Reference:
 
 def write_references(directory: Path) -> None:
     """Computes the references of all architectures once, for jobs of several ranks."""
-    for name in ARCHITECTURES:
+    for name in (*ARCHITECTURES, *TRANSFORMER):
         torch.save(reference_of(name), directory / f"{name}.pt")

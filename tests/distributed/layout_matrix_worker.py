@@ -32,6 +32,7 @@ SP, VPP2, CP4 = {"sequence_parallel": True}, {"virtual_pipeline": 2}, {"context_
 EP2 = {"expert_parallel": 2}
 DENSE = ("qwen2", "qwen3")
 MIXTURE = ("qwen3-moe",)
+LOSSES = tuple(layout_cases.TRANSFORMER)
 
 DISTRIBUTED = {"distributed_optimizer": True}
 OVERLAPPED = DISTRIBUTED | {"overlap_grad_reduce": True}
@@ -40,7 +41,7 @@ BF16 = DISTRIBUTED | {"dtype": "bfloat16"}
 # World size -> name of the layout -> (parallel sizes, changes to the actor's settings, architectures).
 LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]]] = {
     1: {
-        "one rank": ({}, {}, tuple(layout_cases.ARCHITECTURES)),
+        "one rank": ({}, {}, (*layout_cases.ARCHITECTURES, *LOSSES)),
         "one rank, distributed optimizer": ({}, DISTRIBUTED, DENSE),
         "one rank, bf16": ({}, BF16, DENSE),
     },
@@ -49,11 +50,13 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ..
         "TP2+SP": (TP2 | SP, {}, DENSE),
         "PP2": (PP2, {}, (*DENSE, "qwen2-tied-yarn")),
         "PP2+VPP2": (PP2 | VPP2, {}, DENSE),
-        "CP2": (CP2, {}, (*DENSE, "llama3", *MIXTURE)),
-        "DP2": ({}, {}, DENSE),
+        "CP2": (CP2, {}, (*DENSE, "llama3", *LOSSES)),
+        "DP2": ({}, {}, (*DENSE, *LOSSES)),
         "DP2, distributed optimizer": ({}, DISTRIBUTED, DENSE),
         "DP2, distributed optimizer, overlapped": ({}, OVERLAPPED, ("qwen3",)),
-        "EP2": (EP2, {}, MIXTURE),
+        "EP2": (EP2, {}, (*MIXTURE, *LOSSES)),
+        "TP2+SP, recompute": (TP2 | SP, {"recompute": "full"}, LOSSES),
+        "PP2+VPP2, recompute": (PP2 | VPP2, {"recompute": "selective"}, LOSSES),
         "TP2+SP, bf16": (TP2 | SP, BF16, ("qwen3",)),
         "PP2+VPP2, bf16": (PP2 | VPP2, BF16, ("qwen3",)),
         "CP2, bf16": (CP2, BF16, ("qwen3",)),
@@ -61,14 +64,15 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ..
     },
     4: {
         "TP2 CP2": (TP2 | CP2, {}, DENSE),
-        "TP2+SP CP2": (TP2 | SP | CP2, {}, DENSE),
+        "TP2+SP CP2": (TP2 | SP | CP2, {}, (*DENSE, *LOSSES)),
         "TP2 PP2": (TP2 | PP2, {}, DENSE),
         "CP2 PP2": (CP2 | PP2, {}, DENSE),
         "CP2 DP2": (CP2, {}, DENSE),
         "CP2 DP2, distributed optimizer": (CP2, DISTRIBUTED, DENSE),
         "PP2 DP2": (PP2, {}, DENSE),
-        "CP4": (CP4, {}, DENSE),
-        "TP2+SP EP2": (TP2 | SP | EP2, {}, MIXTURE),
+        "CP4": (CP4, {}, (*DENSE, *LOSSES)),
+        "TP2+SP EP2": (TP2 | SP | EP2, {}, LOSSES),
+        "TP2+SP PP2": (TP2 | SP | PP2, {}, LOSSES),
     },
 }
 
@@ -88,6 +92,7 @@ class Case:
             "vocab_multiple": 8,
             "log_prob_chunk_tokens": 50,
             "optimizer": OptimizerConfig(**layout_cases.OPTIMIZERS[kind]),
+            "transformer": layout_cases.TRANSFORMER.get(architecture, {}),
             "megatron_optimizer": {} if kind == "adam" else {"optimizer": "sgd", "sgd_momentum": 0.0},
         }
         actor = ActorConfig(**(settings | changes))
@@ -115,6 +120,9 @@ class Case:
     def load(self, chunks: list[Any]) -> None:
         for chunk in chunks:
             hf_reference.load(chunk, self.start, self.architecture, self.layout)
+            for name, parameter in chunk.named_parameters():
+                if ".experts." in name:  # Transformer Engine's GroupedLinear does not set it from version 2.13 on
+                    del parameter.tensor_model_parallel
 
     def distance(
         self,

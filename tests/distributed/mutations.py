@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import actor as actor_module
+from fipo_megatron.actor.router_losses import MiniBatchRouter
 from fipo_megatron.algorithm import policy_loss as loss_module
 
 # Fault -> the layout and architecture in which it shows.
@@ -19,6 +20,7 @@ SHOWS_IN = {
     "loss scaled by cp": ("CP2", "qwen3"),
     "denominator local": ("DP2", "qwen3"),
     "finalize_model_grads skipped": ("TP2", "qwen3"),
+    "router losses divided by cp": ("CP2", "qwen3-moe, router losses"),
 }
 
 
@@ -36,6 +38,8 @@ def applied(name: str | None, actor: Any) -> Iterator[None]:
         target, attribute, fault = loss_module, "chunk_carries", zero_carries(loss_module.chunk_carries)
     elif name == "loss scaled by cp":
         target, attribute, fault = actor_module, "policy_loss", scaled_loss(actor.layout.context.size)
+    elif name == "router losses divided by cp":
+        target, attribute, fault = MiniBatchRouter, "_loss", divided_losses(actor.layout.context.size)
     else:
         target, attribute = actor.chunks[0].config, "finalize_model_grads_func"
         fault = local_denominator if name == "denominator local" else only_data_parallel
@@ -57,6 +61,11 @@ def scaled_loss(factor: int) -> Any:
         return replace(output, numerator=factor * output.numerator)
 
     return fault
+
+
+def divided_losses(divisor: int) -> Any:
+    original = MiniBatchRouter._loss
+    return lambda self, logits, real_T: original(self, logits, real_T) / divisor
 
 
 def local_denominator(model: list[Any], num_tokens: torch.Tensor, **_: Any) -> None:

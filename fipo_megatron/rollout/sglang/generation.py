@@ -10,7 +10,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, RequestError, check_request
+from fipo_megatron.rollout.engine import (
+    EngineError,
+    Generation,
+    GenerationRequest,
+    RequestError,
+    SamplingParameters,
+    check_request,
+)
 from fipo_megatron.rollout.sglang.control import UNAUTHORISED, ControlClient
 from fipo_megatron.rollout.sglang.responses import MalformedAnswerError, error_text, parse_generation
 from fipo_megatron.rollout.sglang.worker_pool import Worker, WorkerPool
@@ -135,15 +142,7 @@ class GenerationRequests:
             raise _WorkerLostError(str(error)) from error
 
     def _payload(self, request: GenerationRequest, attempt: str) -> dict[str, Any]:
-        sampling = request.sampling
-        parameters = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            # SGLang would ignore the given stop tokens, too; with them it also stops at the model's own.
-            "ignore_eos": not sampling.stop_token_ids,
-        }
+        parameters = sampling_fields(request.sampling)
         if self._deterministic:
             parameters["sampling_seed"] = request.seed % (1 << 31)
         return {
@@ -172,3 +171,26 @@ class GenerationRequests:
 def _nothing_sampled() -> Generation:
     """Returns the result of a request that was aborted before its first attempt."""
     return Generation(np.empty(0, np.int32), np.empty(0, np.float32), (), "abort")
+
+
+def sampling_fields(sampling: SamplingParameters) -> dict[str, Any]:
+    """Returns ``sampling_params`` of SGLang's ``/generate``.
+
+    Every field that changes the distribution is given: a server's ``preferred_sampling_params`` fills in those that a
+    request leaves out, and the log-probs that it returns do not show a filter.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": None,
+        "min_new_tokens": 0,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        # SGLang would ignore the given stop tokens, too; with them it also stops at the model's own.
+        "ignore_eos": not sampling.stop_token_ids,
+    }
