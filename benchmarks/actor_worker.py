@@ -28,7 +28,6 @@ from benchmarks.log_probs import WIDTH, resident_bytes
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
-from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import LocalMicroBatch
 from fipo_megatron.config import ActorConfig, Config, ParallelConfig
 from fipo_megatron.data.packing import MiniBatch, plan_micro_batches
@@ -101,7 +100,7 @@ class Setup:
         trajectories = [trajectory(number, length, self.columns) for number, length in enumerate(lengths)]
         settings = self.actor.config.actor
         plan = plan_micro_batches(
-            [self.layout.context.padded_length(length, token_multiple(settings)) for length in lengths],
+            [self.layout.context.padded_length(length) for length in lengths],
             [range(len(lengths))],
             token_budget=budget,
             data_parallel_size=self.layout.data_size,

@@ -24,7 +24,7 @@ from torch import Tensor
 from fipo_megatron.actor import noise_floor
 from fipo_megatron.actor.fp8 import drop_weight_copies, frozen_scaling
 from fipo_megatron.actor.log_probs import TokenLogProbs, megatron_token_log_probs
-from fipo_megatron.actor.megatron_config import check_auxiliary_losses, token_multiple
+from fipo_megatron.actor.megatron_config import check_auxiliary_losses
 from fipo_megatron.actor.micro_batches import LocalMicroBatch, local_micro_batches
 from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
 from fipo_megatron.actor.offload import Offloaded
@@ -38,6 +38,7 @@ from fipo_megatron.algorithm.future_kl import gather_over
 from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
 from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.config import Config
+from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
 from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.weights.architecture import Architecture
@@ -100,10 +101,12 @@ class MegatronActor:
         Raises:
             ValueError: see :func:`.data.packing.plan_micro_batches`.
         """
+        # The end of a micro-batch is padded, too: only whole multiples fit into the budget.
+        multiple, budget = micro_batch_multiple(self.config.actor), self.config.actor.token_budget
         return plan_micro_batches(
-            [self.layout.context.padded_length(length, self.token_multiple) for length in lengths],
+            [self.layout.context.padded_length(length) for length in lengths],
             mini_batches,
-            token_budget=self.config.actor.token_budget,
+            token_budget=budget // multiple * multiple,
             data_parallel_size=self.layout.data_size,
             micro_batch_multiple=self._micro_batch_multiple,
         )

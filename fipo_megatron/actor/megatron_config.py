@@ -124,19 +124,6 @@ def optimizer_config(actor: ActorConfig) -> OptimizerConfig:
     return OptimizerConfig(**({"optimizer": "adam"} | given | _derived_optimizer(actor)))
 
 
-def token_multiple(actor: ActorConfig) -> int:
-    """Returns the divisor of the number of tokens of a micro-batch on one context-parallel rank.
-
-    Sequence parallelism splits the tokens into ``tensor_parallel`` parts. FP8 matrix products need multiples of 16
-    (``get_fp8_align_size`` of ``megatron/core/fp8_utils.py``). Blockwise scaling shares a scale between 128 tokens; a
-    block must not lie on two tensor-parallel ranks, which would compute two scales.
-    """
-    parts = actor.parallel.tensor_parallel if actor.parallel.sequence_parallel else 1
-    if actor.fp8 == "off":
-        return parts
-    return 128 * parts if actor.fp8_recipe == "blockwise" else math.lcm(16, parts)
-
-
 def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
     """Returns the fields that follow from the model and from our own settings."""
     parallel, mixture, fp8 = actor.parallel, architecture.mixture, actor.fp8 != "off"
@@ -194,8 +181,6 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",
         "use_cpu_initialization": not cuda,
-        # Megatron-Core's own default is deprecated and warns.
-        "cuda_graph_scope": [],
         # On the CPU it works, but compiles for many seconds.
         "bias_activation_fusion": cuda,
         # There is no bias and no dropout to fuse, and the fused function is compiled again for every length.
@@ -212,6 +197,9 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
         "batch_p2p_comm": cuda and not interleaved,
         "overlap_p2p_comm": interleaved,
     }
+    # The default of either version is deprecated and warns.
+    names = {field.name for field in fields(TransformerConfig)}
+    defaults["cuda_graph_modules" if "cuda_graph_modules" in names else "cuda_graph_scope"] = []
     if actor.recompute == "selective":
         # Attention keeps little (linear in the tokens); most activation memory is inside the MLPs.
         defaults["recompute_modules"] = ["mlp", "moe"] if architecture.mixture else ["mlp"]

@@ -76,12 +76,12 @@ def local_micro_batches(
         if not boundaries_on_host:
             cu_seqlens = cu_seqlens.to(device)
         longest = int((whole.cu_seqlens[1:] - whole.cu_seqlens[:-1]).max())
+        # Padding belongs to its sequence. Boundaries of padded sequences beside these would make Transformer Engine
+        # compare the two, which waits for the device twice in every layer.
         packed_seq_params = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )

@@ -137,7 +137,8 @@ def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBloc
     for layer in block.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
-        if parts.mlp.module is MoELayer:
+        # A specification in megatron-core 0.16, a functools.partial in 0.19.
+        if (getattr(parts.mlp, "module", None) or getattr(parts.mlp, "func", None)) is MoELayer:
             # Checkpoints use the names of Transformer Engine's layers, which fuse this norm in dense layers only.
             parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share one specification
         attention = parts.self_attention.submodules

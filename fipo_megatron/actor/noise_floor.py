@@ -78,11 +78,19 @@ def check(
         if not value <= bound:
             raise NoiseError(
                 f"actor.{field} = {bound:g}: the log-prob pass and the training pass differ by {value:g} at equal "
-                "weights; look for kernels that are not deterministic, FP8 scaling, or different packing",
+                "weights; look for kernels that are not deterministic, FP8 scaling, or different packing"
+                + _nvls(actor),
                 floor,
             )
     logger.info("noise floor at equal weights: |d| <= %.3g, |F| <= %.3g", floor.shift, floor.future_kl)
     return floor
+
+
+def _nvls(actor: MegatronActor) -> str:
+    """Returns a hint at NCCL's all-reduce in NVLink switches, which adds in an order of its own."""
+    if actor.layout.tensor_size == 1 or actor.layout.device.type != "cuda":
+        return ""
+    return "; with tensor parallelism also at NCCL's all-reduce in NVLink switches, which NCCL_NVLS_ENABLE=0 turns off"
 
 
 def _drift_only(algorithm: PolicyLossConfig) -> PolicyLossConfig:

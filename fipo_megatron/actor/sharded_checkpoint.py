@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedStateDict,
@@ -163,7 +163,7 @@ def write(
             _write(staged.tensors, partial, progress, group)
         with raise_on_all_ranks("save_weights", group):
             if layout.rank == 0:
-                save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+                torch_dist.write_backend(partial)
                 torch_dist.check_files(partial)
                 (partial / torch_dist.HUGGING_FACE).mkdir()
                 hf_files.add_companions(source, partial / torch_dist.HUGGING_FACE)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 from fipo_megatron.config.actor_sections import IMPORTANCE_CAP, ActorConfig, ParallelConfig
+from fipo_megatron.config.padding import micro_batch_multiple
 from fipo_megatron.config.rollout_sections import RolloutConfig
 
 if TYPE_CHECKING:
@@ -50,14 +51,13 @@ def find_conflicts(config: Config) -> list[str]:
             f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: must be at most "
             f"rollout.max_response_tokens = {rollout.max_response_tokens}"
         )
-    parallel = actor.parallel
-    multiple = 2 * parallel.context_parallel if parallel.context_parallel > 1 else 1
-    multiple *= parallel.tensor_parallel if parallel.sequence_parallel else 1
+    multiple = micro_batch_multiple(actor)
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if (padded := -(-longest // multiple) * multiple) > actor.token_budget:
         problems.append(
             f"actor.token_budget = {actor.token_budget}: must be at least data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {longest}, padded for actor.parallel to a multiple of {multiple}: {padded}"
+            f"rollout.max_response_tokens = {longest}, padded for actor.parallel and actor.fp8 to a multiple of "
+            f"{multiple}: {padded}"
         )
     return problems + _actor_conflicts(actor) + _server_conflicts(rollout) + _run_conflicts(config)
 

@@ -7,6 +7,7 @@ packed sequences. Rank and size are arguments, so one process can build and chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +52,20 @@ class CpLayout:
         }
         return tuple(held[chunk] for chunk in range(self.num_chunks))
 
-    def padded_length(self, length: int, multiple_of: int = 1) -> int:
-        """Rounds a length up so that all chunks have the same length, a multiple of ``multiple_of``.
+    def padded_length(self, length: int) -> int:
+        """Rounds the length of a sequence up so that all chunks have the same length."""
+        return -(-length // self.num_chunks) * self.num_chunks
 
-        Sequence parallelism requires ``multiple_of`` = tensor-parallel size; FP8 recipes require more.
+    def padded_total(self, tokens: int, multiple_of: int) -> int:
+        """Rounds the tokens of a micro-batch up so that each rank's part is a multiple of ``multiple_of``.
+
+        Args:
+            tokens: Sum of the padded lengths of the sequences.
+            multiple_of: Divisor of the tokens of one rank. Sequence parallelism requires the tensor-parallel size; FP8
+                recipes require more.
         """
-        step = self.num_chunks * multiple_of
-        return -(-length // step) * step
+        step = math.lcm(self.num_chunks, self.size * multiple_of)
+        return -(-tokens // step) * step
 
     def chunk_lengths(self, cu_seqlens: Sequence[int] | NDArray[Any]) -> list[int]:
         """Returns the tokens in one chunk of each packed sequence.

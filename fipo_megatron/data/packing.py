@@ -175,15 +175,15 @@ def pack(
         trajectories: Trajectories in packing order. An empty sequence makes a filler: one fully masked sequence of the
             shortest valid length.
         layout: Layout that sets the padding; only its size matters.
-        multiple_of: Divisor of the chunk lengths; see :meth:`.CpLayout.padded_length`.
+        multiple_of: Divisor of the tokens of one context-parallel rank. The last sequence is padded up to it.
         mask_truncated: Whether responses that were cut off at the length limit are masked.
 
     Raises:
         ValueError: A trajectory has no advantage.
     """
     lengths = [len(trajectory) for trajectory in trajectories] or [1]
-    cu_seqlens = np.cumsum([0] + [layout.padded_length(length, multiple_of) for length in lengths], dtype=np.int32)
-    total = int(cu_seqlens[-1])
+    cu_seqlens = np.cumsum([0] + [layout.padded_length(length) for length in lengths], dtype=np.int32)
+    cu_seqlens[-1] = total = layout.padded_total(int(cu_seqlens[-1]), multiple_of)
     packed = PackedSequences(
         tokens=np.zeros(total, np.int64),
         labels=np.zeros(total, np.int64),

@@ -27,6 +27,7 @@ HUGGING_FACE = "huggingface"
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+"""Content of metadata.json. megatron-core 0.19 would leave out the backend of the common state, which 0.16 needs."""
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes in which Megatron-Core trains."""
 
@@ -82,6 +83,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("pathlib", "PosixPath"):
             return type(name, (), {"__init__": lambda self, *parts: None})  # path of the writer; unused
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the metadata of a checkpoint")
+
+
+def write_backend(path: Path) -> None:
+    """Writes metadata.json, which all supported versions of Megatron-Core read."""
+    (path / BACKEND).write_text(json.dumps(_FORMAT | {"common_backend_version": 1}), encoding="utf-8")
 
 
 def read_metadata(path: Path) -> Metadata:

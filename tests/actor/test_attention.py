@@ -1,6 +1,7 @@
 """Attention of packed sequences: values compared with the definition, and memory."""
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -228,7 +229,9 @@ def groups():
 
 def config(**changes):
     sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
-    neutral = {"attention_dropout": 0.0, "masked_softmax_fusion": False, "cuda_graph_scope": []}
+    names = {field.name for field in fields(TransformerConfig)}  # of the installed megatron-core
+    graphs = {"cuda_graph_modules" if "cuda_graph_modules" in names else "cuda_graph_scope": []}
+    neutral = {"attention_dropout": 0.0, "masked_softmax_fusion": False} | graphs
     return TransformerConfig(**(sizes | neutral | changes))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.megatron_config import check, token_multiple, transformer_config
+from fipo_megatron.actor.megatron_config import check, transformer_config
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.actor.rotary import inverse_frequencies
 from fipo_megatron.config import ActorConfig, ParallelConfig
@@ -290,22 +290,6 @@ def test_fields_can_be_set_by_name():
 
 def test_auxiliary_loss_is_off_unless_asked_for():
     assert transformer_config(architecture_of(random_model("qwen3 moe")), ActorConfig()).moe_aux_loss_coeff == 0
-
-
-@pytest.mark.parametrize(
-    ("fp8", "recipe", "tensor_parallel", "multiple"),
-    [
-        ("off", "blockwise", 1, 1),
-        ("off", "blockwise", 4, 4),
-        ("e4m3", "blockwise", 1, 128),
-        ("e4m3", "blockwise", 2, 256),
-        ("hybrid", "tensorwise", 4, 16),
-        ("hybrid", "delayed", 32, 32),
-    ],
-)
-def test_token_multiple(fp8, recipe, tensor_parallel, multiple):
-    layout = ParallelConfig(tensor_parallel=tensor_parallel, sequence_parallel=tensor_parallel > 1)
-    assert token_multiple(ActorConfig(fp8=fp8, fp8_recipe=recipe, parallel=layout)) == multiple
 
 
 def test_real_config_json_is_read(tmp_path):

@@ -85,7 +85,7 @@ def split_gradient(algorithm, batch, config, *, dp=1, cp=1, budget=10_000, multi
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(batch))]
     layout = CpLayout(cp)
     plan = plan_micro_batches(
-        [layout.padded_length(len(t), multiple_of) for t in trajectories],
+        [layout.padded_length(len(t)) for t in trajectories],
         [order],
         token_budget=budget,
         data_parallel_size=dp,

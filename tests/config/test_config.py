@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fipo_megatron.config import Config, ConfigError, as_dict, keys, load_config, notices
+from fipo_megatron.config import (
+    ActorConfig,
+    Config,
+    ConfigError,
+    ParallelConfig,
+    as_dict,
+    keys,
+    load_config,
+    notices,
+    padding,
+)
 from fipo_megatron.config.renamed_keys import RENAMED_KEYS
 
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
@@ -160,7 +170,7 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
                 "rollout.max_response_tokens=20481",
                 "actor.parallel={context_parallel: 4, tensor_parallel: 2, sequence_parallel: true}",
             ],
-            ["= 22529, padded for actor.parallel to a multiple of 16: 22544"],
+            ["= 22529, padded for actor.parallel and actor.fp8 to a multiple of 8: 22536"],
         ),
         (["rollout.max_response_tokens=1000"], ["reward.overlong_buffer_tokens = 4096: must be at most"]),
         (
@@ -409,3 +419,37 @@ def test_off_is_a_word(text, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"data.shuffle = '(off|Off)': must be a valid boolean"):
         load_config(file, [f"data.shuffle={text}"])
+
+
+@pytest.mark.parametrize(
+    ("fp8", "recipe", "tensor", "context", "per_rank", "in_all"),
+    [
+        ("off", "blockwise", 1, 1, 1, 1),
+        ("off", "blockwise", 4, 1, 4, 4),
+        ("off", "blockwise", 1, 2, 1, 4),
+        ("e4m3", "blockwise", 1, 1, 128, 128),
+        ("e4m3", "blockwise", 8, 2, 1024, 2048),
+        ("hybrid", "tensorwise", 8, 1, 128, 128),
+        ("hybrid", "delayed", 1, 4, 16, 64),
+    ],
+)
+def test_tokens_of_a_micro_batch(fp8, recipe, tensor, context, per_rank, in_all):
+    """FP8 needs its multiple in the part of every tensor-parallel rank, not only in all of them together."""
+    layout = ParallelConfig(tensor_parallel=tensor, sequence_parallel=tensor > 1, context_parallel=context)
+    actor = ActorConfig(fp8=fp8, fp8_recipe=recipe, parallel=layout)
+    assert padding.token_multiple(actor) == per_rank
+    assert padding.micro_batch_multiple(actor) == in_all
+
+
+@pytest.mark.parametrize(("budget", "problem"), [(22_528, ""), (22_527, "multiple of 2048: 22528"), (20_480, "22528")])
+def test_padding_for_fp8_is_part_of_the_token_budget(budget, problem):
+    overrides = [
+        *("data.max_prompt_tokens=2048", "rollout.max_response_tokens=20480", f"actor.token_budget={budget}"),
+        *("actor.fp8=e4m3", "actor.parallel.tensor_parallel=8", "actor.parallel.sequence_parallel=true"),
+        "actor.parallel.context_parallel=2",
+    ]
+    if not problem:
+        assert load_config(FIPO_32B, overrides).actor.token_budget == budget
+        return
+    with pytest.raises(ConfigError, match=f"actor.token_budget = {budget}.*{problem}"):
+        load_config(FIPO_32B, overrides)

@@ -12,13 +12,13 @@ sizes = st.sampled_from([1, 2, 3, 4, 8])
 raw_lengths = st.lists(st.integers(1, 200), min_size=1, max_size=6)
 
 
-def boundaries(size, lengths, multiple_of=1):
-    return np.cumsum([0] + [CpLayout(size).padded_length(length, multiple_of) for length in lengths])
+def boundaries(size, lengths):
+    return np.cumsum([0] + [CpLayout(size).padded_length(length) for length in lengths])
 
 
-@given(size=sizes, lengths=raw_lengths, multiple_of=st.integers(1, 4))
-def test_slices_are_a_partition_and_unslice_inverts(size, lengths, multiple_of):
-    cu_seqlens = boundaries(size, lengths, multiple_of)
+@given(size=sizes, lengths=raw_lengths)
+def test_slices_are_a_partition_and_unslice_inverts(size, lengths):
+    cu_seqlens = boundaries(size, lengths)
     packed = np.random.default_rng(0).random((cu_seqlens[-1], 2))
     layouts = [CpLayout(size, rank) for rank in range(size)]
     parts = [layout.slice(packed, cu_seqlens) for layout in layouts]
@@ -28,12 +28,18 @@ def test_slices_are_a_partition_and_unslice_inverts(size, lengths, multiple_of):
     assert np.array_equal(np.sort(indices), np.arange(cu_seqlens[-1]))
 
 
-@given(size=sizes, length=st.integers(1, 500), multiple_of=st.integers(1, 4))
-def test_padding_is_the_least_that_fits(size, length, multiple_of):
+@given(size=sizes, lengths=raw_lengths, multiple_of=st.integers(1, 40))
+def test_padding_is_the_least_that_fits(size, lengths, multiple_of):
     layout = CpLayout(size)
-    padded = layout.padded_length(length, multiple_of)
-    assert padded % (layout.num_chunks * multiple_of) == 0
-    assert length <= padded < length + layout.num_chunks * multiple_of
+    padded = [layout.padded_length(length) for length in lengths]
+    for length, longer in zip(lengths, padded, strict=True):
+        assert longer % layout.num_chunks == 0
+        assert length <= longer < length + layout.num_chunks
+    total = layout.padded_total(sum(padded), multiple_of)
+    assert total % (size * multiple_of) == 0
+    assert total % layout.num_chunks == 0
+    smaller = range(sum(padded), total, layout.num_chunks)
+    assert not any(tokens % (size * multiple_of) == 0 for tokens in smaller)
 
 
 @given(size=sizes, length=st.integers(1, 60))

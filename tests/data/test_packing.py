@@ -105,9 +105,18 @@ def test_truncated_responses_can_be_masked():
     assert masked.advantages.tolist() == [0, 0, 0]
 
 
+def test_only_the_end_of_a_micro_batch_is_padded_to_the_multiple():
+    """Padding every sequence to 8 · 128 tokens per rank would add tokens to each, and not once per micro-batch."""
+    packed = pack([make([1] * 10, [2] * 91), make([1] * 4, [2] * 6), make([1], [2] * 2)], CpLayout(4), multiple_of=1024)
+    assert packed.cu_seqlens.tolist() == [0, 104, 120, 4096]
+    assert packed.lengths.tolist() == [101, 10, 3]
+    assert int(packed.mask.sum()) == 91 + 6 + 2
+    assert packed.position_ids[-1] == 4096 - 120 - 1
+
+
 def test_a_filler_is_one_masked_sequence():
     filler = pack([], CpLayout(4), multiple_of=2)
-    assert filler.cu_seqlens.tolist() == [0, 16]
+    assert filler.cu_seqlens.tolist() == [0, 8]
     assert not filler.mask.any()
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
-from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.algorithm.future_kl import chunk_carries, gather_over, scan_chunks
 from fipo_megatron.config import ActorConfig, Config, OptimizerConfig, ParallelConfig
+from fipo_megatron.config.padding import token_multiple
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor import hf_reference
@@ -101,7 +101,7 @@ class Case:
             Config(actor=actor, algorithm=layout_cases.ALGORITHM), self.architecture, self.layout, self.load
         )
         multiple = token_multiple(actor)
-        padded = [self.layout.context.padded_length(len(t), multiple) for t in self.expected.trajectories]
+        padded = [self.layout.context.padded_length(len(t)) for t in self.expected.trajectories]
         self.plan = plan_micro_batches(
             padded,
             [range(len(padded))],

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
-from fipo_megatron.actor.megatron_config import token_multiple
 from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.config import ActorConfig, Config, OptimizerConfig, ParallelConfig
+from fipo_megatron.config.padding import token_multiple
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import pack, plan_micro_batches
 from fipo_megatron.weights.architecture import Architecture
@@ -111,7 +111,7 @@ class Case:
         config = Config(actor=actor, algorithm=layout_cases.ALGORITHM)
         self.actor = MegatronActor(config, self.reference.architecture, self.layout, self.load)
         self.multiple = token_multiple(actor)
-        padded = [CpLayout().padded_length(len(t), self.multiple) for t in self.trajectories]
+        padded = [CpLayout().padded_length(len(t)) for t in self.trajectories]
         self.plan = plan_micro_batches(padded, [range(len(padded))], token_budget=max(128, *padded))
         (self.members,) = self.plan[0].micro_batches
 
