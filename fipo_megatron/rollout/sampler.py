@@ -295,32 +295,27 @@ class Sampler:
         """Samples groups; returns those that are kept, in the order in which they were complete."""
         sampler = self._group_sampler
         assert sampler is not None
-        sampler.begin_batch(most_failures)
         kept: list[Group] = []
         dropped_unchecked: list[Prompt] = []
-        tasks = [asyncio.create_task(sampler.sample(one)) for one in batch]
+
+        async def decide(group: Group) -> None:
+            self._counts["groups_sampled"] += 1
+            if self._keeps(group):
+                kept.append(group)
+                if self._coordinator.count(1) >= missing:
+                    await sampler.abort()
+            elif _has_failure(group.trajectories):
+                dropped_unchecked.append(group.prompt)
+
         try:
             async with self._watching_other_ranks(sampler, missing):
-                for next_done in asyncio.as_completed(tasks):
-                    found = await next_done
-                    if isinstance(found, PartialGroup):
-                        continue
-                    self._counts["groups_sampled"] += 1
-                    if self._keeps(found):
-                        kept.append(found)
-                        if self._coordinator.count(1) >= missing and not all(task.done() for task in tasks):
-                            await sampler.abort()
-                    elif _has_failure(found.trajectories):
-                        dropped_unchecked.append(found.prompt)
+                partial = await sampler.sample_batch(batch, decide, most_failures)
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             # All prompts of this share are sampled again, also those of kept groups: no prompt is lost.
             self._partial.extendleft(reversed(batch))
             raise
         self._dropped_unchecked += dropped_unchecked
-        self._partial.extend(result for task in tasks if isinstance(result := task.result(), PartialGroup))
+        self._partial.extend(partial)
         return kept
 
     @asynccontextmanager
