@@ -181,8 +181,8 @@ class RolloutEngine(Protocol):
     def driving(self, responses: int) -> AbstractContextManager[None]:
         """Opens a block in which the caller drives the engine: requests this many responses and decides on each.
 
-        An engine whose results must not depend on time takes turns with its driver. It samples only while every response
-        is either requested or given up at the end of its :meth:`deciding` block. Other engines do not wait.
+        An engine whose results must not depend on time takes turns with its driver. It samples only while every
+        response is either requested or given up at the end of its :meth:`deciding` block. Other engines do not wait.
 
         Args:
             responses: Number of responses that the caller will request and decide on.
@@ -191,9 +191,9 @@ class RolloutEngine(Protocol):
     def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:
         """Opens a block in which the driver decides what follows from a response, and then gives it up.
 
-        Every response of a :meth:`driving` block needs one such block. Within it, :meth:`abort` may be called. An engine
-        whose results must not depend on time opens the blocks of finished responses in the order in which it returned
-        them.
+        Every response of a :meth:`driving` block needs one such block. Within it, :meth:`abort` may be called. An
+        engine whose results must not depend on time opens the blocks of finished responses in the order in which it
+        returned them.
 
         Args:
             request_id: ``GenerationRequest.id`` of the last request of the response.

@@ -1,4 +1,4 @@
-"""Samples the responses of a batch of groups. A response that is aborted is continued, or becomes a partial response."""
+"""Samples the responses of a batch of groups. Aborted responses are continued, or become partial responses."""
 
 from __future__ import annotations
 
