@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """The engine cannot continue; the message gives the reason and what to do."""
 
 
+class PermanentEngineError(EngineError):
+    """An error that the same weights and requests cause again, such as log-probs that are not finite."""
+
+
 class RequestError(ValueError):
     """A request that no worker can serve; sending it again does not help."""
 

@@ -14,7 +14,13 @@ import numpy as np
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.trajectory import FinishReason, Group, Score, TokenSpan, Trajectory
 from fipo_megatron.rollout.carry_over import PartialGroup, PartialResponse
-from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.engine import (
+    GenerationRequest,
+    PermanentEngineError,
+    RolloutEngine,
+    SamplingParameters,
+    sampling_seed,
+)
 from fipo_megatron.rollout.sampling_progress import SamplingProgress
 from fipo_megatron.testing import fail_points
 
@@ -72,6 +78,7 @@ class GroupSampler:
 
         Raises:
             EngineError: The engine failed.
+            PermanentEngineError: The engine returned a response that cannot be used.
             VerifierError: There were more than ``most_failures`` failed checks.
         """
         self._aborting = False
@@ -110,6 +117,9 @@ class GroupSampler:
         if not partial:
             return None
         if not self._keep_partial:
+            lengths = [len(one.tokens) for one in found if len(one.tokens)]
+            self._counts["responses_restarted"] += len(lengths)
+            self._counts["tokens_restarted"] += sum(lengths)
             restarted = tuple(PartialResponse.new(group.prompt, response.sample) for response in group.partial)
             return PartialGroup(group.prompt, (), restarted)
         finished = (*group.finished, *(one for one in found if isinstance(one, Trajectory)))
@@ -179,18 +189,25 @@ async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _trajectory(response: PartialResponse, reason: FinishReason) -> Trajectory | None:
-    """Returns a finished response as a trajectory without a score; None for an aborted one."""
+    """Returns a finished response as a trajectory without a score; None for an aborted one.
+
+    Raises:
+        PermanentEngineError: The engine returned values that cannot be learned from.
+    """
     if reason == "abort":
         return None
-    return Trajectory(
-        prompt=response.prompt,
-        sample=response.sample,
-        tokens=response.tokens,
-        behaviour_log_probs=response.log_probs,
-        mask=np.ones(len(response.tokens), np.bool_),
-        spans=response.spans,
-        finish_reason=reason,
-    )
+    try:
+        return Trajectory(
+            prompt=response.prompt,
+            sample=response.sample,
+            tokens=response.tokens,
+            behaviour_log_probs=response.log_probs,
+            mask=np.ones(len(response.tokens), np.bool_),
+            spans=response.spans,
+            finish_reason=reason,
+        )
+    except ValueError as error:
+        raise PermanentEngineError(f"the engine returned a response that cannot be used: {error}") from error
 
 
 def _scored(trajectory: Trajectory, score: Score) -> Trajectory:

@@ -28,7 +28,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 from fipo_megatron.observe.console import show_sampling_progress
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, PermanentEngineError
 from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.storage.atomic import partial_of
@@ -69,6 +69,7 @@ class Trainer:
         resources: Closes what was opened.
         step: Number of the next step.
         saved_step: Step of the last checkpoint.
+        saved_cursor: Number of prompts consumed before the last checkpoint.
     """
 
     config: Config
@@ -90,6 +91,7 @@ class Trainer:
     resources: ExitStack = field(default_factory=ExitStack)
     step: int = 0
     saved_step: int = 0
+    saved_cursor: int = 0
 
     def __enter__(self) -> Trainer:
         return self
@@ -154,8 +156,12 @@ class Trainer:
             self.checkpoints.finish()
         return bool(stopped), broadcast_from_first_rank(alarm, self.layout.device) if alarmed else None
 
-    def save(self) -> None:
-        """Saves a checkpoint to resume with :attr:`step`; waits first until prefetching is over."""
+    def save(self, *, replace: bool = False) -> None:
+        """Saves a checkpoint to resume with :attr:`step`; waits first until prefetching is over.
+
+        Args:
+            replace: Whether an earlier checkpoint of this step is replaced.
+        """
         carried, prefetched = None, None
         if self.session is not None:
             with suppress(
@@ -167,21 +173,35 @@ class Trainer:
         state = TrainState(
             self.step, self.prompts.given, self.collapse_monitor.rollbacks, self.actor.learning_rate_factor
         )
-        self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step)
-        self.saved_step = self.step
+        self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step, replace=replace)
+        self.saved_step, self.saved_cursor = self.step, self.prompts.given
 
-    def save_interrupted(self, sampled: SampledGroups | None) -> None:
-        """Saves what was sampled of a step that cannot be finished.
+    def save_interrupted(self, sampled: SampledGroups | None, error: Exception) -> None:
+        """Saves what was sampled of a step that cannot be finished, and logs how the run can go on.
+
+        After an error that would occur again nothing is saved: the weights may be its cause.
 
         Args:
             sampled: Groups of the step, if sampling was complete.
+            error: Reason why it cannot be finished.
         """
+        if isinstance(error, PermanentEngineError):
+            text = "step %d is not saved: the same error would occur again. The run would go on from step %d"
+            logger.error(text, self.step, self.saved_step)
+            return
+        exhausted = isinstance(error, SamplingExhaustedError)
+        is_saved = (self.saved_step, self.saved_cursor) == (self.step, self.prompts.given)
+        if is_saved and sampled is None and not exhausted:
+            return
         if sampled is not None and self.session is not None:
             self.session.put_prefetched(sampled)
-        if self.step > self.saved_step:
-            self.save()
-            self.checkpoints.finish()
-            logger.error("what was sampled so far is in the checkpoint of step %d; run it again to go on", self.step)
+        self.save(replace=True)
+        self.checkpoints.finish()
+        how = "run it again to go on"
+        if isinstance(error, SamplingExhaustedError) and error.out_of_prompts:
+            end = f", or with run.steps={self.step} to end it here" if self.step else ""
+            how = f"run it again with a larger data.epochs to go on{end}"
+        logger.error("what was sampled so far is in the checkpoint of step %d; %s", self.step, how)
 
     def restore(self, path: Path) -> Restored:
         """Restores actor, prompts and position from a checkpoint.
@@ -192,7 +212,7 @@ class Trainer:
         restored = self.checkpoints.load(path)
         state, rolled_back = self.collapse_monitor.position_after(restored.manifest)
         self.step = self.saved_step = state.step
-        self.prompts.given = state.cursor
+        self.prompts.given = self.saved_cursor = state.cursor
         self.actor.learning_rate_factor = state.learning_rate_factor
         return Restored(restored.manifest) if rolled_back else restored
 
