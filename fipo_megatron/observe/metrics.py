@@ -243,6 +243,12 @@ _HEALTH = [
         "",
         HEALTH,
     ),
+    Metric(
+        "health/lost_steps",
+        "Steps in a row without a kept group and with few groups all right, or with all updates skipped.",
+        "",
+        f"{HEALTH}; steps that learn nothing",
+    ),
     Metric("health/alarm", "1 if the alarm triggers in this step, else 0.", "", HEALTH),
 ]
 

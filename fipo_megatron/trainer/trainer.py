@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.collectives import broadcast_from_first_rank, raise_on_all_ranks
+from fipo_megatron.actor.finite_weights import check_finite
 from fipo_megatron.actor.hf_weights import save_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored, TrainState
@@ -239,8 +240,13 @@ class Trainer:
         return True, ""
 
     def export(self, name: str) -> None:
-        """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one."""
+        """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one.
+
+        Raises:
+            WeightsError: The policy is not finite.
+        """
         target = self.output / name
+        check_finite(self.actor.chunks, self.inputs.architecture, self.layout, f"the policy is not written to {target}")
         with raise_on_all_ranks("removing an earlier export"):
             if self.layout.rank == 0:
                 for path in (target, partial_of(target)):
