@@ -198,7 +198,7 @@ class Trainer:
             self.session.put_prefetched(sampled)
         self.save(replace=True)
         self.checkpoints.finish()
-        how = "run it again to go on"
+        how = "run it again to go on with other prompts" if exhausted else "run it again to go on"
         if isinstance(error, SamplingExhaustedError) and error.out_of_prompts:
             end = f", or with run.steps={self.step} to end it here" if self.step else ""
             how = f"run it again with a larger data.epochs to go on{end}"
