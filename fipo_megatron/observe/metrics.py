@@ -40,6 +40,7 @@ NOISE, EVALUATED, SAVED, PEAK = (
 )
 FAILED = "failed checks"
 DROPPED = "dropped responses"
+LOST = "steps that learn nothing"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
 
@@ -247,7 +248,7 @@ _HEALTH = [
         "health/lost_steps",
         "Steps in a row without a kept group and with few groups all right, or with all updates skipped.",
         "",
-        f"{HEALTH}; steps that learn nothing",
+        f"{HEALTH}, {LOST}",
     ),
     Metric("health/alarm", "1 if the alarm triggers in this step, else 0.", "", HEALTH),
 ]
