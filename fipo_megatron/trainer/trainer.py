@@ -70,7 +70,6 @@ class Trainer:
         resources: Closes what was opened.
         step: Number of the next step.
         saved_step: Step of the last checkpoint.
-        saved_cursor: Number of prompts consumed before the last checkpoint.
     """
 
     config: Config
@@ -92,7 +91,6 @@ class Trainer:
     resources: ExitStack = field(default_factory=ExitStack)
     step: int = 0
     saved_step: int = 0
-    saved_cursor: int = 0
 
     def __enter__(self) -> Trainer:
         return self
@@ -175,7 +173,7 @@ class Trainer:
             self.step, self.prompts.given, self.collapse_monitor.rollbacks, self.actor.learning_rate_factor
         )
         self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step, replace=replace)
-        self.saved_step, self.saved_cursor = self.step, self.prompts.given
+        self.saved_step = self.step
 
     def save_interrupted(self, sampled: SampledGroups | None, error: Exception) -> None:
         """Saves what was sampled of a step that cannot be finished, and logs how the run can go on.
@@ -191,9 +189,8 @@ class Trainer:
             logger.error(text, self.step, self.saved_step)
             return
         exhausted = isinstance(error, SamplingExhaustedError)
-        is_saved = (self.saved_step, self.saved_cursor) == (self.step, self.prompts.given)
-        if is_saved and sampled is None and not exhausted:
-            return
+        if self.step == self.saved_step and not exhausted:
+            return  # nothing was learned since; a rerun samples the step anew
         if sampled is not None and self.session is not None:
             self.session.put_prefetched(sampled)
         self.save(replace=True)
@@ -213,7 +210,7 @@ class Trainer:
         restored = self.checkpoints.load(path)
         state, rolled_back = self.collapse_monitor.position_after(restored.manifest)
         self.step = self.saved_step = state.step
-        self.prompts.given = self.saved_cursor = state.cursor
+        self.prompts.given = state.cursor
         self.actor.learning_rate_factor = state.learning_rate_factor
         return Restored(restored.manifest) if rolled_back else restored
 
