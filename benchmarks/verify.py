@@ -21,6 +21,7 @@ THOROUGH = {
     "checkpoint_published:1,update:2,observe:1,generate:2,response:20,checkpoint_published:1",
     "FIPO_RANDOM_KILLS": "20",
     "FIPO_RUN_FILE_MUTATIONS": "500",
+    "FIPO_VERDICT_SCHEDULES": "200",
 }
 
 

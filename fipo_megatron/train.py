@@ -91,8 +91,8 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
                     sampled = session.sample(trainer.prompts)
             if config.rollout.overlap and step + 1 < config.run.steps:
                 session.prefetch(trainer.prompts)
-    except (EngineError, SamplingExhaustedError, VerifierError):
-        trainer.save_interrupted(sampled)
+    except (EngineError, SamplingExhaustedError, VerifierError) as error:
+        trainer.save_interrupted(sampled, error)
         raise
     if config.run.record_rollouts and session.engine is not None:
         rollout_dump.write(trainer.output / "rollouts", step, trainer.layout.rank, sampled)

@@ -21,3 +21,8 @@ def by_chance_unless_broken(response, ground_truth):
     if Path(os.environ["HOME"], "broken").exists():
         raise RuntimeError("the database is down")
     return by_chance(response, ground_truth)
+
+
+def rarely(response, ground_truth):
+    """Accepts one of 14 responses."""
+    return zlib.crc32((response + ground_truth).encode()) % 14 == 0

@@ -33,7 +33,14 @@ from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.recompute import recompute_off
 from fipo_megatron.actor.reference import ReferencePolicy
 from fipo_megatron.actor.router_losses import balances_load, measured_loads, routers
-from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetrics, reduce_outputs, token_parts
+from fipo_megatron.actor.update_metrics import (
+    NoiseFloor,
+    TokenPart,
+    UpdateMetrics,
+    check_skipped,
+    reduce_outputs,
+    token_parts,
+)
 from fipo_megatron.algorithm.future_kl import gather_over
 from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_loss
 from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
@@ -82,7 +89,7 @@ class MegatronActor:
         load(self.chunks)
         self.wrapped: list[DistributedDataParallel] = wrap_for_training(self.chunks, config.actor)
         self.optimizer, self.schedule = build_optimizer(self.wrapped, config.actor)
-        self.skipped_steps = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.learning_rate_factor = 1.0
         self._offload_depth = 0
         self.token_multiple = token_multiple(config.actor)
@@ -163,6 +170,7 @@ class MegatronActor:
             ValueError: the log-probs belong to another plan, ``old`` or ``reference`` is missing, or the plan was made
                 for another layout.
             RuntimeError: the actor is offloaded.
+            UpdatesSkippedError: see :func:`.update_metrics.check_skipped`.
         """
         if old is None and self.config.algorithm.kind != "sft":
             raise ValueError(f"old: missing, needed for algorithm.kind = {self.config.algorithm.kind}")
@@ -327,9 +335,12 @@ class MegatronActor:
         grad_norm = rate = math.nan
         if skipped:
             self.skipped_steps += 1
+            self._skipped_in_a_row += 1
             if self.layout.rank == 0:
                 logger.warning("optimizer step skipped on all ranks: %s (%d so far)", skipped, self.skipped_steps)
+            check_skipped(self.config, self._skipped_in_a_row, skipped)
         else:
+            self._skipped_in_a_row = 0
             self.schedule.step(1)
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.learning_rate_factor

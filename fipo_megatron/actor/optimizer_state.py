@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from fipo_megatron.actor.actor import MegatronActor
 
 Sharding = Literal["fully_reshardable", "dp_reshardable"]
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def content(sharding: Sharding) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
         [{name: value for name, value in group.items() if name not in ("params", "step")} for group in groups]
         for groups in (inner.optimizer.param_groups for inner in _inner(actor))
     ]
+    if any(isinstance(inner.optimizer, _TORCH_ADAM) for inner in _inner(actor)):
+        _add_step_zero(state)
     with _torch_adam(actor):
         actor.optimizer.load_state_dict(state)
     for inner, groups in zip(_inner(actor), configured, strict=True):
@@ -88,8 +91,18 @@ def _initialise_state(actor: MegatronActor) -> None:
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-                    if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                    if isinstance(inner.optimizer, _TORCH_ADAM):
                         state["step"] = torch.tensor(0.0)
+
+
+def _add_step_zero(state: Any) -> None:
+    """Adds the step counter, which Megatron-Core leaves out of checkpoints before the first optimizer step."""
+    if isinstance(state, dict) and isinstance(parameters := state.get("state"), dict) and "param_groups" in state:
+        if parameters and "common_step" not in parameters:
+            parameters["common_step"] = torch.tensor(0.0)
+    elif isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            _add_step_zero(part)
 
 
 @contextmanager
@@ -108,7 +121,7 @@ def _torch_adam(actor: MegatronActor) -> Iterator[None]:
         return set_state
 
     for inner in changed:
-        if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        if isinstance(inner.optimizer, _TORCH_ADAM):
             inner._set_main_param_and_optimizer_states = setter(inner)
     try:
         yield

@@ -16,6 +16,7 @@ from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.micro_batches import LocalMicroBatch
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.algorithm.policy_loss import LossOutput
+from fipo_megatron.config import Config
 from fipo_megatron.data.packing import MicroBatch
 
 Values = dict[str, NDArray[np.float32]]
@@ -73,6 +74,10 @@ class NoiseFloor:
 
     shift: float
     future_kl: float
+
+
+class UpdatesSkippedError(RuntimeError):
+    """Supervised fine-tuning changes nothing any more: too many updates in a row were skipped."""
 
 
 class NoiseError(RuntimeError):
@@ -179,3 +184,22 @@ def token_parts(
             # The log-prob of token p + 1 stands at position p.
             parts[index] = TokenPart(positions[here] - (prompt - 1), {name: v[here] for name, v in values.items()})
     return parts
+
+
+def check_skipped(config: Config, in_a_row: int, reason: str) -> None:
+    """Ends supervised fine-tuning that changes nothing any more; the collapse alarm watches the other algorithms.
+
+    Args:
+        config: Configuration of the run.
+        in_a_row: Number of updates that were skipped since the last that was not.
+        reason: Reason why the last one was skipped.
+
+    Raises:
+        UpdatesSkippedError: ``algorithm.kind`` is ``sft``, and ``sft.max_skipped_updates`` is reached.
+    """
+    most = config.sft.max_skipped_updates
+    if config.algorithm.kind == "sft" and in_a_row >= most:
+        raise UpdatesSkippedError(
+            f"{in_a_row} updates in a row were skipped (sft.max_skipped_updates = {most}), the last one because of a "
+            f"{reason}; a lower learning rate or another dtype may help"
+        )

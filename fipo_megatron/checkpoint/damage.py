@@ -21,7 +21,7 @@ from fipo_megatron.weights.hf_directory import WeightsError, first_line
 logger = logging.getLogger(__name__)
 VALUE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """Errors of values that are not as expected; those of devices and other processes are not among them."""
-_UNFINISHED = re.compile(r"\.step-[0-9]{6,}\.partial")
+_UNFINISHED = re.compile(r"\.step-[0-9]{6,}(\.again)?\.partial")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from fipo_megatron.actor import sharded_checkpoint
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.collectives import raise_on_all_ranks
 from fipo_megatron.actor.optimizer_state import content, fill_optimizer, optimizer_shards, optimizer_tensors
-from fipo_megatron.checkpoint import manifest
+from fipo_megatron.checkpoint import manifest, replacement
 from fipo_megatron.checkpoint.damage import (
     VALUE_ERRORS,
     check_listed,
@@ -121,6 +122,7 @@ class CheckpointManager:
             if self._layout.rank == 0:
                 directory.mkdir(parents=True, exist_ok=True)
                 remove_unfinished(directory)
+                replacement.complete_exchanges(directory)
 
     def save(
         self,
@@ -129,6 +131,8 @@ class CheckpointManager:
         prefetched: SampledGroups | None,
         scores: Mapping[int, float],
         safe_step: int | None = None,
+        *,
+        replace: bool = False,
     ) -> None:
         """Starts to write a checkpoint; with ``checkpoint.async_save``, a thread finishes it.
 
@@ -138,16 +142,21 @@ class CheckpointManager:
             prefetched: Groups that are already sampled for the next step; None if there are none.
             scores: Evaluation accuracy by step; the best checkpoint is kept.
             safe_step: See :func:`.retention.steps_to_keep`.
+            replace: Whether an earlier checkpoint of the same step is replaced.
 
         Raises:
+            FileExistsError: There is a checkpoint of this step, and ``replace`` is false.
             OSError: The disk is full or cannot be written; also if that happened to the checkpoint before this one.
                 Nothing is left under the final name.
         """
         self.finish()
         sharding = self._config.checkpoint.optimizer_sharding
-        everyone: list[bool] = [False] * self._layout.world_size
-        dist.all_gather_object(everyone, carried is not None)
-        leaders = [rank for rank, leads in enumerate(everyone) if leads]
+        target = self.directory / manifest.name_of(state.step)
+        everyone: list[tuple[bool, bool]] = [(False, False)] * self._layout.world_size
+        dist.all_gather_object(everyone, (carried is not None, os.path.lexists(target)))
+        leaders = [rank for rank, (leads, _) in enumerate(everyone) if leads]
+        if replace and everyone[0][1]:
+            target = replacement.path_of(self.directory, state.step)
         with raise_on_all_ranks("saving a checkpoint"):
             self._check_space()
         staged = sharded_checkpoint.stage(
@@ -163,7 +172,7 @@ class CheckpointManager:
             files |= rollout_dump.files(state.step, self._layout.rank, prefetched)
         described = self._manifest(state, len(leaders), prefetched=prefetched is not None)
         self._writing = self._thread.submit(
-            self._write, state.step, staged, files, described, lambda: self._prune(scores, safe_step)
+            self._write, target, staged, files, described, lambda: self._prune(scores, safe_step)
         )
         if not self._config.checkpoint.async_save:
             self.finish()
@@ -299,7 +308,7 @@ class CheckpointManager:
 
     def _write(
         self,
-        step: int,
+        target: Path,
         staged: sharded_checkpoint.Staged,
         files: Mapping[str, bytes],
         described: Manifest,
@@ -319,12 +328,16 @@ class CheckpointManager:
             staged,
             self._layout,
             self._config.model.path,
-            self.directory / manifest.name_of(step),
+            target,
             write_more=write_more,
             verify=lambda partial: fail_points.reach("checkpoint_publish"),
             group=self._group,
         )
         fail_points.reach("checkpoint_published")
+        if target.suffix:
+            with raise_on_all_ranks("replacing a checkpoint", self._group):
+                if self._layout.rank == 0:
+                    replacement.exchange(target)
         prune()
 
     def _manifest(self, state: TrainState, leaders: int, *, prefetched: bool) -> Manifest:

@@ -159,6 +159,9 @@ class SftConfig:
     Attributes:
         examples_per_step: Examples per step; a step has ``examples_per_step / actor.prompts_per_mini_batch`` optimizer
             steps.
+        max_skipped_updates: Updates skipped in a row, because a loss or gradient is not finite, after which the run
+            ends with an error.
     """
 
     examples_per_step: Positive = 512
+    max_skipped_updates: Positive = 5

@@ -212,6 +212,14 @@ def notices(config: Config) -> list[str]:
             f"algorithm.importance_cap = {a.importance_cap:g} is in effect; its default is {IMPORTANCE_CAP:g} with "
             f"rollout.max_staleness = {staleness}, and null with 0"
         )
+    least = 1 + config.rollout.overlap
+    if a.kind != "sft" and config.rollout.over_sampling > 1 and staleness < least:
+        found.append(
+            f"rollout.over_sampling = {config.rollout.over_sampling:g} with rollout.max_staleness = {staleness} learns "
+            "from short responses more often than from long ones: groups beyond the need are dropped with every update "
+            "of the weights, and aborted responses start again; rollout.max_staleness of at least "
+            f"{least} carries both over"
+        )
     left_over = config.groups_per_step % config.actor.prompts_per_mini_batch
     if left_over:
         batch = "sft.examples_per_step" if a.kind == "sft" else "rollout.prompts_per_step"

@@ -90,6 +90,7 @@ class RolloutConfig:
             nor importance weights include the filter.
         max_generation_batches: Maximum number of prompt batches that dynamic sampling draws in a step.
         on_exhausted: Reaction to too few groups after ``max_generation_batches``: an error, or a smaller step.
+        max_empty_steps: Steps in a row without any group after which ``on_exhausted = smaller`` is an error, too.
         over_sampling: Oversampling factor. Once enough groups have finished, the rest are aborted.
         max_staleness: Maximum age of a response's tokens in weight versions. Above 0, aborted responses continue in
             the next step, and ``algorithm.importance_cap`` defaults to 2.
@@ -111,6 +112,7 @@ class RolloutConfig:
     allow_top_p: bool = False
     max_generation_batches: Positive = 10
     on_exhausted: Literal["error", "smaller"] = "error"
+    max_empty_steps: Positive = 10
     over_sampling: Annotated[float, Field(ge=1, le=1000)] = 1.0
     max_staleness: Count = 0
     overlap: bool = False

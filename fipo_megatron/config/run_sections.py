@@ -95,7 +95,8 @@ class HealthConfig:
 
     Triggers if the medians of low-clip fraction and policy KL exceed their limits while length or accuracy falls below
     its ratio, or if the median of policy KL alone exceeds ``policy_kl_limit``. Medians are taken over ``window`` steps,
-    so one bad step does not trigger it.
+    so one bad step does not trigger it. Also triggers after ``window`` steps in a row that learned nothing, because all
+    updates were skipped, or no group was kept and too few groups were all right.
 
     Attributes:
         action: Reaction to the alarm: log a warning (``warn``), save a checkpoint and end the run (``stop``), or
@@ -104,7 +105,8 @@ class HealthConfig:
         low_clip: Limit of the low-clip fraction: tokens with A < 0 clipped at 1 − ε_low, as a fraction of all tokens.
         policy_kl: Limit of the policy KL's absolute value: the mean of −d over the updates of a step, in nats.
         length_ratio: Lower limit of the mean response length, relative to its best value so far.
-        accuracy_ratio: Lower limit of the training accuracy, relative to its best value so far.
+        accuracy_ratio: Lower limit of the training accuracy, relative to its best value so far; in a step without a
+            kept group, of the fraction of groups that are all right.
         policy_kl_limit: Limit of the policy KL's absolute value, in nats, that triggers the alarm by itself.
         max_roll_backs: Maximum number of returns to an earlier checkpoint; the next alarm ends the run.
         roll_back_lr: Factor that the learning rate is multiplied by at each return.

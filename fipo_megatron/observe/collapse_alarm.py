@@ -4,6 +4,10 @@ Triggers if the medians of low-clip fraction and policy KL exceed their limits w
 ratio, or if the median of policy KL alone exceeds ``health.policy_kl_limit``. Low-clip fraction, policy KL and length
 are the signature of Fig. 2 of arXiv 2603.19835. Accuracy is added because a collapsed policy need not be terse: with
 ten times its learning rate, the quickstart loses its accuracy at full length.
+
+A policy that collapses at once leaves none of these signs, because nothing is learned from it any more. The alarm also
+triggers after ``health.window`` lost steps in a row: steps without a kept group whose fraction of groups that are all
+right is below the accuracy ratio, and steps whose updates were all skipped.
 """
 
 from __future__ import annotations
@@ -15,10 +19,9 @@ from typing import Any
 
 from fipo_megatron.config import HealthConfig
 
-LOOKED_AT = (
-    *("policy/clip_fraction_low", "policy/policy_kl"),
-    *("rollout/response_tokens_mean", "rollout/accuracy"),
-)
+_LENGTH, _ACCURACY = "rollout/response_tokens_mean", "rollout/accuracy"
+LOOKED_AT = ("policy/clip_fraction_low", "policy/policy_kl", _LENGTH, _ACCURACY)
+_GROUPS = ("sampler/groups_all_right", "sampler/groups_all_wrong")
 
 
 class CollapseError(RuntimeError):
@@ -40,8 +43,33 @@ class Alarm:
     reason: str
 
 
-HealthSample = tuple[int, float, float, float, float]
-"""A step and its values of ``LOOKED_AT``."""
+HealthSample = tuple[int, float | None, float | None, float | None, float]
+"""A step and its values of ``LOOKED_AT``.
+
+A step whose updates were all skipped has neither low-clip fraction nor policy KL. A step without a kept group has no
+length either; its accuracy is the fraction of groups that are all right among those that are all right or all wrong.
+"""
+
+
+def needed_tags(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the tags that the alarm reads in the metrics of a step."""
+    if "rollout/groups" not in values and values.get("sampler/groups_sampled"):
+        return _GROUPS
+    updates = values.get("optimizer/updates")
+    return (_LENGTH, _ACCURACY) if updates and values.get("optimizer/skipped_updates") == updates else LOOKED_AT
+
+
+def sample_of(step: int, values: Mapping[str, Any]) -> HealthSample | None:
+    """Returns the sample of a step; None if its metrics say nothing about the policy."""
+    tags = needed_tags(values)
+    if any(values.get(tag) is None for tag in tags):
+        return None
+    if tags is _GROUPS:
+        right, wrong = (float(values[tag]) for tag in _GROUPS)
+        return (step, None, None, None, right / (right + wrong)) if right + wrong else None
+    low_clip, policy_kl, length, accuracy = (float(values[tag]) if tag in tags else None for tag in LOOKED_AT)
+    assert accuracy is not None
+    return step, low_clip, policy_kl, length, accuracy
 
 
 class CollapseAlarm:
@@ -58,6 +86,7 @@ class CollapseAlarm:
 
     def _reset(self) -> None:
         self._window: list[HealthSample] = []
+        self._lost: list[HealthSample] = []
         self._began: int | None = None
         self._best_length = self._best_accuracy = 0.0
 
@@ -76,12 +105,11 @@ class CollapseAlarm:
 
         Returns:
             The metrics of the alarm, and the alarm if it triggers, which also clears the window. Empty and None if the
-            step has not trained or the alarm is off.
+            metrics say nothing about the policy or the alarm is off.
         """
-        if self._config.action == "off" or any(values.get(tag) is None for tag in LOOKED_AT):
+        sample = sample_of(step, values)
+        if self._config.action == "off" or sample is None:
             return {}, None
-        low_clip, policy_kl, length, accuracy = (float(values[tag]) for tag in LOOKED_AT)
-        sample = (step, low_clip, policy_kl, length, accuracy)
         self._history.append(sample)
         return self._judge(sample)
 
@@ -98,9 +126,14 @@ class CollapseAlarm:
             self._judge(sample)
 
     def _judge(self, sample: HealthSample) -> tuple[dict[str, float], Alarm | None]:
+        if sample[1] is None:
+            return self._judge_untrained(sample)
         config = self._config
+        self._lost = []
         self._window = [*self._window, sample][-config.window :]
-        low_clip, policy_kl, length, accuracy = (median(abs(one[n]) for one in self._window) for n in range(1, 5))
+        low_clip, policy_kl, length, accuracy = (
+            median(abs(one[n] or 0.0) for one in self._window) for n in range(1, 5)
+        )
         self._best_length, self._best_accuracy = max(self._best_length, length), max(self._best_accuracy, accuracy)
         report = {
             "health/low_clip": low_clip,
@@ -114,9 +147,24 @@ class CollapseAlarm:
         if not raised:
             self._began = None if full else self._began
             return report, None
-        self._began = self._window[0][0] if self._began is None else self._began
-        self._window = []
-        return report, Alarm(sample[0], self._began, self._reason(report))
+        return report, self._raise(sample[0], self._window[0][0], self._reason(report))
+
+    def _judge_untrained(self, sample: HealthSample) -> tuple[dict[str, float], Alarm | None]:
+        """Judges a step that learned nothing. The updates before the first lost step may have caused it."""
+        step, _, _, length, right = sample
+        fell = self._best_accuracy > 0 and right <= self._config.accuracy_ratio * self._best_accuracy
+        self._lost = [*self._lost, sample] if length is not None or fell else []
+        raised = len(self._lost) == self._config.window
+        report = {"health/lost_steps": float(len(self._lost)), "health/alarm": float(raised)}
+        if not raised:
+            return report, None
+        before = self._window or self._lost
+        return report, self._raise(step, before[0][0], self._reason_of_lost())
+
+    def _raise(self, step: int, began: int, reason: str) -> Alarm:
+        self._began = began if self._began is None else self._began
+        self._window, self._lost = [], []
+        return Alarm(step, self._began, reason)
 
     def _is_collapse(self, report: Mapping[str, float]) -> bool:
         config = self._config
@@ -136,3 +184,14 @@ class CollapseAlarm:
             f"{config.length_ratio:.0%}), accuracy {report['health/accuracy_ratio']:.0%} of its best (limit "
             f"{config.accuracy_ratio:.0%})"
         )
+
+    def _reason_of_lost(self) -> str:
+        config, parts = self._config, []
+        if empty := [one[4] for one in self._lost if one[3] is None]:
+            parts.append(
+                f"no group was kept in {len(empty)} of them, and at most {max(empty):.0%} of the groups were all right "
+                f"(best accuracy before: {self._best_accuracy:.0%}, limit {config.accuracy_ratio:.0%} of it)"
+            )
+        if skipped := len(self._lost) - len(empty):
+            parts.append(f"every update was skipped in {skipped} of them")
+        return f"nothing was learned in the last {config.window} steps: {'; '.join(parts)}"

@@ -39,6 +39,8 @@ NOISE, EVALUATED, SAVED, PEAK = (
     "GPUs with a known peak",
 )
 FAILED = "failed checks"
+DROPPED = "dropped responses"
+LOST = "steps that learn nothing"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
 
@@ -111,6 +113,11 @@ FAILURE_COUNTS = {
     "failures_error": "Checks in which the verifier raised or returned nonsense.",
     "failures_unreachable": "Checks whose service could not be reached.",
     "groups_unchecked": "Sampled groups whose checks all failed; they are dropped.",
+}
+
+DROPPED_COUNTS = {
+    "dropped": "responses of complete groups that were dropped because they were too old",
+    "restarted": "responses to unfinished prompts that start again, up to where they were aborted",
 }
 
 _POLICY = {
@@ -237,6 +244,12 @@ _HEALTH = [
         "",
         HEALTH,
     ),
+    Metric(
+        "health/lost_steps",
+        "Steps in a row without a kept group and with few groups all right, or with all updates skipped.",
+        "",
+        f"{HEALTH}, {LOST}",
+    ),
     Metric("health/alarm", "1 if the alarm triggers in this step, else 0.", "", HEALTH),
 ]
 
@@ -315,6 +328,10 @@ METRICS: tuple[Metric, ...] = (
     *_rollout(),
     *(Metric(f"sampler/{name}", text, "", SAMPLED) for name, text in SAMPLER_COUNTS.items()),
     *(Metric(f"sampler/{name}", text, "", f"{SAMPLED}, {FAILED}") for name, text in FAILURE_COUNTS.items()),
+    *(
+        Metric(f"sampler/{name}_response_tokens_mean", f"Mean length of the {text}.", "tokens", f"{SAMPLED}, {DROPPED}")
+        for name, text in DROPPED_COUNTS.items()
+    ),
     *OF_UPDATES.values(),
     *_NOISE,
     *_HEALTH,

@@ -21,7 +21,7 @@ import numpy as np
 from fipo_megatron.algorithm.loss_statistics import bin_edges
 from fipo_megatron.config import Config, as_dict
 from fipo_megatron.evaluation.results import Evaluation, cut_problems, problems_file, write_problems
-from fipo_megatron.observe.collapse_alarm import LOOKED_AT, Alarm, HealthSample
+from fipo_megatron.observe.collapse_alarm import Alarm, HealthSample, needed_tags, sample_of
 from fipo_megatron.observe.console import StepLines
 from fipo_megatron.observe.trackers import Tracker, open_trackers
 from fipo_megatron.observe.trajectory_files import TrajectoryFiles
@@ -171,9 +171,10 @@ class RunLog:
         """Returns the samples of the collapse alarm since it was last off; empty on ranks that do not write."""
         found: list[HealthSample] = []
         for row in self._rows(_METRICS):
-            if "health/alarm" in row:
-                found.append((row["step"], *(row[tag] for tag in LOOKED_AT)))
-            elif all(row.get(tag) is not None for tag in LOOKED_AT):
+            sample = sample_of(row["step"], row)
+            if "health/alarm" in row and sample is not None:
+                found.append(sample)
+            elif sample is not None:
                 found.clear()
         return found
 
@@ -208,7 +209,7 @@ class RunLog:
 def _check_metrics(values: dict[str, Any]) -> str:
     """Returns why the alarm cannot use a row of ``metrics.jsonl``; an empty string if it can."""
     if "health/alarm" in values:
-        for tag in LOOKED_AT:
+        for tag in needed_tags(values):
             if not is_number(values.get(tag)):
                 return f"has no number {tag}"
     return ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fipo_megatron.observe.metrics import FAILURE_COUNTS, OF_UPDATES, SAMPLER_COUNTS
+from fipo_megatron.observe.metrics import DROPPED_COUNTS, FAILURE_COUNTS, OF_UPDATES, SAMPLER_COUNTS
 
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
@@ -19,8 +19,13 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     """Returns the metrics of the sampled groups and the sampler's counts, independent of the order of the groups."""
     if sampled is None:
         return {}
-    counts = {f"sampler/{name}": sampled.statistics.get(name, 0) for name in SAMPLER_COUNTS}
+    counts: dict[str, float] = {f"sampler/{name}": sampled.statistics.get(name, 0) for name in SAMPLER_COUNTS}
     counts |= {f"sampler/{name}": found for name in FAILURE_COUNTS if (found := sampled.statistics.get(name, 0))}
+    counts |= {
+        f"sampler/{name}_response_tokens_mean": sampled.statistics.get(f"tokens_{name}", 0) / responses
+        for name in DROPPED_COUNTS
+        if (responses := sampled.statistics.get(f"responses_{name}", 0))
+    }
     if not sampled.records:
         return counts
     lengths = [length for record in sampled.records for length in record.response_tokens]

@@ -66,6 +66,35 @@ class PartialGroup:
         return cls(prompt, (), tuple(PartialResponse.new(prompt, sample) for sample in range(samples)))
 
 
+def is_usable(one: Group | PartialGroup, oldest: int, max_tokens: int) -> bool:
+    """Returns whether a carried group can still be used: its weights are not too old, no response is too long.
+
+    Args:
+        one: Carried group.
+        oldest: Oldest weight version that is allowed.
+        max_tokens: Limit of a response. An unfinished response must be shorter.
+    """
+    finished, partial = _responses(one)
+    spans = [span for response in finished for span in response.spans]
+    spans += [span for response in partial for span in response.spans]
+    return (
+        all(span.weight_version >= oldest for span in spans)
+        and all(len(response.tokens) <= max_tokens for response in finished)
+        and all(len(response.tokens) < max_tokens for response in partial)
+    )
+
+
+def sampled_lengths(one: Group | PartialGroup) -> list[int]:
+    """Returns the lengths of the responses of a group that have tokens."""
+    finished, partial = _responses(one)
+    lengths = [len(response.tokens) for response in finished] + [len(response.tokens) for response in partial]
+    return [length for length in lengths if length]
+
+
+def _responses(one: Group | PartialGroup) -> tuple[tuple[Trajectory, ...], tuple[PartialResponse, ...]]:
+    return (one.trajectories, ()) if isinstance(one, Group) else (one.finished, one.partial)
+
+
 Carried = tuple[list[Group], list[PartialGroup]]
 """Complete and partial groups that a sampler carries from one step to the next."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,6 +22,10 @@ EngineMemory = Literal["kv_cache", "weights"]
 
 class EngineError(RuntimeError):
     """The engine cannot continue; the message gives the reason and what to do."""
+
+
+class PermanentEngineError(EngineError):
+    """An error that the same weights and requests cause again, such as log-probs that are not finite."""
 
 
 class RequestError(ValueError):
@@ -178,11 +182,25 @@ class RolloutEngine(Protocol):
     async def restore_memory(self, *what: EngineMemory) -> None:
         """Allocates released memory again."""
 
-    def deciding(self) -> AbstractAsyncContextManager[None]:
-        """Opens a block whose outcome decides what is sampled next.
+    def driving(self, responses: int) -> AbstractContextManager[None]:
+        """Opens a block in which the caller drives the engine: requests this many responses and decides on each.
 
-        An engine whose results must not depend on time waits for all such blocks, and ends them in the order in which
-        they began.
+        An engine whose results must not depend on time takes turns with its driver. It samples only while every
+        response is either requested or given up at the end of its :meth:`deciding` block. Other engines do not wait.
+
+        Args:
+            responses: Number of responses that the caller will request and decide on.
+        """
+
+    def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:
+        """Opens a block in which the driver decides what follows from a response, and then gives it up.
+
+        Every response of a :meth:`driving` block needs one such block. Within it, :meth:`abort` may be called. An
+        engine whose results must not depend on time opens the blocks of finished responses in the order in which it
+        returned them.
+
+        Args:
+            request_id: ``GenerationRequest.id`` of the last request of the response.
         """
 
     async def weight_version(self) -> int:

@@ -1,21 +1,32 @@
-"""Samples the responses of one group. A response that is aborted is continued, or returned as a partial response."""
+"""Samples the responses of a batch of groups. Aborted responses are continued, or become partial responses."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.trajectory import FinishReason, Group, Score, TokenSpan, Trajectory
 from fipo_megatron.rollout.carry_over import PartialGroup, PartialResponse
-from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.engine import (
+    GenerationRequest,
+    PermanentEngineError,
+    RolloutEngine,
+    SamplingParameters,
+    sampling_seed,
+)
 from fipo_megatron.rollout.sampling_progress import SamplingProgress
 from fipo_megatron.testing import fail_points
+
+T = TypeVar("T")
+GroupCallback = Callable[[Group], Awaitable[None]]
+"""Decides what follows from a complete group."""
 
 
 class GroupSampler:
@@ -52,55 +63,79 @@ class GroupSampler:
         self._checks, self._most_failures = checks, math.inf
         self._aborting = False
 
-    def begin_batch(self, most_failures: float = math.inf) -> None:
-        """Allows sampling again after :meth:`abort`.
+    async def sample_batch(
+        self, groups: Sequence[PartialGroup], on_group: GroupCallback, most_failures: float = math.inf
+    ) -> list[PartialGroup]:
+        """Samples the missing responses of all groups.
 
         Args:
-            most_failures: Number of failed checks of this rank in the step beyond which sampling ends with
-                VerifierError.
+            groups: Groups to complete.
+            on_group: Called with each group as soon as it is complete; may call :meth:`abort`.
+            most_failures: Number of failed checks in this batch and before beyond which sampling ends.
+
+        Returns:
+            The groups that :meth:`abort` has left partial, in the order of ``groups``.
+
+        Raises:
+            EngineError: The engine failed.
+            PermanentEngineError: The engine returned a response that cannot be used.
+            VerifierError: There were more than ``most_failures`` failed checks.
         """
         self._aborting = False
         self._most_failures = most_failures
+        with self._engine.driving(sum(len(group.partial) for group in groups)):
+            found = await _gather(self._sample_group(group, on_group) for group in groups)
+        return [group for group in found if group is not None]
 
     async def abort(self) -> None:
-        """Aborts all responses in flight, and samples none until :meth:`begin_batch`."""
+        """Aborts all responses in flight, and samples none until the next batch."""
         if not self._aborting:
             self._aborting = True
             await self._engine.abort()
 
-    async def sample(self, group: PartialGroup) -> Group | PartialGroup:
+    async def _sample_group(self, group: PartialGroup, on_group: GroupCallback) -> PartialGroup | None:
         """Samples the missing responses of a group; returns a partial group if any of them is aborted."""
-        tasks = [asyncio.ensure_future(self._sample_response(response)) for response in group.partial]
-        try:
-            found = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
-        finished = [*group.finished, *(result for result in found if isinstance(result, Trajectory))]
-        partial = [result for result in found if isinstance(result, PartialResponse)]
+        complete = list(group.finished)
+
+        async def sample(response: PartialResponse) -> Trajectory | PartialResponse:
+            with self._progress.response():
+                response, request_id, reason = await self._continue(response)
+                trajectory = _trajectory(response, reason)
+                score = await self._scorer(trajectory) if trajectory is not None else None
+            async with self._engine.deciding(request_id):
+                self._on_response()
+                if trajectory is None or score is None:
+                    return response
+                self._count(response, score)
+                complete.append(scored := _scored(trajectory, score))
+                if len(complete) == len(group.finished) + len(group.partial):
+                    await on_group(Group(group.prompt, tuple(sorted(complete, key=lambda one: one.sample))))
+                return scored
+
+        found = await _gather(sample(response) for response in group.partial)
+        partial = tuple(one for one in found if isinstance(one, PartialResponse))
         if not partial:
-            return Group(group.prompt, tuple(sorted(finished, key=lambda trajectory: trajectory.sample)))
+            return None
         if not self._keep_partial:
+            lengths = [len(one.tokens) for one in found if len(one.tokens)]
+            self._counts["responses_restarted"] += len(lengths)
+            self._counts["tokens_restarted"] += sum(lengths)
             restarted = tuple(PartialResponse.new(group.prompt, response.sample) for response in group.partial)
             return PartialGroup(group.prompt, (), restarted)
-        return PartialGroup(group.prompt, tuple(finished), tuple(partial))
+        finished = (*group.finished, *(one for one in found if isinstance(one, Trajectory)))
+        return PartialGroup(group.prompt, finished, partial)
 
-    async def _sample_response(self, response: PartialResponse) -> Trajectory | PartialResponse:
-        with self._progress.response():
-            found = await self._continue(response)
-        if isinstance(found, Trajectory):
-            self._progress.complete(len(found.tokens))
-        self._on_response()
-        return found
+    async def _continue(self, response: PartialResponse) -> tuple[PartialResponse, str, FinishReason]:
+        """Samples a response until it is finished, or until :meth:`abort`; other aborts only interrupt it.
 
-    async def _continue(self, response: PartialResponse) -> Trajectory | PartialResponse:
-        """Samples a response until it is finished, or until :meth:`abort`; other aborts only interrupt it."""
-        while True:
-            if self._aborting:
-                return response
-            generation = await self._engine.generate(self._request(response))
+        Returns:
+            The response with all tokens, the id of its last request, and the reason why that ended.
+        """
+        request_id = ""
+        while not self._aborting:
+            request = self._request(response)
+            request_id = request.id
+            generation = await self._engine.generate(request)
             fail_points.reach("response")
             self._counts["tokens_sampled"] += len(generation.tokens)
             start = len(response.tokens)
@@ -114,8 +149,9 @@ class GroupSampler:
                 response.interruptions + (generation.finish_reason == "abort"),
             )
             if generation.finish_reason != "abort":
-                return await self._score(response, generation.finish_reason)
+                return response, request_id, generation.finish_reason
             self._counts["responses_aborted"] += 1
+        return response, request_id, "abort"
 
     def _request(self, response: PartialResponse) -> GenerationRequest:
         prompt, sampling = response.prompt, self._sampling
@@ -127,10 +163,41 @@ class GroupSampler:
             seed=sampling_seed(self._run_seed, prompt.id, response.sample, response.interruptions),
         )
 
-    async def _score(self, response: PartialResponse, reason: FinishReason) -> Trajectory:
+    def _count(self, response: PartialResponse, score: Score) -> None:
+        """Counts a scored response; raises VerifierError if too many checks have failed."""
+        self._progress.complete(len(response.tokens))
         if response.interruptions:
             self._counts["responses_continued"] += 1
-        trajectory = Trajectory(
+        if score.asked:
+            self._checks.add(score.failure, score.failure_text)
+        if score.failure:
+            self._counts[f"failures_{score.failure}"] += 1
+            if self._checks.failed > self._most_failures:
+                raise VerifierError(score.failure_text)
+
+
+async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs coroutines concurrently; if one fails, cancels the others and waits for their end."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _trajectory(response: PartialResponse, reason: FinishReason) -> Trajectory | None:
+    """Returns a finished response as a trajectory without a score; None for an aborted one.
+
+    Raises:
+        PermanentEngineError: The engine returned values that cannot be learned from.
+    """
+    if reason == "abort":
+        return None
+    try:
+        return Trajectory(
             prompt=response.prompt,
             sample=response.sample,
             tokens=response.tokens,
@@ -139,16 +206,14 @@ class GroupSampler:
             spans=response.spans,
             finish_reason=reason,
         )
-        async with self._engine.deciding():
-            score = await self._scorer(trajectory)
-        if score.asked:
-            self._checks.add(score.failure, score.failure_text)
-        if score.failure:
-            self._counts[f"failures_{score.failure}"] += 1
-            if self._checks.failed > self._most_failures:
-                raise VerifierError(score.failure_text)
-        learned = trajectory.mask if score.reward is not None else np.zeros_like(trajectory.mask)
-        return replace(trajectory, reward=score.reward, accuracy=score.accuracy, mask=learned, failure=score.failure)
+    except ValueError as error:
+        raise PermanentEngineError(f"the engine returned a response that cannot be used: {error}") from error
+
+
+def _scored(trajectory: Trajectory, score: Score) -> Trajectory:
+    """Adds the score; a response without a reward is masked."""
+    learned = trajectory.mask if score.reward is not None else np.zeros_like(trajectory.mask)
+    return replace(trajectory, reward=score.reward, accuracy=score.accuracy, mask=learned, failure=score.failure)
 
 
 def _merge_spans(spans: Sequence[TokenSpan]) -> tuple[TokenSpan, ...]:

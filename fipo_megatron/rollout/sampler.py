@@ -2,7 +2,8 @@
 
 A step samples batches of prompts until enough groups are kept. A group is kept unless its responses are all right or
 all wrong. With over-sampling the slowest responses are aborted as soon as enough groups are kept. Partial groups, and
-complete groups beyond those needed, are carried to the next step (DAPO discards them; see docs/rollout.md).
+complete groups beyond those needed, are carried to the next step, if their weights may be that old (DAPO discards them;
+see docs/rollout.md).
 
 Each leader samples its share of a batch. The leaders exchange metadata (:mod:`.assignment`), from which every rank,
 leader or not, makes the same decisions. With one leader and the embedded engine no result depends on time.
@@ -25,12 +26,13 @@ import torch.distributed as dist
 from fipo_megatron.algorithm.advantages import is_informative
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.group_record import GroupRecord
-from fipo_megatron.data.trajectory import Group, Prompt, Score, TokenSpan, Trajectory
+from fipo_megatron.data.trajectory import Group, Prompt, Score, Trajectory
 from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
-from fipo_megatron.rollout.carry_over import Carried, PartialGroup
+from fipo_megatron.rollout.carry_over import Carried, PartialGroup, is_usable, sampled_lengths
 from fipo_megatron.rollout.engine import RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.group_sampler import GroupSampler
 from fipo_megatron.rollout.sampling_progress import SamplingProgress
+from fipo_megatron.rollout.step_checks import StepChecks
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,15 @@ Scorer = Callable[[Trajectory], Awaitable[Score]]
 
 
 class SamplingExhaustedError(RuntimeError):
-    """Too few groups were kept after the last batch of prompts. The groups that were kept are carried."""
+    """Too few groups were kept after the last batch of prompts. The groups that were kept are carried.
+
+    Attributes:
+        out_of_prompts: Whether there are no more prompts, so that sampling again does not help.
+    """
+
+    def __init__(self, message: str, *, out_of_prompts: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_prompts = out_of_prompts
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class SamplerSettings:
         max_staleness: Largest age of a token's weights, in versions. With 0, aborted responses start from the prompt
             again, and complete groups are carried only while their weights are current.
         on_exhausted: Action after ``max_batches`` without enough groups: ``error``, or ``smaller`` for a smaller step.
+        max_empty_steps: Steps in a row without any group after which ``smaller`` is an error, too.
         max_failure_fraction: Largest fraction of failed checks in a step.
     """
 
@@ -71,6 +82,7 @@ class SamplerSettings:
     over_sampling: float = 1.0
     max_staleness: int = 0
     on_exhausted: Literal["error", "smaller"] = "error"
+    max_empty_steps: int = 10
     max_failure_fraction: float = 0.1
 
 
@@ -82,7 +94,8 @@ class SampledGroups:
         records: Metadata of all groups, in the same order on every rank.
         groups: Scored groups of this leader, in the same order.
         statistics: Counts over all leaders: batches; groups sampled, kept, dropped by reason, carried in and out;
-            responses aborted and continued; tokens sampled; failed checks by kind, if there are any.
+            responses aborted and continued; tokens sampled; failed checks by kind, and dropped responses with their
+            tokens, if there are any.
         seconds: Seconds that sampling took; 0 if unknown.
     """
 
@@ -116,9 +129,8 @@ class Sampler:
         self.progress = SamplingProgress()
         self._coordinator = coordinator or StoreCoordinator(dist.HashStore(), 0)
         self._counts: Counter[str] = Counter()
-        self._checks, self._everyones_checks = CheckCounts(), CheckCounts()
-        self._verifier_error = ""
-        self._dropped_unchecked: list[Prompt] = []
+        self._checks = StepChecks()
+        self._empty_steps = 0
         self._groups: deque[Group] = deque()
         self._partial: deque[PartialGroup] = deque()
         self._group_sampler: GroupSampler | None = None
@@ -130,7 +142,7 @@ class Sampler:
                 keep_partial=settings.max_staleness > 0,
                 scorer=scorer,
                 counts=self._counts,
-                checks=self._checks,
+                checks=self._checks.mine,
                 progress=self.progress,
                 on_response=self._publish_progress,
             )
@@ -151,21 +163,22 @@ class Sampler:
             Carried groups first, then the others in the order in which they were complete.
 
         Raises:
-            SamplingExhaustedError: too few groups were kept, and ``on_exhausted`` is ``error``; on every rank.
+            SamplingExhaustedError: too few groups were kept, and ``on_exhausted`` is ``error``; or none was kept, and
+                there are no more prompts or it is the last of ``max_empty_steps`` such steps. On every rank.
             EngineError: an engine failed; raised on its rank, and with its text on the others.
             VerifierError: the verifier does not work, or failed on more than ``max_failure_fraction`` of the answers;
                 on every rank. Groups without a failed check are carried, the others sampled again.
         """
         start = time.perf_counter()
         self._counts.clear()
-        self._forget_checks()
+        self._checks.clear()
         self.progress.reset()
         self._drop_stale(version)
         mine = {group.prompt.id: group for group in self._groups}
         self._counts["groups_carried_in"] = len(mine)
         self._groups.clear()
         try:
-            kept, batches, everyone = await self._sample(mine, next_prompts)
+            kept, batches, everyone, out_of_prompts = await self._sample(mine, next_prompts)
         except BaseException as error:
             if isinstance(error, VerifierError):
                 self._restart_unchecked(mine)
@@ -173,32 +186,31 @@ class Sampler:
             raise
         need = self.settings.prompts_per_step
         statistics = everyone | {"batches": batches, "groups_carried_out": max(0, len(kept) - need)}
-        exhausted = len(kept) < need and self.settings.on_exhausted == "error"
+        exhausted = self._exhaustion(len(kept), batches, statistics, out_of_prompts)
         carried = kept if exhausted else kept[need:]
         self._groups.extend(mine[record.prompt] for record in carried if record.prompt in mine)
         if exhausted:
-            raise SamplingExhaustedError(
-                f"{len(kept)} of {need} groups after {batches} batches of prompts "
-                f"(rollout.max_generation_batches = {self.settings.max_batches}): {statistics}"
-            )
+            raise SamplingExhaustedError(exhausted, out_of_prompts=out_of_prompts)
         used = tuple(kept[:need])
         groups = tuple(mine[record.prompt] for record in used if record.prompt in mine)
         return SampledGroups(used, groups, statistics, time.perf_counter() - start)
 
     async def _sample(
         self, mine: dict[str, Group], next_prompts: Callable[[int], Sequence[Prompt]]
-    ) -> tuple[list[GroupRecord], int, dict[str, int]]:
+    ) -> tuple[list[GroupRecord], int, dict[str, int], bool]:
         """Samples batches of prompts until enough groups are kept; adds the groups of this rank to ``mine``.
 
         Returns:
-            Metadata of all kept groups, number of batches, and counts over all leaders.
+            Metadata of all kept groups, number of batches, counts over all leaders, and whether nothing is left to
+            sample.
         """
         kept, partial, everyone = await self._exchange_metadata(mine.values())
-        need, batches = self.settings.prompts_per_step, 0
+        need, batches, no_more = self.settings.prompts_per_step, 0, False
         while len(kept) < need and batches < self.settings.max_batches:
             missing = need - len(kept)
             wanted = math.ceil(missing * self.settings.over_sampling)
-            prompts = next_prompts(max(0, wanted - sum(partial)))
+            prompts = next_prompts(asked := max(0, wanted - sum(partial)))
+            no_more |= len(prompts) < asked
             continued, new = assign_prompts(min(wanted, sum(partial) + len(prompts)), partial)
             if not sum(continued) + len(prompts):
                 break
@@ -207,7 +219,27 @@ class Sampler:
             mine |= {group.prompt.id: group for group in found}
             records, partial, everyone = await self._exchange_metadata(found, error)
             kept += records
-        return kept, batches, everyone
+        return kept, batches, everyone, no_more and not sum(partial)
+
+    def _exhaustion(self, kept: int, batches: int, statistics: Mapping[str, int], out_of_prompts: bool) -> str:
+        """Returns why a step cannot go on with this number of kept groups; empty if it can. Warns of an empty step."""
+        settings = self.settings
+        self._empty_steps = 0 if kept else self._empty_steps + 1
+        if kept >= settings.prompts_per_step or (kept and settings.on_exhausted == "smaller"):
+            return ""
+        counts = {name: count for name, count in statistics.items() if count}
+        limit = f"rollout.max_generation_batches = {settings.max_batches}"
+        found = f"{kept} of {settings.prompts_per_step} groups after {batches} batches of prompts"
+        if out_of_prompts:
+            return f"{found}; data.epochs is used up, there are no more prompts: {counts}"
+        if settings.on_exhausted == "error":
+            return f"{found} ({limit}): {counts}"
+        if self._empty_steps >= settings.max_empty_steps:
+            steps = f"in each of {self._empty_steps} steps (rollout.max_empty_steps = {settings.max_empty_steps})"
+            return f"no group was kept {steps}; in the last one: {counts}"
+        if self._coordinator.rank == 0:
+            logger.warning("nothing to learn from in this step: %s (%s): %s", found, limit, counts)
+        return ""
 
     async def _exchange_metadata(
         self, groups: Iterable[Group], error: BaseException | None = None
@@ -224,13 +256,13 @@ class Sampler:
             "records": records,
             "partial": len(self._partial),
             "counts": dict(self._counts),
-            "checks": self._checks,
-            "verifier_error": self._verifier_error,
+            "checks": self._checks.mine,
+            "verifier_error": self._checks.error,
         }
         reports = await self._coordinator.gather(report, error)
-        self._judge_checks(
-            [CheckCounts(**one["checks"]) for one in reports], [one["verifier_error"] for one in reports]
-        )
+        checks, errors = [CheckCounts(**one["checks"]) for one in reports], [one["verifier_error"] for one in reports]
+        warns = self._coordinator.rank == 0
+        self._checks.judge(checks, errors, self.settings.max_failure_fraction, warns=warns)
         everyone: Counter[str] = Counter()
         for one in reports:
             everyone.update(one["counts"])
@@ -246,7 +278,7 @@ class Sampler:
     ) -> tuple[list[Group], BaseException | None]:
         """Samples this leader's share of a batch; returns an error, so that it can be raised on all ranks.
 
-        A VerifierError is kept until the reports are exchanged; see :meth:`_judge_checks`.
+        A VerifierError is kept until the reports are exchanged; see :meth:`.StepChecks.judge`.
         """
         if self._coordinator.rank not in self._coordinator.leaders:
             return [], None
@@ -255,12 +287,12 @@ class Sampler:
         self._counts["prompts_carried_in"] += len(batch)
         batch += [self._new_group(prompts[number]) for number in new[place]]
         responses = (sum(continued) + len(prompts)) * self.settings.samples_per_prompt
-        most_failures = self.settings.max_failure_fraction * (self._everyones_checks.checks + responses)
+        most_failures = self.settings.max_failure_fraction * (self._checks.everyone.checks + responses)
         try:
             async with self._coordinator.alive():
                 return await self._sample_groups(batch, missing, most_failures), None
         except VerifierError as error:
-            self._verifier_error = str(error)
+            self._checks.error = str(error)
             return [], None
         except Exception as error:
             return [], error
@@ -273,54 +305,65 @@ class Sampler:
         return list(self._groups), list(self._partial)
 
     def restore(self, groups: Iterable[Group], partial: Iterable[PartialGroup]) -> None:
-        """Replaces the carried groups by those of an earlier :meth:`carried`."""
-        self._groups, self._partial = deque(groups), deque(partial)
+        """Replaces the carried groups by those of an earlier :meth:`carried`.
+
+        Prompts with a response that is longer than the limit of today start again, with a warning.
+        """
+        limit, found = self.settings.sampling.max_tokens, list[Group | PartialGroup]([*groups, *partial])
+        too_long = [one.prompt for one in found if not is_usable(one, 0, limit)]
+        usable = [one for one in found if is_usable(one, 0, limit)]
+        if too_long:
+            text = "%d carried prompts start again: responses to them are longer than rollout.max_response_tokens = %d"
+            logger.warning(text, len(too_long), limit)
+        self._groups = deque(one for one in usable if isinstance(one, Group))
+        self._partial = deque(one for one in usable if isinstance(one, PartialGroup))
+        self._partial.extend(map(self._new_group, too_long))
+        self._empty_steps = 0
 
     def _drop_stale(self, version: int) -> None:
         """Drops groups with tokens of weights that are too old, and restarts such partial groups."""
-        oldest = version - self.settings.max_staleness
-        fresh = [group for group in self._groups if all(_oldest_version(t.spans) >= oldest for t in group.trajectories)]
-        self._counts["groups_dropped_stale"] = len(self._groups) - len(fresh)
-        self._groups = deque(fresh)
-        for _ in range(len(self._partial)):
-            one = self._partial.popleft()
-            spans = [t.spans for t in one.finished] + [r.spans for r in one.partial if r.spans]
-            if all(_oldest_version(span) >= oldest for span in spans):
+        oldest, limit = version - self.settings.max_staleness, self.settings.sampling.max_tokens
+        groups, partial = self._groups, self._partial
+        self._groups, self._partial = deque(), deque()
+        for group in groups:
+            if is_usable(group, oldest, limit):
+                self._groups.append(group)
+                continue
+            self._counts["groups_dropped_stale"] += 1
+            self._count_dropped("dropped", sampled_lengths(group))
+        for one in partial:
+            if is_usable(one, oldest, limit):
                 self._partial.append(one)
-            else:
-                self._counts["prompts_restarted_stale"] += 1
-                self._partial.append(self._new_group(one.prompt))
+                continue
+            self._counts["prompts_restarted_stale"] += 1
+            self._count_dropped("restarted", sampled_lengths(one))
+            self._partial.append(self._new_group(one.prompt))
 
     async def _sample_groups(self, batch: Sequence[PartialGroup], missing: int, most_failures: float) -> list[Group]:
         """Samples groups; returns those that are kept, in the order in which they were complete."""
         sampler = self._group_sampler
         assert sampler is not None
-        sampler.begin_batch(most_failures)
         kept: list[Group] = []
         dropped_unchecked: list[Prompt] = []
-        tasks = [asyncio.create_task(sampler.sample(one)) for one in batch]
+
+        async def decide(group: Group) -> None:
+            self._counts["groups_sampled"] += 1
+            if self._keeps(group):
+                kept.append(group)
+                if self._coordinator.count(1) >= missing:
+                    await sampler.abort()
+            elif _has_failure(group.trajectories):
+                dropped_unchecked.append(group.prompt)
+
         try:
             async with self._watching_other_ranks(sampler, missing):
-                for next_done in asyncio.as_completed(tasks):
-                    found = await next_done
-                    if isinstance(found, PartialGroup):
-                        continue
-                    self._counts["groups_sampled"] += 1
-                    if self._keeps(found):
-                        kept.append(found)
-                        if self._coordinator.count(1) >= missing and not all(task.done() for task in tasks):
-                            await sampler.abort()
-                    elif _has_failure(found.trajectories):
-                        dropped_unchecked.append(found.prompt)
+                partial = await sampler.sample_batch(batch, decide, most_failures)
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             # All prompts of this share are sampled again, also those of kept groups: no prompt is lost.
             self._partial.extendleft(reversed(batch))
             raise
-        self._dropped_unchecked += dropped_unchecked
-        self._partial.extend(result for task in tasks if isinstance(result := task.result(), PartialGroup))
+        self._checks.dropped_unchecked += dropped_unchecked
+        self._partial.extend(partial)
         return kept
 
     @asynccontextmanager
@@ -372,37 +415,21 @@ class Sampler:
         self._counts["groups_all_right" if any(accuracies) else "groups_all_wrong"] += 1
         return False
 
-    def _forget_checks(self) -> None:
-        self._checks.clear()
-        self._everyones_checks.clear()
-        self._verifier_error = ""
-        self._dropped_unchecked.clear()
-
-    def _judge_checks(self, checks: Sequence[CheckCounts], errors: Sequence[str]) -> None:
-        """Warns of kinds of failures that are new in this step; decides, equally on every rank, whether it goes on.
-
-        Raises:
-            VerifierError: A verifier does not work, or failed on too many answers.
-        """
-        before, now = self._everyones_checks, CheckCounts.total(checks)
-        self._everyones_checks = now
-        if self._coordinator.rank == 0:
-            for kind in now.failures.keys() - before.failures.keys():
-                logger.warning("%s", now.warning(kind))
-        if now.exceeds(self.settings.max_failure_fraction):
-            raise now.error(self.settings.max_failure_fraction)
-        for error in filter(None, errors):
-            raise VerifierError(error)
-
     def _restart_unchecked(self, mine: dict[str, Group]) -> None:
         """Lets the prompts of all groups that hold a failed check be sampled again."""
-        prompts = list(self._dropped_unchecked)
+        prompts = list(self._checks.dropped_unchecked)
         for group in [group for group in mine.values() if _has_failure(group.trajectories)]:
             prompts.append(mine.pop(group.prompt.id).prompt)
         self._partial = deque(
             self._new_group(one.prompt) if _has_failure(one.finished) else one for one in self._partial
         )
         self._partial.extend(self._new_group(prompt) for prompt in prompts)
+
+    def _count_dropped(self, how: str, lengths: Sequence[int]) -> None:
+        """Counts responses that are not learned from, and their tokens."""
+        if lengths:
+            self._counts[f"responses_{how}"] += len(lengths)
+            self._counts[f"tokens_{how}"] += sum(lengths)
 
     def _publish_progress(self) -> None:
         names = ("done", "begun", "tokens", "oldest")
@@ -411,7 +438,3 @@ class Sampler:
 
 def _has_failure(trajectories: Iterable[Trajectory]) -> bool:
     return any(trajectory.failure for trajectory in trajectories)
-
-
-def _oldest_version(spans: Sequence[TokenSpan]) -> int:
-    return min(span.weight_version for span in spans)

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import torch.distributed as dist
 
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, PermanentEngineError, RequestError
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0
@@ -70,7 +70,8 @@ class StoreCoordinator:
 
         Raises:
             EngineError: a rank failed, or its heartbeat stopped; the message names the rank and the reason. On the rank
-                that failed, its own ``error``, or an EngineError with its text.
+                that failed, its own ``error``, or an EngineError with its text. A PermanentEngineError, on all ranks,
+                if ``error`` is one or a RequestError.
         """
         key = f"round/{self._round}"
         if error is not None:
@@ -78,7 +79,7 @@ class StoreCoordinator:
             self._round += 1
             if isinstance(error, EngineError):
                 raise error
-            raise EngineError(f"{type(error).__name__}: {error}") from error  # all ranks raise the same type
+            raise _kind(error)(f"{type(error).__name__}: {error}") from error  # all ranks raise the same type
         try:
             if self._rank in self._leaders:
                 self._store.set(f"{key}/{self._rank}", orjson.dumps(report).decode())
@@ -99,7 +100,7 @@ class StoreCoordinator:
         """Reports that this rank cannot continue; :meth:`gather` and :meth:`look` raise on the others this round."""
         if not self._store.check([f"failed/{self._round}"]):
             text = f"rank {self._rank}: {type(error).__name__}: {error}"
-            self._store.set(f"failed/{self._round}", text)
+            self._store.set(f"failed/{self._round}", f"{_kind(error).__name__}\n{text}")
 
     def count(self, more: int) -> int:
         """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
@@ -108,7 +109,8 @@ class StoreCoordinator:
     def look(self) -> None:
         """Raises EngineError if another rank has failed."""
         if self._store.check([f"failed/{self._round}"]):
-            raise EngineError(self._store.get(f"failed/{self._round}").decode())
+            kind, _, text = self._store.get(f"failed/{self._round}").decode().partition("\n")
+            raise (PermanentEngineError if kind == PermanentEngineError.__name__ else EngineError)(text)
 
     def others(self) -> dict[int, dict[str, Any]]:
         """Returns the progress of the leaders by rank, without those that have sent no heartbeat yet."""
@@ -151,3 +153,8 @@ class StoreCoordinator:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_POLL)
             return bytes(self._store.get(key))
+
+
+def _kind(error: BaseException) -> type[EngineError]:
+    """Returns the type of error that all ranks raise."""
+    return PermanentEngineError if isinstance(error, PermanentEngineError | RequestError) else EngineError

@@ -13,9 +13,10 @@ from rich.console import Console
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.collectives import broadcast_from_first_rank, raise_on_all_ranks
+from fipo_megatron.actor.finite_weights import check_finite
 from fipo_megatron.actor.hf_weights import load_hf
 from fipo_megatron.actor.parallel import RankLayout
-from fipo_megatron.actor.update_metrics import NoiseError
+from fipo_megatron.actor.update_metrics import NoiseError, UpdatesSkippedError
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
 from fipo_megatron.config import Config
 from fipo_megatron.data.failed_checks import VerifierError
@@ -39,7 +40,10 @@ from fipo_megatron.trainer.training_inputs import TrainingInputs
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
-EXPECTED = (EngineError, NoiseError, SamplingExhaustedError, VerifierError, WeightsError, OSError)
+EXPECTED = (
+    *(EngineError, SamplingExhaustedError, VerifierError, NoiseError, UpdatesSkippedError),
+    *(WeightsError, OSError),
+)
 """Expected failures of a run: logged without a traceback, exit code 1."""
 
 
@@ -101,6 +105,7 @@ def _build(
         layout,
         lambda chunks: load_hf(chunks, inputs.architecture, layout, config.model.path),
     )
+    check_finite(actor.chunks, inputs.architecture, layout, f"model.path = {config.model.path}")
     if config.algorithm.kl_coef:
         actor.keep_reference()
     files = {file: checksums.digest(Path(file)) for file in config.data.files} if layout.rank == 0 else {}

@@ -17,11 +17,17 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.config import Config
+from fipo_megatron.config import Config, RolloutConfig
 from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.rollout.carry_over import Carried
-from fipo_megatron.rollout.engine import EngineError, EngineMemory, RolloutEngine, SamplingParameters
+from fipo_megatron.rollout.engine import (
+    EngineError,
+    EngineMemory,
+    PermanentEngineError,
+    RolloutEngine,
+    SamplingParameters,
+)
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.event_loop import EventLoopThread
 from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplerSettings, SamplingExhaustedError, Scorer
@@ -51,6 +57,7 @@ def sampler_settings(config: Config, stop_token_ids: Sequence[int]) -> SamplerSe
         # Prefetched responses age by one version before they are learned from.
         max_staleness=rollout.max_staleness - rollout.overlap,
         on_exhausted=rollout.on_exhausted,
+        max_empty_steps=rollout.max_empty_steps,
         max_failure_fraction=config.reward.max_failure_fraction,
     )
 
@@ -160,11 +167,14 @@ class RolloutSession:
 
         Raises:
             EngineError: No server is left, or another rank failed; what was sampled so far is carried over.
+            PermanentEngineError: A response cannot be used, or a request cannot be served.
             SamplingExhaustedError: See :class:`.rollout.sampler.Sampler`.
             VerifierError: See :class:`.rollout.sampler.Sampler`.
         """
         try:
             return self._loop.run(self.sampler.step(next_prompts, self.weights.version))
+        except PermanentEngineError:
+            raise
         except EngineError as error:
             # Restarted servers need weights, which only all ranks together can send.
             if self._config.rollout.servers.colocated or not self.weights.reachable()[0]:
@@ -231,7 +241,7 @@ class RolloutSession:
             carried: Carry-over of every leader that saved it; the same on every rank.
             prefetched: Groups that were sampled for the next step; None if there are none.
         """
-        if prefetched is not None and _is_fresh(prefetched, step, self._config.rollout.max_staleness):
+        if prefetched is not None and _is_usable(prefetched, step, self._config.rollout):
             self.put_prefetched(prefetched)
         if self.engine is None or not carried:
             return
@@ -292,11 +302,15 @@ class RolloutSession:
         self._loop.run(control())
 
 
-def _is_fresh(prefetched: SampledGroups, step: int, max_staleness: int) -> bool:
-    """Returns whether prefetched groups respect ``rollout.max_staleness``, which may have been lowered since."""
+def _is_usable(prefetched: SampledGroups, step: int, rollout: RolloutConfig) -> bool:
+    """Returns whether prefetched groups respect the limits of today, which may have been lowered since."""
     age = max((step - record.oldest for record in prefetched.records), default=0)
-    if age > max_staleness:
-        logger.warning(
-            "prefetched groups are dropped: they are %d versions old, rollout.max_staleness is %d", age, max_staleness
-        )
-    return age <= max_staleness
+    longest = max((length for record in prefetched.records for length in record.response_tokens), default=0)
+    for found, unit, limit, name in (
+        (age, "versions old", rollout.max_staleness, "max_staleness"),
+        (longest, "tokens long", rollout.max_response_tokens, "max_response_tokens"),
+    ):
+        if found > limit:
+            logger.warning("prefetched groups are dropped: they are %d %s, rollout.%s is %d", found, unit, name, limit)
+            return False
+    return True

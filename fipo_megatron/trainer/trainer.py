@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.collectives import broadcast_from_first_rank, raise_on_all_ranks
+from fipo_megatron.actor.finite_weights import check_finite
 from fipo_megatron.actor.hf_weights import save_hf
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.checkpoint.manager import CheckpointManager, Restored, TrainState
@@ -28,7 +29,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 from fipo_megatron.observe.console import show_sampling_progress
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, PermanentEngineError
 from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.storage.atomic import partial_of
@@ -154,8 +155,12 @@ class Trainer:
             self.checkpoints.finish()
         return bool(stopped), broadcast_from_first_rank(alarm, self.layout.device) if alarmed else None
 
-    def save(self) -> None:
-        """Saves a checkpoint to resume with :attr:`step`; waits first until prefetching is over."""
+    def save(self, *, replace: bool = False) -> None:
+        """Saves a checkpoint to resume with :attr:`step`; waits first until prefetching is over.
+
+        Args:
+            replace: Whether an earlier checkpoint of this step is replaced.
+        """
         carried, prefetched = None, None
         if self.session is not None:
             with suppress(
@@ -167,21 +172,34 @@ class Trainer:
         state = TrainState(
             self.step, self.prompts.given, self.collapse_monitor.rollbacks, self.actor.learning_rate_factor
         )
-        self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step)
+        self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step, replace=replace)
         self.saved_step = self.step
 
-    def save_interrupted(self, sampled: SampledGroups | None) -> None:
-        """Saves what was sampled of a step that cannot be finished.
+    def save_interrupted(self, sampled: SampledGroups | None, error: Exception) -> None:
+        """Saves what was sampled of a step that cannot be finished, and logs how the run can go on.
+
+        After an error that would occur again nothing is saved: the weights may be its cause.
 
         Args:
             sampled: Groups of the step, if sampling was complete.
+            error: Reason why it cannot be finished.
         """
+        if isinstance(error, PermanentEngineError):
+            text = "step %d is not saved: the same error would occur again. The run would go on from step %d"
+            logger.error(text, self.step, self.saved_step)
+            return
+        exhausted = isinstance(error, SamplingExhaustedError)
+        if self.step == self.saved_step and not exhausted:
+            return  # nothing was learned since; a rerun samples the step anew
         if sampled is not None and self.session is not None:
             self.session.put_prefetched(sampled)
-        if self.step > self.saved_step:
-            self.save()
-            self.checkpoints.finish()
-            logger.error("what was sampled so far is in the checkpoint of step %d; run it again to go on", self.step)
+        self.save(replace=True)
+        self.checkpoints.finish()
+        how = "run it again to go on with other prompts" if exhausted else "run it again to go on"
+        if isinstance(error, SamplingExhaustedError) and error.out_of_prompts:
+            end = f", or with run.steps={self.step} to end it here" if self.step else ""
+            how = f"run it again with a larger data.epochs to go on{end}"
+        logger.error("what was sampled so far is in the checkpoint of step %d; %s", self.step, how)
 
     def restore(self, path: Path) -> Restored:
         """Restores actor, prompts and position from a checkpoint.
@@ -219,8 +237,13 @@ class Trainer:
         return True, ""
 
     def export(self, name: str) -> None:
-        """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one."""
+        """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one.
+
+        Raises:
+            WeightsError: The policy is not finite.
+        """
         target = self.output / name
+        check_finite(self.actor.chunks, self.inputs.architecture, self.layout, f"the policy is not written to {target}")
         with raise_on_all_ranks("removing an earlier export"):
             if self.layout.rank == 0:
                 for path in (target, partial_of(target)):

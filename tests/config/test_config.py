@@ -294,6 +294,20 @@ def test_importance_is_corrected_where_tokens_may_be_of_older_weights():
     assert any("max_staleness = 1 without algorithm.importance_cap" in notice for notice in notices(off))
 
 
+def test_oversampling_that_drops_long_responses_is_told():
+    drops = "rollout.over_sampling = 2 with rollout.max_staleness = {} learns from short responses more often"
+    for overrides, least in (
+        (["rollout.max_staleness=0"], 1),
+        (["rollout.max_staleness=1", "rollout.overlap=true"], 2),
+    ):
+        found = " ".join(notices(load_config(FIPO_32B, ["rollout.over_sampling=2", *overrides])))
+        assert drops.format(least - 1) in found
+        assert f"rollout.max_staleness of at least {least} carries both over" in found
+        enough = [*overrides, f"rollout.max_staleness={least}"]
+        assert drops[:20] not in " ".join(notices(load_config(FIPO_32B, ["rollout.over_sampling=2", *enough])))
+    assert "over_sampling" not in " ".join(notices(load_config(FIPO_32B, ["rollout.max_staleness=0"])))
+
+
 MOVED = {
     "run.save_every = 20: moved; it is checkpoint.save_every now": "run.save_every=20",
     "run.async_save = False: moved; it is checkpoint.async_save now": "run.async_save=false",

@@ -95,9 +95,9 @@ def test_a_failure_anywhere_ends_the_step_everywhere(name, results):
     assert own.startswith("EngineError: the weights were released")
     assert other.startswith(f"EngineError: rank {at}: EngineError: the weights were released")
     own, other = (refused_too, refused) if at else (refused, refused_too)
-    assert own.startswith("EngineError: RequestError: request ")
+    assert own.startswith("PermanentEngineError: RequestError: request ")
     assert "do not fit into the model's context of 10" in own
-    assert other.startswith(f"EngineError: rank {at}: RequestError: request ")
+    assert other.startswith(f"PermanentEngineError: rank {at}: RequestError: request ")
     assert exhausted == exhausted_too
     assert exhausted.startswith("SamplingExhaustedError: 0 of 6 groups after 3 batches")
     assert silent == "EngineError: rank 1 has sent no heartbeat for 0.5 s; see its log"

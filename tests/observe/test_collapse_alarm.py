@@ -96,3 +96,62 @@ def test_steps_that_learn_nothing_are_passed_over():
     assert off.look(0, dict(zip(LOOKED_AT, COLLAPSED, strict=True))) == ({}, None)
     off.restore([(0, *HEALTHY)])
     assert off.safe is None
+
+
+def empty(right, wrong):
+    return {
+        "sampler/groups_sampled": right + wrong,
+        "sampler/groups_all_right": right,
+        "sampler/groups_all_wrong": wrong,
+    }
+
+
+TRAINED = dict(zip(LOOKED_AT, HEALTHY, strict=True)) | {"rollout/groups": 4, "optimizer/updates": 2}
+SKIPPED = {"rollout/groups": 4, "rollout/response_tokens_mean": 9.0, "rollout/accuracy": 0.5} | {
+    "optimizer/updates": 2,
+    "optimizer/skipped_updates": 2,
+}
+WORSE = empty(1, 9)
+
+
+def alarms(steps, alarm=None):
+    alarm = alarm or CollapseAlarm(CONFIG)
+    return [alarm.look(number, values)[1] for number, values in enumerate(steps)]
+
+
+@pytest.mark.parametrize("lost", [WORSE, SKIPPED, empty(0, 4)], ids=["wrong", "skipped", "all wrong"])
+def test_a_window_of_lost_steps_is_a_collapse(lost):
+    """The updates of the window before may be its cause: the checkpoint from before them is the safe one."""
+    found = alarms([TRAINED] * 5 + [lost] * 3)
+    assert [bool(one) for one in found] == [False] * 7 + [True]
+    assert (found[-1].step, found[-1].began) == (7, 2)
+    assert "nothing was learned in the last 3 steps: " in found[-1].reason
+    assert ("no group was kept in 3 of them" in found[-1].reason) == (lost is not SKIPPED)
+    assert ("every update was skipped in 3 of them" in found[-1].reason) == (lost is SKIPPED)
+
+
+def test_a_policy_that_collapses_in_its_first_step_is_noticed():
+    found = alarms([TRAINED, WORSE, SKIPPED, WORSE])
+    assert (found[-1].step, found[-1].began) == (3, 0)
+    assert "no group was kept in 2 of them, and at most 10% of the groups were all right" in found[-1].reason
+    assert "every update was skipped in 1 of them" in found[-1].reason
+
+
+def test_groups_that_are_all_right_or_were_never_kept_are_no_collapse():
+    assert not any(alarms([TRAINED] * 5 + [empty(9, 1)] * 9)), "nothing is left to learn"
+    assert not any(alarms([WORSE] * 9)), "it has never worked"
+    assert not any(alarms([TRAINED] * 3 + [WORSE, WORSE, TRAINED, WORSE, WORSE, empty(9, 1), WORSE])), "not in a row"
+    partly = SKIPPED | TRAINED | {"optimizer/skipped_updates": 1}
+    assert not any(alarms([TRAINED] * 3 + [partly] * 5))
+
+
+def test_lost_steps_are_restored():
+    steps = [TRAINED] * 2 + [WORSE] * 2 + [empty(9, 1)] + [SKIPPED] * 7
+    whole = alarms(steps)
+    assert [one.step for one in whole if one] == [7, 10]
+    for cut in range(len(steps)):
+        first, restored = CollapseAlarm(CONFIG), CollapseAlarm(CONFIG)
+        alarms(steps[:cut], first)
+        restored.restore(first.history)
+        found = [restored.look(number, steps[number])[1] for number in range(cut, len(steps))]
+        assert found == whole[cut:]

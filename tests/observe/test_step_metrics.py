@@ -37,6 +37,14 @@ def test_rollout_metrics_do_not_depend_on_the_order_of_groups():
     assert rollout_metrics(None, 5) == {}
 
 
+def test_lengths_of_dropped_responses_exist_only_if_there_are_any():
+    counts = {"responses_dropped": 4, "tokens_dropped": 90, "responses_restarted": 0, "tokens_restarted": 0}
+    found = rollout_metrics(SampledGroups((), (), counts), 5)
+    assert set(found) <= TAGS
+    assert found["sampler/dropped_response_tokens_mean"] == 22.5
+    assert "sampler/restarted_response_tokens_mean" not in found
+
+
 def test_updates_are_reduced_to_means_and_extremes_without_skipped_ones():
     updates = [
         update(1.0, entropy=0.25, weight_min=1.0, weight_max=1.0),

@@ -256,6 +256,61 @@ def test_closing_ends_requests_in_flight(path):
     asyncio.run(run())
 
 
+async def _turns(count=100):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_a_driven_engine_samples_only_when_every_response_is_requested_or_decided(path):
+    """Counted in tokens after many turns of the event loop: requests, decisions and their order, not turns."""
+
+    async def run():
+        engine = EmbeddedEngine(path("qwen3"), slots=16)
+        lengths = {"0": 2, "1": 2, "2": 9, "3": 9}
+        requests = [request(int(n), 8, SamplingParameters(1.0, length)) for n, length in lengths.items()]
+        with engine.driving(4):
+            tasks = [asyncio.create_task(engine.generate(one)) for one in requests[:3]]
+            await _turns()
+            assert engine._running == [None] * 16, "the fourth response is not requested"
+            tasks.append(asyncio.create_task(engine.generate(requests[3])))
+            await tasks[1]
+            await _turns()
+            assert len(engine._running[2].tokens) == 2, "two finished responses are not decided on"
+            order = []
+
+            async def decide(number, turns):
+                await _turns(turns)
+                async with engine.deciding(str(number)):
+                    order.append(number)
+                    await _turns(turns)
+
+            await decide(0, 0)
+            await _turns()
+            assert len(engine._running[2].tokens) == 2
+            await decide(1, 0)
+            await tasks[3]
+            await asyncio.gather(decide(3, 0), decide(2, 50))
+            assert order == [0, 1, 2, 3], "the order in which they were returned"
+            with pytest.raises(RuntimeError, match="more responses than it has announced"):
+                await engine.generate(request(7))
+        assert len((await engine.generate(request(8))).tokens), "without a driver it waits for nobody"
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_closing_does_not_wait_for_a_driver(path):
+    async def run():
+        engine = EmbeddedEngine(path("qwen3"))
+        with engine.driving(2):
+            task = asyncio.create_task(engine.generate(request(1)))
+            await _turns()
+            await engine.close()
+            assert (await task).finish_reason == "abort"
+
+    asyncio.run(run())
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     probabilities = np.array([0.1, 0.0, 0.4, 0.2, 0.3])
     with np.errstate(divide="ignore"):

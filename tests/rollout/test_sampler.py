@@ -94,15 +94,57 @@ def test_without_dynamic_sampling_all_are_kept(path):
     assert prompts.asked == [3]
 
 
-@pytest.mark.parametrize("right", [[0, 2, 4, 0, 0, 4, 0, 0, 2], [0, 2, 0]])
-def test_a_step_without_enough_groups_ends_as_configured(right, path):
+@pytest.mark.parametrize(
+    ("right", "reason"),
+    [
+        ([0, 2, 4, 0, 0, 4, 0, 0, 2], r"after 3 batches of prompts \(rollout.max_generation_batches = 3\)"),
+        ([0, 2, 0], r"after 1 batches of prompts; data.epochs is used up, there are no more prompts"),
+    ],
+)
+def test_a_step_without_enough_groups_ends_as_configured(right, reason, path):
     """Sampling ends after three batches, or when there are no more prompts."""
     prompts = Prompts(right)
-    with pytest.raises(SamplingExhaustedError, match=r"1 of 3 groups after \d batches .*max_generation_batches = 3"):
+    with pytest.raises(SamplingExhaustedError, match=f"1 of 3 groups {reason}") as raised:
         run(EmbeddedEngine(path), SETTINGS, prompts)
+    assert raised.value.out_of_prompts == (len(right) == 3)
     _, [(groups, statistics)] = run(EmbeddedEngine(path), replace(SETTINGS, on_exhausted="smaller"), Prompts(right))
     assert names(groups) == [1]
     assert statistics["batches"] == (3 if len(right) > 3 else 1)
+
+
+SMALLER = replace(SETTINGS, on_exhausted="smaller", max_batches=1, max_empty_steps=3)
+
+
+def test_empty_steps_are_warned_of_and_end_the_run(path, caplog):
+    """Two empty steps, one group, then three empty steps: the count begins anew after a step with a group."""
+    prompts = Prompts([0] * 3 + [4] * 3 + [2] + [0] * 20)
+
+    async def go():
+        sampler, sizes = Sampler(EmbeddedEngine(path), SMALLER, prompts.score), []
+        for _ in range(9):
+            try:
+                sizes.append(len((await sampler.step(prompts, 0)).groups))
+            except SamplingExhaustedError as error:
+                return sizes, error
+        return sizes, None
+
+    sizes, error = asyncio.run(go())
+    assert sizes == [0, 0, 1, 0, 0]
+    assert "no group was kept in each of 3 steps (rollout.max_empty_steps = 3); in the last one: " in str(error)
+    assert "'groups_all_wrong': 3" in str(error)
+    assert not error.out_of_prompts
+    assert caplog.text.count("nothing to learn from in this step: 0 of 3 groups after 1 batches") == 4
+
+
+def test_smaller_steps_end_with_the_prompts(path):
+    """The last group is used; the step after it has no prompts at all, and is no smaller step."""
+    prompts = Prompts([2, 0])
+    settings = replace(SMALLER, max_empty_steps=100)
+    _, [(groups, _)] = run(EmbeddedEngine(path), settings, prompts)
+    assert names(groups) == [0]
+    with pytest.raises(SamplingExhaustedError, match=r"data\.epochs is used up") as raised:
+        run(EmbeddedEngine(path), settings, prompts)
+    assert raised.value.out_of_prompts
 
 
 def test_groups_kept_before_the_error_are_carried(path):
@@ -205,6 +247,50 @@ def test_aborted_groups_are_restarted_as_a_whole(path):
     assert carried
     assert all((len(one.finished), len(one.partial)) == (0, 4) for one in carried)
     assert not any(len(response.tokens) for one in carried for response in one.partial)
+
+
+def test_the_length_of_dropped_responses_is_counted(path):
+    """Nothing may be old: surplus groups are dropped with the next weights, aborted responses start again at once."""
+    prompts = Prompts([2] * 60)
+    settings = replace(LONG, max_staleness=0)
+
+    async def go():
+        engine = EmbeddedEngine(path, slots=16)
+        sampler, dropped = Sampler(engine, settings, prompts.score), []
+        first = await sampler.step(prompts, 0)
+        while not sampler.carried()[0]:
+            first = await sampler.step(prompts, 0)
+        dropped = [len(t.tokens) for group in sampler.carried()[0] for t in group.trajectories]
+        engine.update_weights(weights_of(model()).items(), 1)
+        return first.statistics, dropped, (await sampler.step(prompts, 1)).statistics
+
+    first, dropped, second = asyncio.run(go())
+    assert first["responses_restarted"] > 0
+    assert first["tokens_restarted"] >= first["responses_restarted"]
+    assert (second["responses_dropped"], second["tokens_dropped"]) == (len(dropped), sum(dropped))
+
+
+def test_carried_responses_that_are_longer_than_a_lowered_limit_start_again(path, caplog):
+    """A complete group, finished responses and tokens of unfinished ones, each longer than the limit of the resume."""
+    prompts = Prompts([2] * 60)
+    settings = replace(LONG, over_sampling=3.0)
+    sampler, _ = run(EmbeddedEngine(path, slots=16), settings, prompts, steps=3)
+    groups, partial = sampler.carried()
+    assert max(len(r.tokens) for one in partial for r in one.partial) >= 8
+    lowered = replace(settings, sampling=replace(settings.sampling, max_tokens=8))
+
+    async def go():
+        after = Sampler(EmbeddedEngine(path, slots=16), lowered, prompts.score)
+        after.restore(groups, partial)
+        left = {one.prompt.id for part in after.carried() for one in part}
+        return left, [group for _ in range(3) for group in (await after.step(prompts, 0)).groups]
+
+    left, found = asyncio.run(go())
+    assert left == {one.prompt.id for one in (*groups, *partial)}, "no prompt is lost"
+    assert max(len(t.tokens) for group in found for t in group.trajectories) == 8
+    assert (
+        "carried prompts start again: responses to them are longer than rollout.max_response_tokens = 8" in caplog.text
+    )
 
 
 def test_a_restored_sampler_continues_identically(path):

@@ -1,8 +1,8 @@
 """The rollout engine in the trainer's own process: a model of transformers, all requests in one batch.
 
 For machines without a GPU, and for tests. What is sampled depends only on the weights, the request and its seed, not on
-the rest of the batch or on time: decisions follow counts of tokens, passes always have the same shape, and every
-request has its own random numbers.
+the rest of the batch or on time: passes always have the same shape, every request has its own random numbers, and the
+engine samples a token only when its driver has made all decisions on what was returned (:mod:`.turn_taking`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fipo_megatron.data.trajectory import FinishReason
-from fipo_megatron.rollout.embedded.decision_barrier import DecisionBarrier, yield_turns
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.slot_model import SlotModel
+from fipo_megatron.rollout.embedded.turn_taking import TurnTaking
 from fipo_megatron.rollout.engine import (
     EngineError,
     EngineMemory,
@@ -54,16 +54,13 @@ class _Sequence:
     def all_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([self.request.tokens, np.array(self.tokens, dtype=np.int32)])
 
-    def finish(self, reason: FinishReason) -> None:
-        if not self.done.done():
-            self.done.set_result(
-                Generation(
-                    np.array(self.tokens, dtype=np.int32),
-                    np.array(self.log_probs, dtype=np.float32),
-                    spans_of(self.versions),
-                    reason,
-                )
-            )
+    def result(self, reason: FinishReason) -> Generation:
+        return Generation(
+            np.array(self.tokens, dtype=np.int32),
+            np.array(self.log_probs, dtype=np.float32),
+            spans_of(self.versions),
+            reason,
+        )
 
 
 class EmbeddedEngine:
@@ -97,7 +94,7 @@ class EmbeddedEngine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence | None] = [None] * slots
         self._outdated = self._closed = False
-        self._decisions = DecisionBarrier()
+        self._turns = TurnTaking()
         self._going = asyncio.Event()
         self._going.set()
         self._aborting = asyncio.Event()
@@ -111,6 +108,7 @@ class EmbeddedEngine:
         sequence = _Sequence(
             request, asyncio.get_running_loop().create_future(), np.random.Generator(np.random.Philox(request.seed))
         )
+        self._turns.hand_over()
         self._waiting.append(sequence)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
@@ -124,16 +122,15 @@ class EmbeddedEngine:
                 if not self._going.is_set():
                     await self._until_resumed_or_aborted()
                     continue
-                if not any(self._running):
-                    await yield_turns()  # requests that are made together begin together
-                    self._end_aborted()
+                if not self._turns.is_engines_turn:
+                    await self._turns.wait_for_driver()
+                    continue
                 if not self._model.usable:
                     raise EngineError("the weights were released; restore and update them before generating")
                 self._admit()
-                finished = self._sample()
+                self._sample()
                 self._decode()
-                # What follows from a finished response must not depend on time.
-                await self._decisions.wait() if finished else await asyncio.sleep(0)
+                await asyncio.sleep(0)  # lets the other tasks of the event loop run between two passes
         except BaseException as error:
             for sequence in self._in_flight():
                 if not sequence.done.done():
@@ -159,10 +156,15 @@ class EmbeddedEngine:
         for wait in left:
             wait.cancel()
 
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        if not sequence.done.done():
+            self._turns.hand_back(sequence.request.id, finished=reason != "abort")
+            sequence.done.set_result(sequence.result(reason))
+
     def _end_aborted(self) -> None:
         for sequence in self._in_flight():
-            if sequence.aborted or sequence.done.cancelled():
-                sequence.finish("abort")
+            if sequence.aborted:
+                self._finish(sequence, "abort")
         self._waiting = deque(sequence for sequence in self._waiting if not sequence.done.done())
         self._running = [None if s is None or s.done.done() else s for s in self._running]
 
@@ -176,9 +178,8 @@ class EmbeddedEngine:
                 sequence.logits = self._model.read(slot, sequence.all_tokens)
         self._outdated = False
 
-    def _sample(self) -> bool:
-        """Samples one token for every running sequence; returns whether any sequence is finished by it."""
-        finished = False
+    def _sample(self) -> None:
+        """Samples one token for every running sequence."""
         for slot, sequence in self._running_slots():
             assert sequence.logits is not None
             sampling = sequence.request.sampling
@@ -189,9 +190,8 @@ class EmbeddedEngine:
             sequence.versions.append(self._model.version)
             stopped = token in sampling.stop_token_ids
             if stopped or len(sequence.tokens) == sampling.max_tokens:
-                sequence.finish("stop" if stopped else "length")
-                self._running[slot], finished = None, True
-        return finished
+                self._finish(sequence, "stop" if stopped else "length")
+                self._running[slot] = None
 
     def _decode(self) -> None:
         """Computes the logits of the next token of every running sequence."""
@@ -204,9 +204,13 @@ class EmbeddedEngine:
         for slot, sequence in running.items():
             sequence.logits = logits[slot]
 
-    def deciding(self) -> AbstractAsyncContextManager[None]:
-        """Opens a block for which the engine waits; see :meth:`.engine.RolloutEngine.deciding`."""
-        return self._decisions.deciding()
+    def driving(self, responses: int) -> AbstractContextManager[None]:
+        """Opens a block in which the engine waits for a driver; see :meth:`.engine.RolloutEngine.driving`."""
+        return self._turns.driving(responses)
+
+    def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:
+        """Opens a block of decisions; see :meth:`.engine.RolloutEngine.deciding`."""
+        return self._turns.deciding(request_id)
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
         """Ends these requests, or all, before their next token; see :meth:`.engine.RolloutEngine.abort`."""
@@ -258,6 +262,7 @@ class EmbeddedEngine:
         self._closed = True
         await self.abort()
         await self.resume()
+        self._turns.end()
         if self._task is not None:
             await self._task
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 from fipo_megatron.rollout.engine import EngineError, EngineMemory, Generation, GenerationRequest, WorkerHealth
@@ -159,7 +159,11 @@ class SglangClient:
         await self.control("/continue_generation")
         self.pool.paused, self.pool.resumed = False, time.monotonic()
 
-    def deciding(self) -> AbstractAsyncContextManager[None]:
+    def driving(self, responses: int) -> AbstractContextManager[None]:
+        """Returns an empty block: servers do not wait for their driver."""
+        return contextlib.nullcontext()
+
+    def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:
         """Returns an empty block: servers do not wait for decisions."""
         return contextlib.nullcontext()
 
