@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fipo_megatron.config import ObserveConfig
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class Tracker(Protocol):
@@ -176,8 +179,20 @@ def open_trackers(config: ObserveConfig, output: Path, described: Mapping[str, A
 
 
 def as_markdown(row: Mapping[str, Any]) -> str:
-    """Formats prompt and response as indented code blocks, which no text inside them can end."""
-    head = f"**{row['prompt_id']}/{row['sample']}** reward {row['reward']}, advantage {row['advantage']}, "
-    head += f"{row['response_tokens']} tokens, truth {row['ground_truth']!r}"
-    blocks = ("    " + row[name].replace("\n", "\n    ") for name in ("prompt", "response"))
-    return "\n\n".join([head, *blocks])
+    """Formats a response as Markdown that shows its texts as they are: no text becomes a link, an image or a heading.
+
+    Texts of data and policy stand in indented code blocks, each of their lines indented.
+    """
+    head = f"reward {row['reward']}, advantage {row['advantage']}, {row['response_tokens']} tokens"
+    names = f"{row['prompt_id']}/{row['sample']}\ntruth {row['ground_truth']}"
+    return "\n\n".join([head, *map(_code_block, (names, row["prompt"], row["response"]))])
+
+
+def _code_block(text: str) -> str:
+    """Returns a text as an indented code block.
+
+    Markdown ends a line at every line boundary of Unicode or at none, depending on its implementation; all are line
+    feeds here. Control characters have no place in a page, and Markdown's implementations use some as marks.
+    """
+    lines = (_CONTROLS.sub("\ufffd", line) for line in text.replace("\t", "    ").splitlines())
+    return "\n".join(f"    {line}" for line in lines)

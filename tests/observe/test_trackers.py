@@ -1,7 +1,13 @@
 """What trackers get comes out of them again: TensorBoard's own reader, and the services' packages without a service."""
 
+import re
+import warnings
+from html.parser import HTMLParser
+
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fipo_megatron.config import ObserveConfig
@@ -49,6 +55,49 @@ def test_tensorboard_says_what_it_was_told(tmp_path):
     assert [limit for limit, _ in kept] == pytest.approx(edges[1:][counts > 0].tolist())
     (text,) = found.Tensors("samples/responses/text_summary")
     assert text.tensor_proto.string_val[0].decode().count(as_markdown(ROW)) == 2
+
+
+MARKDOWN = [
+    *("\r", "\n", "\t", "`", "```", "~~~", "# H", "![i](http://x)", "[l](http://x)", "[x]: http://y", "**x**", "---"),
+    *("<script>", "<!--", "-->", "<div>", "</div>", "<?", "<![CDATA[", "</code></pre>", "<img src=x>", "<http://x>"),
+    *("&amp;", "    ", " ", "a", "| a | b |", "|--|--|", "* li", "1. x", "> q", "\\", "\x00", "\x02", "\x03", "\x0b"),
+    *("\x1c", "\x85", "\u2028", "\u2029", "klzzwxh:0001", "\x02klzzwxh:0\x03"),
+]
+
+
+class Page(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = set(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def as_html(markdown):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard.plugins.text.text_plugin import text_array_to_html
+
+    return text_array_to_html(np.array(markdown), enable_markdown=True)
+
+
+@given(texts=st.lists(st.lists(st.sampled_from(MARKDOWN), max_size=8).map("".join), min_size=4, max_size=4))
+@example(texts=["# 7", "x\r# H\r![i](http://x)", "y\r[l](http://x)", "`**2**"])
+def test_texts_are_inert_in_tensorboard(texts):
+    """No text of data or policy becomes a heading, a link or an image on TensorBoard's page, and all are shown."""
+    row = ROW | dict(zip(("prompt_id", "prompt", "response", "ground_truth"), texts, strict=True))
+    page = Page(as_html(as_markdown(row)))
+    assert page.tags <= {"p", "pre", "code"}
+    shown = "".join(page.text.split())
+    for text in texts:
+        assert "".join(re.sub("[\x00-\x1f\x7f-\x9f]", " ", text).split()) in shown.replace("\ufffd", "")
 
 
 def test_a_resumed_run_leaves_one_curve(tmp_path):
