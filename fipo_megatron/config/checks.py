@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 from fipo_megatron.config.actor_sections import IMPORTANCE_CAP, ActorConfig, ParallelConfig
 from fipo_megatron.config.rollout_sections import RolloutConfig
+from fipo_megatron.config.urls import url_problem
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
@@ -103,10 +104,10 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "one rank per GPU"
         )
     problems += [
-        f"rollout.servers.{name} = {url}: must begin with http:// or https://"
+        f"rollout.servers.{name} = {url}: {problem}"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
         for url in urls
-        if not url.startswith(("http://", "https://"))
+        if (problem := url_problem(url))
     ]
     return problems
 

@@ -21,7 +21,7 @@ from fipo_megatron.data.tokenized_prompts import read_prompts
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.results import name_problems
-from fipo_megatron.observe.trackers import missing_packages
+from fipo_megatron.observe.trackers import tracker_problems
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.storage.output_directory import output_problems
@@ -104,7 +104,9 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
         except ValueError as error:
             problems.append(str(error))
     problems += _launch_problems(config)
-    problems += missing_packages(config.observe)
+    problems += tracker_problems(
+        config.observe, writes=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    )
     output = Path(config.run.output)
     problems += output_problems(output, config.checkpoint.resume) or _checkpoint_problems(
         output / "checkpoints", architecture, config

@@ -171,6 +171,11 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.overlap = True: needs rollout.max_staleness", "must be false with rollout.servers.colocated"],
         ),
         (["rollout.servers.urls=['host:3']"], ["rollout.servers.urls = host:3: must begin with http://"]),
+        (["rollout.servers.urls=['http://h:70000']"], ["rollout.servers.urls = http://h:70000: must have a port from"]),
+        (["rollout.servers.urls=['http://h:0']"], ["rollout.servers.urls = http://h:0: must have a port from"]),
+        (["rollout.servers.urls=['http://h:port']"], ["rollout.servers.urls = http://h:port: must have a port from"]),
+        (["rollout.servers.urls=['http://:80']"], ["rollout.servers.urls = http://:80: must name a host"]),
+        (["rollout.servers.urls=['http://[::1']"], ["rollout.servers.urls = http://[::1: must have a port"]),
         (
             ["rollout.engine=embedded", "rollout.servers.colocated=true", "rollout.embedded_slots=20"],
             ["rollout.embedded_slots = 20: must be a multiple of 16"],

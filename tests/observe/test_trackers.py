@@ -1,5 +1,6 @@
 """What trackers get comes out of them again: TensorBoard's own reader, and the services' packages without a service."""
 
+import os
 import re
 import warnings
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fipo_megatron.config import ObserveConfig
-from fipo_megatron.observe.trackers import TensorBoard, as_markdown, missing_packages, open_trackers
+from fipo_megatron.observe.trackers import TensorBoard, as_markdown, open_trackers, tracker_problems
 from tests.processes import children
 
 ROW = {
@@ -120,7 +121,7 @@ def test_services_without_a_service(name, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     config = ObserveConfig(tensorboard=False, trackers=(name,), project="tests")
-    assert not missing_packages(config)
+    assert not tracker_problems(config, writes=True)
     (tracker,) = open_trackers(config, tmp_path / "run", {"seed": 1}, 0)
     counts, edges = np.histogram(np.linspace(-3, 3, 1025), bins=1025)
     for step in (5, 3):  # as after a return
@@ -133,11 +134,41 @@ def test_services_without_a_service(name, tmp_path, monkeypatch):
     assert any(b"policy/loss" in content for content in written)
 
 
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_service_without_a_key_is_told_at_start(name, tmp_path, monkeypatch):
+    """The packages themselves look for the key; nothing is asked for, even on a terminal."""
+    for variable in [key for key in os.environ if key.startswith(("WANDB_", "SWANLAB_"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = ObserveConfig(tensorboard=False, trackers=(name,))
+    (problem,) = tracker_problems(config, writes=True)
+    assert problem.startswith(f"observe.trackers = ['{name}']: {name} cannot report: it has no API key; ")
+    assert problem.endswith(f"{name.upper()}_MODE=offline")
+    assert not tracker_problems(config, writes=False)
+    monkeypatch.setenv(f"{name.upper()}_API_KEY", "0123456789" * 4)
+    assert not tracker_problems(config, writes=True)
+
+
+def test_a_key_of_wandb_in_a_netrc_file_is_found(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0123456789" * 4)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not tracker_problems(ObserveConfig(trackers=("wandb",)), writes=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_service_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    with pytest.raises(OSError, match=r"observe\.trackers = \['wandb'\]: wandb cannot be opened: "):
+        open_trackers(ObserveConfig(tensorboard=True, trackers=("wandb",)), tmp_path, {}, 0)
+
+
 def test_what_is_not_installed_is_named(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert missing_packages(ObserveConfig(trackers=("wandb",))) == [
+    assert tracker_problems(ObserveConfig(trackers=("wandb",)), writes=True) == [
         "observe.tensorboard = True: tensorboard is not installed here",
         "observe.trackers = ['wandb']: wandb is not installed here",
     ]
