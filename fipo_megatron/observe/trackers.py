@@ -169,7 +169,8 @@ settings = wandb.setup().settings
 key = settings.api_key or getattr(settings, "identity_token_file", None)
 if settings.mode not in ("offline", "dryrun", "disabled") and not key:
     try:
-        key = netrc.netrc(os.environ.get("NETRC")).authenticators(urllib.parse.urlsplit(settings.base_url).hostname)
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+        key = "api.wandb.ai" in hosts or urllib.parse.urlsplit(settings.base_url).hostname in hosts
     except (OSError, netrc.NetrcParseError):
         pass
     if not key:
