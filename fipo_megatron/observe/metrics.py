@@ -38,6 +38,8 @@ NOISE, EVALUATED, SAVED, PEAK = (
     "steps that save a checkpoint",
     "GPUs with a known peak",
 )
+DRIFT = "algorithm.kind other than sft"
+BASELINE = "algorithm.kind = dapo or grpo"
 FAILED = "failed checks"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
@@ -141,18 +143,18 @@ _POLICY = {
 }
 
 _FUTURE_KL = {
-    "future_kl_mean": Metric("future_kl/mean", "Mean F.", "nats", FIPO),
-    "future_kl_abs_mean": Metric("future_kl/abs_mean", "Mean |F|.", "nats", FIPO),
-    "future_kl_abs_max": Metric("future_kl/abs_max", "Largest |F|.", "nats", FIPO),
+    "future_kl_mean": Metric("future_kl/mean", "Mean F.", "nats", DRIFT),
+    "future_kl_abs_mean": Metric("future_kl/abs_mean", "Mean |F|.", "nats", DRIFT),
+    "future_kl_abs_max": Metric("future_kl/abs_max", "Largest |F|.", "nats", DRIFT),
     "filtered_fraction": Metric(
-        "future_kl/filtered_fraction", "Fraction of tokens left out of the sum (ratio > c).", "", FIPO
+        "future_kl/filtered_fraction", "Fraction of tokens left out of the sum (ratio > c).", "", DRIFT
     ),
     "weight_mean": Metric("future_kl/weight_mean", "Mean f as used in the loss.", "", FIPO),
     "weight_min": Metric("future_kl/weight_min", "Smallest f.", "", FIPO),
     "weight_max": Metric("future_kl/weight_max", "Largest f.", "", FIPO),
-    "raw_weight_mean": Metric("future_kl/raw_weight_mean", "Mean exp F, before clipping.", "", FIPO),
-    "raw_weight_min": Metric("future_kl/raw_weight_min", "Smallest exp F.", "", FIPO),
-    "raw_weight_max": Metric("future_kl/raw_weight_max", "Largest exp F.", "", FIPO),
+    "raw_weight_mean": Metric("future_kl/raw_weight_mean", "Mean exp F, before clipping.", "", DRIFT),
+    "raw_weight_min": Metric("future_kl/raw_weight_min", "Smallest exp F.", "", DRIFT),
+    "raw_weight_max": Metric("future_kl/raw_weight_max", "Largest exp F.", "", DRIFT),
     "weight_clip_fraction": Metric("future_kl/weight_clip_fraction", "Fraction of tokens with f on a bound.", "", FIPO),
     "weight_clip_fraction_upper": Metric(
         "future_kl/weight_clip_fraction_upper", "Fraction of tokens with f on the upper bound.", "", FIPO
@@ -173,6 +175,14 @@ _FUTURE_KL = {
     "safety_fraction": Metric(
         "future_kl/safety_fraction", "Fraction of tokens under the safety rule (A < 0, r > s).", "", FIPO
     ),
+    "shadow_weight_mean": Metric(
+        "future_kl/shadow_weight_mean", "Mean f that FIPO would use; the loss does not.", "", BASELINE
+    ),
+    "shadow_weight_min": Metric("future_kl/shadow_weight_min", "Smallest f that FIPO would use.", "", BASELINE),
+    "shadow_weight_max": Metric("future_kl/shadow_weight_max", "Largest f that FIPO would use.", "", BASELINE),
+    "shadow_weight_clip_fraction": Metric(
+        "future_kl/shadow_weight_clip_fraction", "Fraction of tokens with that f on a bound.", "", BASELINE
+    ),
     "inert_updates": Metric(
         "future_kl/inert_updates_fraction", "Fraction of the step's updates with f = 1 for every token.", "", FIPO
     ),
@@ -183,10 +193,13 @@ _MISMATCH = {
     "mismatch_abs_max": Metric("mismatch/abs_max", "Largest |log π_old − log π_behaviour|.", "nats", MISMATCH),
     "mismatch_kl": Metric("mismatch/kl", "k3 estimate of KL(π_behaviour ‖ π_old).", "nats", MISMATCH),
     "mismatch_future_kl_abs_mean": Metric(
-        "mismatch/future_kl_abs_mean", "Mean |F| computed from the mismatch as if it were drift.", "nats", FIPO
+        "mismatch/future_kl_abs_mean",
+        "Mean |F| computed from the mismatch as if it were drift.",
+        "nats",
+        MISMATCH,
     ),
     "mismatch_future_kl_abs_max": Metric(
-        "mismatch/future_kl_abs_max", "Largest |F| computed from the mismatch.", "nats", FIPO
+        "mismatch/future_kl_abs_max", "Largest |F| computed from the mismatch.", "nats", MISMATCH
     ),
     "importance_weight_mean": Metric(
         "mismatch/importance_weight_mean", "Mean truncated importance weight.", "", IMPORTANCE
