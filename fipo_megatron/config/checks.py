@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS, PolicyLossConfig
 from fipo_megatron.config.actor_sections import IMPORTANCE_CAP, ActorConfig, ParallelConfig
 from fipo_megatron.config.rollout_sections import RolloutConfig
 from fipo_megatron.config.urls import url_problem
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
+
+
+_PAPER = PolicyLossConfig()
 
 
 def find_conflicts(config: Config) -> list[str]:
@@ -172,7 +175,7 @@ def notices(config: Config) -> list[str]:
     """Lists what is valid but worth knowing at start-up, a sentence each."""
     a = config.algorithm
     found = []
-    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
+    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip and a.safety_threshold != _PAPER.safety_threshold:
         found.append(
             f"algorithm.safety_threshold = {a.safety_threshold:g} has no effect on the gradient: it is at least "
             f"dual_clip = {a.dual_clip:g}, and dual-clipped tokens have none"

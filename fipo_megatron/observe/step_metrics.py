@@ -19,8 +19,9 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     """Returns the metrics of the sampled groups and the sampler's counts, independent of the order of the groups."""
     if sampled is None:
         return {}
-    counts = {f"sampler/{name}": sampled.statistics.get(name, 0) for name in SAMPLER_COUNTS}
+    counts: dict[str, float] = {f"sampler/{name}": sampled.statistics.get(name, 0) for name in SAMPLER_COUNTS}
     counts |= {f"sampler/{name}": found for name in FAILURE_COUNTS if (found := sampled.statistics.get(name, 0))}
+    counts |= _sampled_metrics(sampled.statistics)
     if not sampled.records:
         return counts
     lengths = [length for record in sampled.records for length in record.response_tokens]
@@ -42,12 +43,27 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     } | counts
 
 
+def _sampled_metrics(statistics: Mapping[str, int]) -> dict[str, float]:
+    """Returns accuracy and length of all responses that the step completed, also of groups that were not kept."""
+    found = {}
+    if judged := statistics.get("responses_judged", 0):
+        found["sampler/accuracy"] = statistics["responses_right"] / judged
+    if responses := statistics.get("responses_sampled", 0):
+        found["sampler/response_tokens_mean"] = statistics["response_tokens_sampled"] / responses
+    return found
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
-    """Reduces the metrics of a step's updates: means of means, minima of minima, maxima of maxima."""
+def update_metrics(updates: Sequence[UpdateMetrics], *, sft: bool = False) -> dict[str, Any]:
+    """Reduces the metrics of a step's updates: means of means, minima of minima, maxima of maxima.
+
+    Args:
+        updates: Metrics of each update.
+        sft: Whether the metrics that compare policies or depend on an advantage are left out.
+    """
     done = [update for update in updates if not update.skipped]
     found: dict[str, list[float]] = {"updates": [len(updates)], "skipped": [len(updates) - len(done)]}
     if done:
@@ -64,6 +80,8 @@ def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
             ]
     values = {}
     for name, per_update in found.items():
+        if sft and OF_UPDATES[name].when:
+            continue
         reduce = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
         value = float(reduce(per_update))
         values[OF_UPDATES[name].tag] = value if math.isfinite(value) else None

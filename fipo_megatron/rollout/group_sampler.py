@@ -147,6 +147,10 @@ class GroupSampler:
             self._counts[f"failures_{score.failure}"] += 1
             if self._checks.failed > self._most_failures:
                 raise VerifierError(score.failure_text)
+        self._counts["responses_sampled"] += 1
+        self._counts["response_tokens_sampled"] += len(trajectory.tokens)
+        self._counts["responses_judged"] += score.accuracy is not None
+        self._counts["responses_right"] += score.accuracy or 0
         learned = trajectory.mask if score.reward is not None else np.zeros_like(trajectory.mask)
         return replace(trajectory, reward=score.reward, accuracy=score.accuracy, mask=learned, failure=score.failure)
 

@@ -221,9 +221,10 @@ class Trainer:
     def export(self, name: str) -> None:
         """Writes the policy as a Hugging Face model into a directory of the output; replaces an earlier one."""
         target = self.output / name
-        with raise_on_all_ranks("removing an earlier export"):
-            if self.layout.rank == 0:
-                for path in (target, partial_of(target)):
-                    shutil.rmtree(path, ignore_errors=True)
-        save_hf(self.actor.chunks, self.inputs.architecture, self.layout, self.config.model.path, target)
+        with self.log.phase("export", self.step):
+            with raise_on_all_ranks("removing an earlier export"):
+                if self.layout.rank == 0:
+                    for path in (target, partial_of(target)):
+                        shutil.rmtree(path, ignore_errors=True)
+            save_hf(self.actor.chunks, self.inputs.architecture, self.layout, self.config.model.path, target)
         logger.info("the policy is in %s", target)

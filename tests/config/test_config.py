@@ -344,7 +344,9 @@ def test_inert_fipo_can_be_allowed_and_dapo_needs_no_leave():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], ["algorithm.safety_threshold = 10 has no effect on the gradient"]),
+        ([], []),
+        (["algorithm.dual_clip=5"], []),
+        (["algorithm.safety_threshold=12"], ["algorithm.safety_threshold = 12 has no effect on the gradient"]),
         (["algorithm.safety_threshold=3"], []),
         (["algorithm.safety_threshold=3", "algorithm.weight_clip=[1.1,1.2]"], ["does not contain 1"]),
         (
@@ -367,11 +369,13 @@ def test_command_prints_a_configuration_that_loads_to_the_same(tmp_path):
         command = [sys.executable, "-m", "fipo_megatron.config", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    done = run(str(FIPO_32B), "algorithm.half_life=.inf")
+    done = run(str(FIPO_32B), "algorithm.half_life=.inf", "rollout.prompts_per_step=100")
     assert done.returncode == 0
-    assert "note: algorithm.safety_threshold = 10 has no effect" in done.stderr
+    assert "note: actor.prompts_per_mini_batch = 64 does not divide" in done.stderr
     (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert load_config(tmp_path / "printed.yaml") == load_config(FIPO_32B, ["algorithm.half_life=.inf"])
+    assert load_config(tmp_path / "printed.yaml") == load_config(
+        FIPO_32B, ["algorithm.half_life=.inf", "rollout.prompts_per_step=100"]
+    )
 
     failed = run(str(FIPO_32B), "algorithm.half_live=3")
     assert (failed.returncode, failed.stdout) == (2, "")

@@ -13,7 +13,15 @@ from tests.runs import train
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, registry.EVALUATED))
-ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}", *FAILED)
+ABSENT = (
+    registry.BASELINE,
+    registry.SMALLER,
+    registry.KL,
+    registry.IMPORTANCE,
+    registry.PEAK,
+    f"{registry.EVALUATED}, {registry.VOTED}",
+    *FAILED,
+)
 """Conditions of tags that do not hold in the run below."""
 
 
@@ -74,6 +82,13 @@ def test_the_parts_of_a_step_add_up(run):
         parts = [value for tag, value in row.items() if tag.startswith("time/")]
         whole = row["time/step"]
         assert sum(parts) - whole - row["time/reward"] == pytest.approx(whole, abs=1e-3)
+
+
+def test_time_outside_of_steps_is_written(run):
+    found = rows(run / "phases.jsonl")
+    steps = len(rows(run / "metrics.jsonl"))
+    assert [(row["phase"], row["step"]) for row in found] == [("start", 0), ("evaluate", steps), ("export", steps)]
+    assert all(row["seconds"] > 0 for row in found)
 
 
 def test_the_configuration_is_written(run, data):
