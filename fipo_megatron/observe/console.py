@@ -82,9 +82,13 @@ class StepLines:
         cells = [
             (form.format(values[tag]) if values[tag] is not None else "–").rjust(size) for _, tag, form, size in columns
         ]
+        missing, groups = values.get("rollout/groups_missing"), values.get("rollout/groups", 0)
+        smaller = [f"{groups} of {groups + missing} groups"] if missing else []
         parts = [f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 and name != "step"]
         total = f"{seconds['step']:.1f}".rjust(len("seconds")) if "step" in seconds else ""
-        logger.info("%s/%d  %s  %s", str(step).rjust(width), of, "  ".join(cells), "  ".join([total, *parts]).rstrip())
+        logger.info(
+            "%s/%d  %s  %s", str(step).rjust(width), of, "  ".join(cells), "  ".join([total, *parts, *smaller]).rstrip()
+        )
 
 
 @contextmanager

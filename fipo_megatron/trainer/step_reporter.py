@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,6 @@ from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
 from fipo_megatron.rollout.sampler import SampledGroups
 from fipo_megatron.trainer.step_timer import StepTimer
 from fipo_megatron.trainer.training_inputs import TrainingInputs
-
-logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -65,20 +62,16 @@ class StepReporter:
             updates: Metrics of each update.
             noise: Noise floor to report; None if none is due.
         """
-        values = rollout_metrics(sampled, step) | self._missing_groups(sampled, step)
+        values = rollout_metrics(sampled, step) | self._missing_groups(sampled)
         values |= update_metrics(updates, sft=self._config.algorithm.kind == "sft")
         return values | noise_metrics(noise, values, fipo=self._config.algorithm.kind == "fipo")
 
-    def _missing_groups(self, sampled: SampledGroups | None, step: int) -> dict[str, int]:
-        """Returns and warns of the groups that a sampled step lacks; empty if it has as many as configured."""
+    def _missing_groups(self, sampled: SampledGroups | None) -> dict[str, int]:
+        """Returns the number of groups that a sampled step lacks; empty if it has as many as configured."""
         need = self._config.rollout.prompts_per_step
         if sampled is None or self._config.run.replay or not 0 < len(sampled.records) < need:
             return {}
-        missing = need - len(sampled.records)
-        if self._layout.rank == 0:
-            text = "step %d trains on %d groups of rollout.prompts_per_step = %d: too few were kept"
-            logger.warning(text, step, len(sampled.records), need)
-        return {"rollout/groups_missing": missing}
+        return {"rollout/groups_missing": need - len(sampled.records)}
 
     def write(
         self,

@@ -14,8 +14,7 @@ from fipo_megatron.data.shared_prompts import shared_prompts
 from fipo_megatron.data.trajectory import Prompt
 
 PROMPTS = [Prompt(f"p:{n}", np.arange(1, 2 + n % 7), str(n), "data") for n in range(10_000)]
-SERVER = multiprocessing.get_context("forkserver")  # Arrow's threads do not survive a fork of this process
-SERVER.set_forkserver_preload([__name__])
+SERVER = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(autouse=True)
