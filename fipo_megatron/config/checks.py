@@ -106,6 +106,11 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated; NCCL allows "
             "one rank per GPU"
         )
+    if "api_key" in rollout.sglang:
+        problems.append(
+            "rollout.sglang.api_key: must be in the environment variable that rollout.servers.api_key_variable = "
+            f"{servers.api_key_variable} names; a configuration is written to files"
+        )
     problems += [
         f"rollout.servers.{name} = {url}: {problem}"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
