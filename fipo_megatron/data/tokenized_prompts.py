@@ -67,7 +67,7 @@ def read_prompts(
         problems = read_problems(files, answer=answer, drop=drop, apart=evaluates)
         return _tokenized(problems, data, tokenizer)
 
-    if share:
+    if share and all(Path(file).is_file() for file in files):
         try:
             model = [file_identity(path) for path in sorted(Path(tokenizer.name_or_path).iterdir())]
             content = [file_identity(Path(file)) for file in files]
