@@ -104,11 +104,12 @@ class CollapseAlarm:
         self._window = [*self._window, sample][-config.window :]
         low_clip, policy_kl, length, accuracy = (median(abs(one[n]) for one in self._window) for n in range(1, 5))
         self._lengths.append(length)
+        best_length = max(self._lengths)
         self._best_accuracy = max(self._best_accuracy, accuracy)
         report = {
             "health/low_clip": low_clip,
             "health/policy_kl": policy_kl,
-            "health/length_ratio": length / max(self._lengths),
+            "health/length_ratio": length / best_length if best_length else 1.0,
             "health/accuracy_ratio": accuracy / self._best_accuracy if self._best_accuracy else 1.0,
         }
         full = len(self._window) == config.window
