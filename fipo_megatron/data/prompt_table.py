@@ -21,13 +21,11 @@ class PromptTable(Sequence[Prompt]):
 
     Args:
         batches: Record batches of :func:`record_batch`.
-        holds: Object that is kept as long as the table, such as a lock on its file.
     """
 
-    def __init__(self, batches: Iterable[pyarrow.RecordBatch], holds: object = None) -> None:
+    def __init__(self, batches: Iterable[pyarrow.RecordBatch]) -> None:
         self._batches = [batch for batch in batches if len(batch)]
         self._ends = list(accumulate(len(batch) for batch in self._batches))
-        self._holds = holds
 
     @classmethod
     def from_prompts(cls, prompts: Sequence[Prompt]) -> PromptTable:

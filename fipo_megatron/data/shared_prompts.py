@@ -1,8 +1,8 @@
 """Prompts that the processes of a host share: one reads the data, the others map the file that it has written.
 
 The file is in the directory for temporary files (``TMPDIR``). Each process that uses it holds a shared lock (``flock``)
-on it, which ends with the process; who finds a file without a lock removes it. A process that is killed therefore
-blocks nobody and leaves no file for long.
+on it, which ends with the process. A process that ends, or that begins to read, removes the files without a lock. A
+process that is killed therefore blocks no other one, and its file is removed later.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _directory() -> Path:
 
 def _tell(descriptor: int, file: Path, error: DataError) -> None:
     """Leaves an error for the processes that have opened the file, and for no others."""
-    file.unlink()
+    file.unlink(missing_ok=True)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, _FAILED + str(error).encode(errors="replace"), 0)
 
