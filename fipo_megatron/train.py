@@ -155,7 +155,7 @@ def finish_run(trainer: Trainer) -> None:
     """Evaluates the final policy and exports it as a Hugging Face model."""
     trainer.checkpoints.finish()
     if trainer.session is not None and trainer.config.run.evaluate_every:
-        with trainer.session.serving_weights(version=trainer.step):
+        with trainer.log.phase("evaluate", trainer.step), trainer.session.serving_weights(version=trainer.step):
             trainer.evaluate()
     trainer.export("hf")
 

@@ -12,24 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from examples.quickstart import task
-
-HERE = Path(__file__).parent
-
-
-def train(config: str, overrides: list[str], ranks: int = 1) -> float:
-    """Runs fipo_megatron.train in processes of its own; returns the seconds that it took."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    start = time.perf_counter()
-    command = [sys.executable, *launcher, "-m", "fipo_megatron.train", str(HERE / config), *overrides]
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(code)
-    return time.perf_counter() - start
+from examples.quickstart.two_stages import Stages, train_fipo, train_sft
 
 
 def main() -> None:
@@ -46,28 +32,23 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of fipo.yaml")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    sft, fipo = output / "sft", output / "fipo"
+    data = output / "data"
+    stages = Stages(
+        output,
+        model=data / "model",
+        examples=data / "examples.jsonl",
+        problems=data / "problems.jsonl",
+        held_out=data / "held_out.jsonl",
+        seed=arguments.seed,
+    )
+    fipo = stages.fipo
     if (fipo / "metrics.jsonl").exists():
         print(f"{output}: contains a quickstart, which is resumed; use --output for another directory")
     seconds = 0.0
-    if not (sft / "hf").exists():
-        task.build(output / "data", arguments.seed)
-        seconds = train(
-            "sft.yaml",
-            [
-                *(f"seed={arguments.seed}", f"run.output={sft}", f"model.path={output}/data/model"),
-                f"data.files=[{output}/data/examples.jsonl]",
-            ],
-        )
-    seconds += train(
-        "fipo.yaml",
-        [
-            *(f"seed={arguments.seed}", f"run.output={fipo}", f"model.path={sft}/hf"),
-            *(f"data.files=[{output}/data/problems.jsonl]", f"evaluation.files=[{output}/data/held_out.jsonl]"),
-            *arguments.overrides,
-        ],
-        arguments.ranks,
-    )
+    if not (stages.sft / "hf").exists():
+        task.build(data, arguments.seed)
+        seconds = train_sft(stages)
+    seconds += train_fipo(stages, arguments.overrides, arguments.ranks)
     rows = [json.loads(line) for line in (fipo / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     print("\n  step   accuracy on 256 held-out problems   response tokens")
     for row in rows:

@@ -12,14 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from examples.quickstart.tiny_model import build_model
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 HELD_OUT, EXAMPLES, PROBLEMS = 256, 19_200, 20_000
 WARM = (0.1, 0.2, 0.7)
 """Fractions of terse, partly worked and fully worked examples at first: the model learns to add."""
@@ -84,7 +78,9 @@ def build(directory: Path, seed: int) -> None:
     _write(directory / "examples.jsonl", examples)
     _write(directory / "problems.jsonl", map(_problem, {fresh(): None for _ in range(PROBLEMS)}))
     _write(directory / "held_out.jsonl", map(_problem, held_out))
-    _model(directory / "model", [f"user\n{e['prompt']}\nassistant\n{e['response']}" for e in examples[-2000:]], seed)
+    build_model(
+        directory / "model", [f"user\n{e['prompt']}\nassistant\n{e['response']}" for e in examples[-2000:]], seed
+    )
 
 
 def _problem(numbers: Digits) -> dict[str, Any]:
@@ -93,41 +89,3 @@ def _problem(numbers: Digits) -> dict[str, Any]:
 
 def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _model(path: Path, corpus: list[str], seed: int) -> None:
-    """Writes a Qwen2 of 117,000 parameters; with an initializer range below 0.12 it would not learn."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(seed)
-    vocab = -(-len(fast) // 4) * 4
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.12,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    fast.save_pretrained(path)

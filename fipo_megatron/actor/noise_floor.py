@@ -44,7 +44,8 @@ def measure(
     actor.zero_grad()
     if not statistics["tokens"]:
         return None
-    return NoiseFloor(statistics["shift_abs_max"], statistics.get("future_kl_abs_max", 0.0))
+    future_kl = statistics["future_kl_abs_max"] if actor.config.algorithm.kind == "fipo" else 0.0
+    return NoiseFloor(statistics["shift_abs_max"], future_kl)
 
 
 def check(

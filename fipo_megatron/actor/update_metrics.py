@@ -69,7 +69,7 @@ class NoiseFloor:
 
     Attributes:
         shift: Largest |d|.
-        future_kl: Largest |F|; 0 for the baselines, which compute none.
+        future_kl: Largest |F|; 0 for the baselines, which do not weight tokens by it.
     """
 
     shift: float

@@ -39,6 +39,8 @@ TOKEN_MEANS = (
     "weight_mean",
     "raw_weight_mean",
     "weight_clip_fraction",
+    "shadow_weight_mean",  # the baselines: f that FIPO would use
+    "shadow_weight_clip_fraction",
     "weight_clip_fraction_upper",
     "weight_clip_fraction_lower",
     "safety_fraction",
@@ -57,10 +59,10 @@ SIGN_MEANS = tuple(f"weight_clip_{sign}_{side}" for sign in SIGNS for side in ("
 """Means over the tokens of the mask whose advantage has this sign; absent if there are none."""
 
 MAXIMA = (
-    *("weight_max", "raw_weight_max", "shift_abs_max", "future_kl_abs_max"),
+    *("weight_max", "raw_weight_max", "shadow_weight_max", "shift_abs_max", "future_kl_abs_max"),
     *("mismatch_abs_max", "mismatch_future_kl_abs_max"),
 )
-MINIMA = ("weight_min", "raw_weight_min")
+MINIMA = ("weight_min", "raw_weight_min", "shadow_weight_min")
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ class LossOutput:
         denominator: Tokens kept in the loss on this rank or, for ``sequence_mean``, sequences counted on this rank;
             scalar int64.
         statistics: Mergeable statistics of the rank's part.
-        future_kl: F, ``[T]``, without gradient; 0 for the baselines.
-        weight: f, ``[T]``, without gradient; 1 for the baselines.
+        future_kl: F, ``[T]``, without gradient; 0 for ``sft``.
+        weight: f as used in the loss, ``[T]``, without gradient; 1 for the baselines.
     """
 
     numerator: Tensor
@@ -121,11 +121,15 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class _Weighting:
-    """The inputs of the loss that have no gradient. ``_S`` fields describe whole sequences, over all ranks."""
+    """The inputs of the loss that have no gradient. ``_S`` fields describe whole sequences, over all ranks.
+
+    ``fipo_weight_T`` is the weight that FIPO gives to a token, ``weight_T`` the one that the loss uses.
+    """
 
     future_kl_T: Tensor
     mismatch_future_kl_T: Tensor | None
     raw_weight_T: Tensor
+    fipo_weight_T: Tensor
     weight_T: Tensor
     unsafe_T: Tensor
     dual_clipped_T: Tensor
@@ -205,13 +209,11 @@ def future_kl_weight(
         raw_weight_T: exp(F), ``[T]``.
         ratio_T: r, ``[T]``.
         advantages_T: A, ``[T]``.
-        config: Configuration of the loss; the baselines have weight 1.
+        config: Configuration of the loss. The baselines do not use the weight; it says what FIPO would do.
 
     Returns:
         Weight, ``[T]``, and the tokens under the safety rule, ``[T]`` bool.
     """
-    if config.kind != "fipo":
-        return torch.ones_like(raw_weight_T), torch.zeros_like(raw_weight_T, dtype=torch.bool)
     weight_T = raw_weight_T.clamp(*config.weight_bounds)
     unsafe_T = (advantages_T < 0) & (ratio_T > config.safety_threshold)
     safe_T = weight_T.clamp(*RELEASE_SAFETY_RANGE) if config.safety_rule == "release" else torch.ones_like(weight_T)
@@ -259,9 +261,10 @@ def _check_present(inputs: LossInputs, config: PolicyLossConfig) -> None:
 def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchange: Exchange | None) -> _Weighting:
     """Computes the Future-KL weights and the sequences to drop, with one exchange for both.
 
-    The message holds, per sequence, this rank's counts of dual-clipped tokens and of tokens in the mask and, for FIPO,
-    the heads of its chunks: those of the drift and, if the engine's log-probs are known, those of the mismatch. Under
-    zigzag context parallelism that is four or six numbers.
+    The message holds, per sequence, this rank's counts of dual-clipped tokens and of tokens in the mask, and the heads
+    of its chunks: those of the drift and, if the engine's log-probs are known, those of the mismatch. Under zigzag
+    context parallelism that is four or six numbers. The baselines compute the same for their statistics; ``sft`` has no
+    drift.
     """
     shards, ratio_T = inputs.shards, shift_T.exp()
     dual_clipped_T = inputs.mask & (inputs.advantages < 0) & (ratio_T > config.dual_clip)
@@ -279,15 +282,26 @@ def _weigh(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig, exchan
     future_kl_T = suffix_sums[0] if suffix_sums else torch.zeros_like(shift_T)
 
     raw_weight_T = future_kl_T.clamp(max=LARGEST_EXPONENT).exp()
-    weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
+    fipo_weight_T, unsafe_T = future_kl_weight(raw_weight_T, ratio_T, inputs.advantages, config)
+    weight_T = fipo_weight_T if config.kind == "fipo" else torch.ones_like(fipo_weight_T)
     dropped_S = config.sequence_drop & (dual_clipped_S > config.sequence_drop_threshold)
     mismatch_T = suffix_sums[1] if len(suffix_sums) > 1 else None
-    return _Weighting(future_kl_T, mismatch_T, raw_weight_T, weight_T, unsafe_T, dual_clipped_T, tokens_S, dropped_S)
+    return _Weighting(
+        future_kl_T,
+        mismatch_T,
+        raw_weight_T,
+        fipo_weight_T,
+        weight_T,
+        unsafe_T,
+        dual_clipped_T,
+        tokens_S,
+        dropped_S,
+    )
 
 
 def _scanned(shift_T: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> list[Tensor]:
     """Returns the values to scan, ``[T]`` each: the drift and, as if it were drift, the mismatch with the engine."""
-    if config.kind != "fipo":
+    if config.kind == "sft":
         return []
     shifts = [shift_T]
     if inputs.behaviour_log_probs is not None:
@@ -319,7 +333,6 @@ def _statistics(
     inputs: LossInputs,
     config: PolicyLossConfig,
 ) -> LossStatistics:
-    weight_T, raw_T, future_kl_T = weighting.weight_T, weighting.raw_weight_T, weighting.future_kl_T
     present_S = weighting.tokens_S > 0
     counts = {
         "tokens": inputs.mask.sum(),
@@ -334,26 +347,10 @@ def _statistics(
         "entropy": inputs.entropy,
     } | loss_means
     extrema = {"shift_abs_max": shift_T.abs()}
-    if config.kind == "fipo":
-        low, high = config.weight_bounds
-        means |= {
-            "future_kl_mean": future_kl_T,
-            "future_kl_abs_mean": future_kl_T.abs(),
-            "filtered_fraction": shift_T > math.log(config.dual_clip),
-            "weight_mean": weight_T,
-            "raw_weight_mean": raw_T,
-            "weight_clip_fraction": (weight_T >= high) | (weight_T <= low),
-            "weight_clip_fraction_upper": weight_T >= high,
-            "weight_clip_fraction_lower": weight_T <= low,
-            "safety_fraction": weighting.unsafe_T,
-        }
-        extrema |= {"weight_max": weight_T, "weight_min": weight_T}
-        extrema |= {"raw_weight_max": raw_T, "raw_weight_min": raw_T, "future_kl_abs_max": future_kl_T.abs()}
-        for sign, of_sign_T in (("positive", inputs.advantages > 0), ("negative", inputs.advantages <= 0)):
-            means |= {
-                f"weight_clip_{sign}_upper": of_sign_T & (weight_T >= high),
-                f"weight_clip_{sign}_lower": of_sign_T & (weight_T <= low),
-            }
+    if config.kind != "sft":
+        future_means, future_extrema = _future_kl_statistics(shift_T, weighting, inputs, config)
+        means |= future_means
+        extrema |= future_extrema
     if inputs.behaviour_log_probs is not None:
         gap_T = torch.where(inputs.mask, inputs.old_log_probs - inputs.behaviour_log_probs, 0.0)
         means |= {"mismatch_abs_mean": gap_T.abs(), "mismatch_kl": torch.expm1(gap_T) - gap_T}
@@ -367,3 +364,40 @@ def _statistics(
     present = {name: value for name, value in means.items() if value is not None}
     histogram = shift_histogram(shift_T, inputs.advantages > 0, inputs.mask)
     return LossStatistics.over_tokens(inputs.mask, counts, present, extrema, histogram)
+
+
+def _future_kl_statistics(
+    shift_T: Tensor, weighting: _Weighting, inputs: LossInputs, config: PolicyLossConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns means and extrema of F and of f; for the baselines of the f that FIPO would use, as ``shadow_weight``."""
+    weight_T, raw_T, future_kl_T = weighting.fipo_weight_T, weighting.raw_weight_T, weighting.future_kl_T
+    low, high = config.weight_bounds
+    upper_T, lower_T = weight_T >= high, weight_T <= low
+    name = "weight" if config.kind == "fipo" else "shadow_weight"
+    means = {
+        "future_kl_mean": future_kl_T,
+        "future_kl_abs_mean": future_kl_T.abs(),
+        "filtered_fraction": shift_T > math.log(config.dual_clip),
+        f"{name}_mean": weight_T,
+        "raw_weight_mean": raw_T,
+        f"{name}_clip_fraction": upper_T | lower_T,
+    }
+    extrema = {
+        f"{name}_max": weight_T,
+        f"{name}_min": weight_T,
+        "raw_weight_max": raw_T,
+        "raw_weight_min": raw_T,
+        "future_kl_abs_max": future_kl_T.abs(),
+    }
+    if config.kind == "fipo":
+        means |= {
+            "weight_clip_fraction_upper": upper_T,
+            "weight_clip_fraction_lower": lower_T,
+            "safety_fraction": weighting.unsafe_T,
+        }
+        for sign, of_sign_T in (("positive", inputs.advantages > 0), ("negative", inputs.advantages <= 0)):
+            means |= {
+                f"weight_clip_{sign}_upper": of_sign_T & upper_T,
+                f"weight_clip_{sign}_lower": of_sign_T & lower_T,
+            }
+    return means, extrema

@@ -277,7 +277,11 @@ class CheckpointManager:
             restore_random_state(random_state)
         else:
             logger.warning("%s was saved under another layout: random generators begin anew", path)
-        if changed := manifest.differences(saved.config, as_dict(self._config)):
+        changed = manifest.differences(saved.config, as_dict(self._config))
+        longer = [line for line in changed if line.startswith("run.steps: ")]
+        if longer:  # another length is how a run is extended
+            logger.info("%s", longer[0])
+        if changed := [line for line in changed if line not in longer]:
             logger.warning("%s was saved with another configuration:\n  %s", path, "\n  ".join(changed))
         self._warn_of_changed_data(path, saved)
         return restored

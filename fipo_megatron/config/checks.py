@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
+from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS, PolicyLossConfig
 from fipo_megatron.config.actor_sections import IMPORTANCE_CAP, ActorConfig, ParallelConfig
 from fipo_megatron.config.padding import micro_batch_multiple
 from fipo_megatron.config.rollout_sections import RolloutConfig
+from fipo_megatron.config.urls import url_problem
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
@@ -18,6 +19,7 @@ _FILTERED = (
     "tokens outside the nucleus are never drawn, and the log-probs of the others are those before filtering, so "
     "mismatch/* and algorithm.importance_cap do not show or correct this"
 )
+_PAPER = PolicyLossConfig()
 
 
 def find_conflicts(config: Config) -> list[str]:
@@ -113,11 +115,16 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated; NCCL allows "
             "one rank per GPU"
         )
+    if "api_key" in rollout.sglang:
+        problems.append(
+            "rollout.sglang.api_key: must be in the environment variable that rollout.servers.api_key_variable = "
+            f"{servers.api_key_variable} names; a configuration is written to files"
+        )
     problems += [
-        f"rollout.servers.{name} = {url}: must begin with http:// or https://"
+        f"rollout.servers.{name} = {url}: {problem}"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
         for url in urls
-        if not url.startswith(("http://", "https://"))
+        if (problem := url_problem(url))
     ]
     return problems
 
@@ -182,7 +189,7 @@ def notices(config: Config) -> list[str]:
     """Lists what is valid but worth knowing at start-up, a sentence each."""
     a = config.algorithm
     found = []
-    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip:
+    if a.kind == "fipo" and a.safety_threshold >= a.dual_clip and a.safety_threshold != _PAPER.safety_threshold:
         found.append(
             f"algorithm.safety_threshold = {a.safety_threshold:g} has no effect on the gradient: it is at least "
             f"dual_clip = {a.dual_clip:g}, and dual-clipped tokens have none"

@@ -23,6 +23,9 @@ class DataConfig:
         chat_template: ``tokenizer`` applies the chat template of the model's tokenizer; ``none`` joins the contents of
             the messages with line breaks.
         shuffle: Shuffle the prompts anew in each epoch; otherwise they keep the order of the files.
+        deduplicate: Rows that are left out: those with the prompt and the answer of an earlier row (``rows``), those
+            with its prompt, whatever their answer (``prompts``), or none (``none``). ``auto`` is ``rows``, and ``none``
+            with ``algorithm.kind = sft``.
     """
 
     files: tuple[str, ...] = ()
@@ -30,6 +33,7 @@ class DataConfig:
     epochs: Positive | None = None
     chat_template: Literal["tokenizer", "none"] = "tokenizer"
     shuffle: bool = True
+    deduplicate: Literal["auto", "none", "rows", "prompts"] = "auto"
 
 
 @dataclass(config=STRICT, frozen=True)

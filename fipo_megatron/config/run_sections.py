@@ -104,7 +104,9 @@ class HealthConfig:
         window: Number of steps for the medians.
         low_clip: Limit of the low-clip fraction: tokens with A < 0 clipped at 1 − ε_low, as a fraction of all tokens.
         policy_kl: Limit of the policy KL's absolute value: the mean of −d over the updates of a step, in nats.
-        length_ratio: Lower limit of the mean response length, relative to its best value so far.
+        length_ratio: Lower limit of the mean response length, relative to its best value in ``length_steps``.
+        length_steps: Steps within which the length must fall. A collapse is sudden; responses that become shorter over
+            hundreds of steps are none.
         accuracy_ratio: Lower limit of the training accuracy, relative to its best value so far; in a step without a
             kept group, of the fraction of groups that are all right.
         policy_kl_limit: Limit of the policy KL's absolute value, in nats, that triggers the alarm by itself.
@@ -117,6 +119,7 @@ class HealthConfig:
     low_clip: NotNegative = 0.02
     policy_kl: NotNegative = 0.01
     length_ratio: Fraction = 0.75
+    length_steps: Positive = 100
     accuracy_ratio: Fraction = 0.6
     policy_kl_limit: NotNegative = 0.1
     max_roll_backs: Positive = 2

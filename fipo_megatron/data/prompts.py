@@ -7,17 +7,19 @@ for ``algorithm.kind = sft``, ``response`` instead of ``answer``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fipo_megatron.data.prompt_table import PromptTable
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.storage.json_files import one_line, parse_json
 
@@ -26,8 +28,8 @@ _UNUSABLE = re.compile(r"[+-]?nan|[$*.\s]+|\\(?:boxed|text)\{\s*\}|\[\s*\]", re.
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
-Tokenize = Callable[[str], Sequence[int]]
-"""Tokenises the text of a prompt."""
+_ROWS_AT_ONCE = 4096
+"""Rows of a parquet file in memory at a time."""
 
 
 class DataError(ValueError):
@@ -51,42 +53,57 @@ class Problem:
     data_source: str
 
 
+Duplicates = Literal["none", "rows", "prompts"]
+"""Rows that are dropped: none, those equal in prompt and answer to an earlier one, or those equal in prompt."""
+
+
 def read_problems(
-    files: Sequence[str | Path], *, answer: str = "answer", once: bool = True, apart: bool = False
-) -> list[Problem]:
-    """Reads all rows of the files.
+    files: Sequence[str | Path], *, answer: str = "answer", drop: Duplicates = "rows", apart: bool = False
+) -> Iterator[Problem]:
+    """Reads the files row by row and yields their problems; logs the number of dropped rows at the end.
 
     Args:
         files: Paths that end in ``.parquet`` or ``.jsonl``.
         answer: Key of the answer in jsonl files.
-        once: Whether duplicates are dropped: rows with the same messages and answer. DAPO-Math-17k has each row a
-            hundred times.
+        drop: Duplicates that are dropped. DAPO-Math-17k has each row a hundred times.
         apart: Whether rows of different data sources are never duplicates, so that every data set stays whole.
 
     Raises:
         DataError: A file cannot be read, columns are missing (the message names all), a row is invalid or has an
             empty answer, or there are no rows.
     """
-    found: list[Problem] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: dict[bytes, bytes] = {}
     ids: set[str] = set()
-    rows = 0
+    rows = contradictions = 0
     for file in files:
         for problem in _problems(Path(file), answer):
             rows += 1
-            content = json.dumps(problem.messages), problem.answer, problem.data_source if apart else ""
-            if once and content in seen:
-                continue
+            if drop != "none":
+                content, right = _digests(problem, apart=apart, with_answer=drop == "rows")
+                if (first := seen.setdefault(content, right)) is not right:
+                    contradictions += first != right
+                    continue
             while problem.id in ids:
                 problem = replace(problem, id=f"{problem.id}#{rows}")
-            seen.add(content)
             ids.add(problem.id)
-            found.append(problem)
-    if not found:
+            yield problem
+    if not ids:
         raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no problems")
-    if rows > len(found):
-        logger.info("%d rows, of which %d are distinct", rows, len(found))
-    return found
+    if rows > len(ids):
+        logger.info("%d rows, of which %d are distinct", rows, len(ids))
+    if contradictions:
+        logger.warning(
+            "%d rows were dropped although their answer is not that of the first row with the same prompt "
+            "(data.deduplicate = prompts)",
+            contradictions,
+        )
+
+
+def _digests(problem: Problem, *, apart: bool, with_answer: bool) -> tuple[bytes, bytes]:
+    """Returns digests of what makes a problem a duplicate, and of its answer; texts would need more memory."""
+    right = hashlib.blake2b(problem.answer.encode(), digest_size=16).digest()
+    content = json.dumps([problem.messages, problem.data_source if apart else ""]).encode()
+    return hashlib.blake2b(content + right * with_answer, digest_size=16).digest(), right
 
 
 def _problems(file: Path, answer: str) -> Iterator[Problem]:
@@ -103,30 +120,35 @@ def _parquet(file: Path) -> Iterator[Problem]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
-        _require(file, table.column_names, ("prompt", "reward_model"))
-        wanted = [
-            name for name in ("prompt", "reward_model", "data_source", "extra_info") if name in table.column_names
-        ]
-        rows = table.select(wanted).to_pylist()
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            _require(file, names, ("prompt", "reward_model"))
+            wanted = [name for name in ("prompt", "reward_model", "data_source", "extra_info") if name in names]
+            number = 0
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=wanted):
+                for row in batch.to_pylist():
+                    yield _parquet_row(file, number, row)
+                    number += 1
     except DataError:
         raise
     except (OSError, ValueError, KeyError, RecursionError, pyarrow.ArrowException) as error:
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
-    for number, row in enumerate(rows):
-        reward, extra = row["reward_model"], row.get("extra_info")
-        if not isinstance(reward, dict) or not isinstance(reward.get("ground_truth"), str):
-            raise DataError(f"{file}: row {number}: reward_model.ground_truth: expected text, got {reward!r:.200}")
-        _require_usable(file, number, "reward_model.ground_truth", reward["ground_truth"])
-        index = extra.get("index") if isinstance(extra, dict) else None
-        yield _problem(
-            file,
-            number,
-            id=f"{file.stem}:{number if index is None else index}",
-            prompt=row["prompt"],
-            answer=reward["ground_truth"],
-            data_source=row.get("data_source"),
-        )
+
+
+def _parquet_row(file: Path, number: int, row: Mapping[str, Any]) -> Problem:
+    reward, extra = row["reward_model"], row.get("extra_info")
+    if not isinstance(reward, dict) or not isinstance(reward.get("ground_truth"), str):
+        raise DataError(f"{file}: row {number}: reward_model.ground_truth: expected text, got {reward!r:.200}")
+    _require_usable(file, number, "reward_model.ground_truth", reward["ground_truth"])
+    index = extra.get("index") if isinstance(extra, dict) else None
+    return _problem(
+        file,
+        number,
+        id=f"{file.stem}:{number if index is None else index}",
+        prompt=row["prompt"],
+        answer=reward["ground_truth"],
+        data_source=row.get("data_source"),
+    )
 
 
 def _jsonl(file: Path, answer: str) -> Iterator[Problem]:
@@ -209,34 +231,6 @@ def _messages(file: Path, row: int, value: Any) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def tokenize(problems: Sequence[Problem], texts: Sequence[str], tokens_of: Tokenize, longest: int) -> list[Prompt]:
-    """Tokenises problems and drops prompts longer than ``longest`` tokens; logs the number of dropped prompts.
-
-    Args:
-        problems: Problems.
-        texts: Text of each problem's prompt, with the chat template applied.
-        tokens_of: Tokenises such a text.
-        longest: Maximum length of a prompt in tokens.
-
-    Raises:
-        DataError: All prompts are longer, or one has no tokens.
-    """
-    prompts, dropped = [], 0
-    for problem, text in zip(problems, texts, strict=True):
-        tokens = np.asarray(tokens_of(text), dtype=np.int32)
-        if not len(tokens):
-            raise DataError(f"{problem.id}: prompt: has no tokens")
-        if len(tokens) > longest:
-            dropped += 1
-        else:
-            prompts.append(Prompt(problem.id, tokens, problem.answer, problem.data_source))
-    if not prompts:
-        raise DataError(f"data.max_prompt_tokens = {longest}: all {dropped} prompts are longer")
-    if dropped:
-        logger.warning("%d of %d prompts are longer than data.max_prompt_tokens = %d", dropped, len(problems), longest)
-    return prompts
-
-
 class PromptStream:
     """A stream of prompts in epochs. Each epoch has its own order, which depends on the seed alone.
 
@@ -250,14 +244,12 @@ class PromptStream:
         shuffle: Whether epochs are shuffled; otherwise every epoch has the order of the files.
     """
 
-    def __init__(
-        self, prompts: Sequence[Prompt], seed: int, epochs: int | None = None, *, shuffle: bool = True
-    ) -> None:
-        self._prompts, self._seed, self._epochs, self._shuffle = tuple(prompts), seed, epochs, shuffle
+    def __init__(self, prompts: PromptTable, seed: int, epochs: int | None = None, *, shuffle: bool = True) -> None:
+        self._prompts, self._seed, self._epochs, self._shuffle = prompts, seed, epochs, shuffle
         self.given = 0
         """Cursor: prompts returned so far. Setting it moves the stream."""
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        endings = (re.search(r"(~+)\d+$", prompt.id) for prompt in self._prompts)
+        endings = (re.search(r"(~+)\d+$", name) for name in prompts.column("id"))
         self._mark = "~" * (1 + max((len(ending[1]) for ending in endings if ending), default=0))
 
     def __call__(self, count: int) -> list[Prompt]:
@@ -269,7 +261,7 @@ class PromptStream:
                 break
             if self._order[0] != epoch:
                 self._order = epoch, self._order_of(epoch)
-            prompt = self._prompts[self._order[1][position]]
+            prompt = self._prompts[int(self._order[1][position])]
             found.append(replace(prompt, id=f"{prompt.id}{self._mark}{epoch}") if epoch else prompt)
         self.given += len(found)
         return found

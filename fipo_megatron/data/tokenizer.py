@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from fipo_megatron.config import DataConfig
 from fipo_megatron.data.chat_template import ChatTemplateError, render_conversations
-from fipo_megatron.data.prompts import DataError, read_problems, tokenize
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.storage.json_files import one_line, read_json_object
 
@@ -122,46 +120,6 @@ def read_stop_token_ids(path: Path, vocab: int) -> set[int]:
     if problems:
         raise InputError("\n".join(problems))
     return found
-
-
-def read_prompts(
-    data: DataConfig, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, field: str, answer: str
-) -> list[Prompt]:
-    """Reads files of problems as prompts and leaves out those that are too long.
-
-    Args:
-        data: ``chat_template`` and ``max_prompt_tokens`` are read.
-        files: ``.parquet`` or ``.jsonl`` files.
-        tokenizer: Tokenizer of the model.
-        field: Configuration key that names the files: ``data.files`` or ``evaluation.files``.
-        answer: Column of ``.jsonl`` files that holds the answer: ``answer``, or ``response`` for SFT.
-
-    Raises:
-        DataError: A file cannot be read or is not valid, or no prompt is left.
-    """
-    if not files:
-        raise DataError(f"{field}: is empty; expected .parquet or .jsonl files")
-
-    problems = read_problems(files, answer=answer, once=answer == "answer", apart=field == "evaluation.files")
-    if data.chat_template == "none":
-        texts = ["\n".join(message["content"] for message in problem.messages) for problem in problems]
-    else:
-        try:
-            texts = render_conversations(tokenizer, [problem.messages for problem in problems])
-        except ChatTemplateError as error:
-            raise DataError(f"chat template of {tokenizer.name_or_path}: {problems[error.index].id}: {error}") from None
-
-    def token_ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=data.chat_template == "none")["input_ids"])
-
-    try:
-        return tokenize(problems, texts, token_ids, data.max_prompt_tokens)
-    except DataError:
-        raise
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        raise DataError(f"tokenizer of {tokenizer.name_or_path}: {type(error).__name__}: {one_line(error)}") from None
 
 
 def sft_example(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Trajectory:

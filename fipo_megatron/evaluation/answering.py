@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from fipo_megatron.config import Config
-from fipo_megatron.data.failed_checks import CheckCounts
+from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import vote
@@ -74,8 +74,9 @@ async def evaluate(
         Results in the order of ``problems``.
 
     Raises:
-        EngineError: An engine failed, or the verifier of one rank does not work.
-        VerifierError: More than ``reward.max_failure_fraction`` of the checks failed.
+        EngineError: An engine failed.
+        VerifierError: More than ``reward.max_failure_fraction`` of the checks failed, or the verifier of a rank does
+            not work; on all ranks.
     """
     results: list[ProblemResult] = []
     checks = CheckCounts()
@@ -88,19 +89,25 @@ async def evaluate(
             raise checks.error(config.reward.max_failure_fraction)
         progress(response)
 
-    error = None
+    error: Exception | None = None
+    verifier_failure = ""
     if coordinator.rank in coordinator.leaders:
         assert engine is not None
         share = problems[coordinator.leaders.index(coordinator.rank) :: len(coordinator.leaders)]
         try:
             async with coordinator.alive():
                 results = await _answer_all(share, engine, scorer, config, stop_token_ids, count)
+        except VerifierError as failure:
+            verifier_failure = str(failure)
         except Exception as failure:
             error = failure
-    parts = await coordinator.gather({"results": [asdict(result) for result in results], "checks": checks}, error)
+    report = {"results": [asdict(result) for result in results], "checks": checks, "failure": verifier_failure}
+    parts = await coordinator.gather(report, error)
     everyones_checks = CheckCounts.total(CheckCounts(**part["checks"]) for part in parts)
     if everyones_checks.exceeds(config.reward.max_failure_fraction):
         raise everyones_checks.error(config.reward.max_failure_fraction)
+    if failures := [part["failure"] for part in parts if part["failure"]]:
+        raise VerifierError(failures[0])
     if coordinator.rank == 0:
         for kind in everyones_checks.failures:
             logger.warning("evaluation: %s; they are left out", everyones_checks.warning(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from fipo_megatron.config import Config
 from fipo_megatron.data.model_directory import read_model_directory
 from fipo_megatron.data.prompts import DataError
-from fipo_megatron.data.tokenizer import InputError, read_prompts
+from fipo_megatron.data.tokenized_prompts import read_prompts
+from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.evaluation_summary import SUMMARY
 from fipo_megatron.evaluation.results import data_set_name, name_problems
@@ -42,7 +44,7 @@ class EvaluationInputs:
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    problems: tuple[Prompt, ...]
+    problems: Sequence[Prompt]
     output: Path
 
 
@@ -75,7 +77,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
             torch_dist.check(Path(config.evaluation.checkpoint), model.architecture, companions)
     except WeightsError as error:
         problems.append(str(error))
-    prompts: list[Prompt] = []
+    prompts: Sequence[Prompt] = ()
     try:
         if model.tokenizer is not None:
             prompts = read_prompts(
@@ -86,9 +88,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     problems += name_problems(prompt.data_source for prompt in prompts)
     if problems or model.tokenizer is None:
         raise InputError("\n".join(problems))
-    return EvaluationInputs(
-        companions, model.architecture, model.tokenizer, model.stop_token_ids, tuple(prompts), output
-    )
+    return EvaluationInputs(companions, model.architecture, model.tokenizer, model.stop_token_ids, prompts, output)
 
 
 def _setting_problems(config: Config) -> list[str]:

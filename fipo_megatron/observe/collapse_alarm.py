@@ -12,6 +12,7 @@ right is below the accuracy ratio, and steps whose updates were all skipped.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -88,7 +89,8 @@ class CollapseAlarm:
         self._window: list[HealthSample] = []
         self._lost: list[HealthSample] = []
         self._began: int | None = None
-        self._best_length = self._best_accuracy = 0.0
+        self._lengths: deque[float] = deque(maxlen=self._config.length_steps)
+        self._best_accuracy = 0.0
 
     @property
     def safe(self) -> int | None:
@@ -134,11 +136,13 @@ class CollapseAlarm:
         low_clip, policy_kl, length, accuracy = (
             median(abs(one[n] or 0.0) for one in self._window) for n in range(1, 5)
         )
-        self._best_length, self._best_accuracy = max(self._best_length, length), max(self._best_accuracy, accuracy)
+        self._lengths.append(length)
+        best_length = max(self._lengths)
+        self._best_accuracy = max(self._best_accuracy, accuracy)
         report = {
             "health/low_clip": low_clip,
             "health/policy_kl": policy_kl,
-            "health/length_ratio": length / self._best_length,
+            "health/length_ratio": length / best_length if best_length else 1.0,
             "health/accuracy_ratio": accuracy / self._best_accuracy if self._best_accuracy else 1.0,
         }
         full = len(self._window) == config.window
@@ -180,9 +184,9 @@ class CollapseAlarm:
         return (
             f"medians of {config.window} steps: low-clip fraction {report['health/low_clip']:.2%} (limit "
             f"{config.low_clip:.2%}), policy KL {report['health/policy_kl']:.3g} (limit {config.policy_kl:g}, alone "
-            f"{config.policy_kl_limit:g}), length {report['health/length_ratio']:.0%} of its best (limit "
-            f"{config.length_ratio:.0%}), accuracy {report['health/accuracy_ratio']:.0%} of its best (limit "
-            f"{config.accuracy_ratio:.0%})"
+            f"{config.policy_kl_limit:g}), length {report['health/length_ratio']:.0%} of its best in "
+            f"{config.length_steps} steps (limit {config.length_ratio:.0%}), accuracy "
+            f"{report['health/accuracy_ratio']:.0%} of its best (limit {config.accuracy_ratio:.0%})"
         )
 
     def _reason_of_lost(self) -> str:

@@ -70,7 +70,8 @@ class StepLines:
             step: Number of the step.
             of: Steps of the run.
             values: Metrics by tag.
-            seconds: Seconds by part; parts that round to 0.0 are left out.
+            seconds: Seconds by part, and ``step`` for the whole, which is shown first; parts that round to 0.0 are left
+                out.
         """
         columns = [column for column in COLUMNS if column[1] in values]
         width = len(str(of))
@@ -81,8 +82,13 @@ class StepLines:
         cells = [
             (form.format(values[tag]) if values[tag] is not None else "–").rjust(size) for _, tag, form, size in columns
         ]
-        parts = "  ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
-        logger.info("%s/%d  %s  %s", str(step).rjust(width), of, "  ".join(cells), parts)
+        missing, groups = values.get("rollout/groups_missing"), values.get("rollout/groups", 0)
+        smaller = [f"{groups} of {groups + missing} groups"] if missing else []
+        parts = [f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 and name != "step"]
+        total = f"{seconds['step']:.1f}".rjust(len("seconds")) if "step" in seconds else ""
+        logger.info(
+            "%s/%d  %s  %s", str(step).rjust(width), of, "  ".join(cells), "  ".join([total, *parts, *smaller]).rstrip()
+        )
 
 
 @contextmanager

@@ -38,9 +38,12 @@ NOISE, EVALUATED, SAVED, PEAK = (
     "steps that save a checkpoint",
     "GPUs with a known peak",
 )
+DRIFT = "algorithm.kind other than sft"
+BASELINE = "algorithm.kind = dapo or grpo"
 FAILED = "failed checks"
 DROPPED = "dropped responses"
 LOST = "steps that learn nothing"
+SMALLER = "steps with fewer groups than configured"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
 
@@ -67,6 +70,20 @@ class Metric:
         return self.tag.partition("/")[0]
 
 
+def _sampler() -> list[Metric]:
+    return [
+        *(Metric(f"sampler/{name}", text, "", SAMPLED) for name, text in SAMPLER_COUNTS.items()),
+        Metric(
+            "sampler/accuracy",
+            "Fraction of right answers of all responses that the step completed, also of groups that were not kept.",
+            "",
+            SAMPLED,
+        ),
+        Metric("sampler/response_tokens_mean", "Mean length of the same responses.", "tokens", SAMPLED),
+        *(Metric(f"sampler/{name}", text, "", f"{SAMPLED}, {FAILED}") for name, text in FAILURE_COUNTS.items()),
+    ]
+
+
 def _rollout() -> list[Metric]:
     return [
         Metric("rollout/accuracy", "Fraction of right answers.", "", SAMPLED),
@@ -84,6 +101,7 @@ def _rollout() -> list[Metric]:
         ),
         Metric("rollout/truncated_fraction", "Fraction of responses cut off at the length limit.", "", SAMPLED),
         Metric("rollout/groups", "Groups (prompts) that the step trains on.", "", SAMPLED),
+        Metric("rollout/groups_missing", "Groups that the step lacks of `rollout.prompts_per_step`.", "", SMALLER),
         Metric("rollout/staleness_mean", "Mean age of the groups' oldest tokens in weight versions.", "", SAMPLED),
         Metric("rollout/staleness_max", "Maximum age of the groups' oldest tokens in weight versions.", "", SAMPLED),
     ]
@@ -125,41 +143,43 @@ _POLICY = {
     "tokens": Metric("policy/tokens", "Tokens in the mask per update.", "tokens"),
     "sequences": Metric("policy/sequences", "Responses per update."),
     "dropped_sequences": Metric(
-        "policy/dropped_sequences", "Responses per update that `sequence_drop` removed from the loss."
+        "policy/dropped_sequences", "Responses per update that `sequence_drop` removed from the loss.", "", DRIFT
     ),
-    "policy_kl": Metric("policy/policy_kl", "Mean of −d: the k1 estimate of KL(π_old ‖ π_θ).", "nats"),
-    "shift_abs_mean": Metric("policy/shift_abs_mean", "Mean |d|: drift of the policy within the step.", "nats"),
-    "shift_abs_max": Metric("policy/shift_abs_max", "Largest |d|.", "nats"),
-    "clip_fraction": Metric("policy/clip_fraction", "Fraction of tokens whose clipped branch is the larger loss."),
+    "policy_kl": Metric("policy/policy_kl", "Mean of −d: the k1 estimate of KL(π_old ‖ π_θ).", "nats", DRIFT),
+    "shift_abs_mean": Metric("policy/shift_abs_mean", "Mean |d|: drift of the policy within the step.", "nats", DRIFT),
+    "shift_abs_max": Metric("policy/shift_abs_max", "Largest |d|.", "nats", DRIFT),
+    "clip_fraction": Metric(
+        "policy/clip_fraction", "Fraction of tokens whose clipped branch is the larger loss.", "", DRIFT
+    ),
     "clip_fraction_low": Metric(
-        "policy/clip_fraction_low", "Tokens with A < 0 and a ratio below 1 − ε_low, of all tokens."
+        "policy/clip_fraction_low", "Tokens with A < 0 and a ratio below 1 − ε_low, of all tokens.", "", DRIFT
     ),
     "clip_fraction_high": Metric(
-        "policy/clip_fraction_high", "Tokens with A > 0 and a ratio above 1 + ε_high, of all tokens."
+        "policy/clip_fraction_high", "Tokens with A > 0 and a ratio above 1 + ε_high, of all tokens.", "", DRIFT
     ),
     "dual_clip_fraction": Metric(
-        "policy/dual_clip_fraction", "Tokens with A < 0 and a ratio above `dual_clip`, of all tokens."
+        "policy/dual_clip_fraction", "Tokens with A < 0 and a ratio above `dual_clip`, of all tokens.", "", DRIFT
     ),
     "advantage_mean": Metric(
-        "policy/advantage_mean", "Mean advantage over tokens: Σ A·L / Σ L with response lengths L."
+        "policy/advantage_mean", "Mean advantage over tokens: Σ A·L / Σ L with response lengths L.", "", DRIFT
     ),
     "entropy": Metric("policy/entropy", "Mean entropy of the policy per token.", "nats"),
     "reference_kl": Metric("policy/reference_kl", "KL divergence to the reference policy, as in the loss.", "nats", KL),
 }
 
 _FUTURE_KL = {
-    "future_kl_mean": Metric("future_kl/mean", "Mean F.", "nats", FIPO),
-    "future_kl_abs_mean": Metric("future_kl/abs_mean", "Mean |F|.", "nats", FIPO),
-    "future_kl_abs_max": Metric("future_kl/abs_max", "Largest |F|.", "nats", FIPO),
+    "future_kl_mean": Metric("future_kl/mean", "Mean F.", "nats", DRIFT),
+    "future_kl_abs_mean": Metric("future_kl/abs_mean", "Mean |F|.", "nats", DRIFT),
+    "future_kl_abs_max": Metric("future_kl/abs_max", "Largest |F|.", "nats", DRIFT),
     "filtered_fraction": Metric(
-        "future_kl/filtered_fraction", "Fraction of tokens left out of the sum (ratio > c).", "", FIPO
+        "future_kl/filtered_fraction", "Fraction of tokens left out of the sum (ratio > c).", "", DRIFT
     ),
     "weight_mean": Metric("future_kl/weight_mean", "Mean f as used in the loss.", "", FIPO),
     "weight_min": Metric("future_kl/weight_min", "Smallest f.", "", FIPO),
     "weight_max": Metric("future_kl/weight_max", "Largest f.", "", FIPO),
-    "raw_weight_mean": Metric("future_kl/raw_weight_mean", "Mean exp F, before clipping.", "", FIPO),
-    "raw_weight_min": Metric("future_kl/raw_weight_min", "Smallest exp F.", "", FIPO),
-    "raw_weight_max": Metric("future_kl/raw_weight_max", "Largest exp F.", "", FIPO),
+    "raw_weight_mean": Metric("future_kl/raw_weight_mean", "Mean exp F, before clipping.", "", DRIFT),
+    "raw_weight_min": Metric("future_kl/raw_weight_min", "Smallest exp F.", "", DRIFT),
+    "raw_weight_max": Metric("future_kl/raw_weight_max", "Largest exp F.", "", DRIFT),
     "weight_clip_fraction": Metric("future_kl/weight_clip_fraction", "Fraction of tokens with f on a bound.", "", FIPO),
     "weight_clip_fraction_upper": Metric(
         "future_kl/weight_clip_fraction_upper", "Fraction of tokens with f on the upper bound.", "", FIPO
@@ -180,6 +200,14 @@ _FUTURE_KL = {
     "safety_fraction": Metric(
         "future_kl/safety_fraction", "Fraction of tokens under the safety rule (A < 0, r > s).", "", FIPO
     ),
+    "shadow_weight_mean": Metric(
+        "future_kl/shadow_weight_mean", "Mean f that FIPO would use; the loss does not.", "", BASELINE
+    ),
+    "shadow_weight_min": Metric("future_kl/shadow_weight_min", "Smallest f that FIPO would use.", "", BASELINE),
+    "shadow_weight_max": Metric("future_kl/shadow_weight_max", "Largest f that FIPO would use.", "", BASELINE),
+    "shadow_weight_clip_fraction": Metric(
+        "future_kl/shadow_weight_clip_fraction", "Fraction of tokens with that f on a bound.", "", BASELINE
+    ),
     "inert_updates": Metric(
         "future_kl/inert_updates_fraction", "Fraction of the step's updates with f = 1 for every token.", "", FIPO
     ),
@@ -190,10 +218,13 @@ _MISMATCH = {
     "mismatch_abs_max": Metric("mismatch/abs_max", "Largest |log π_old − log π_behaviour|.", "nats", MISMATCH),
     "mismatch_kl": Metric("mismatch/kl", "k3 estimate of KL(π_behaviour ‖ π_old).", "nats", MISMATCH),
     "mismatch_future_kl_abs_mean": Metric(
-        "mismatch/future_kl_abs_mean", "Mean |F| computed from the mismatch as if it were drift.", "nats", FIPO
+        "mismatch/future_kl_abs_mean",
+        "Mean |F| computed from the mismatch as if it were drift.",
+        "nats",
+        MISMATCH,
     ),
     "mismatch_future_kl_abs_max": Metric(
-        "mismatch/future_kl_abs_max", "Largest |F| computed from the mismatch.", "nats", FIPO
+        "mismatch/future_kl_abs_max", "Largest |F| computed from the mismatch.", "nats", MISMATCH
     ),
     "importance_weight_mean": Metric(
         "mismatch/importance_weight_mean", "Mean truncated importance weight.", "", IMPORTANCE
@@ -220,7 +251,7 @@ _RATIOS = {
         f"policy/ratio_{sign}_q{100 * q:g}",
         f"{100 * q:g} % quantile of the ratio of the tokens with {'A > 0' if sign == 'positive' else 'A ≤ 0'}.",
         "",
-        f"tokens with {'A > 0' if sign == 'positive' else 'A ≤ 0'}",
+        f"{DRIFT}, tokens with {'A > 0' if sign == 'positive' else 'A ≤ 0'}",
     )
     for sign in SIGNS
     for q in QUANTILES
@@ -234,7 +265,7 @@ _HEALTH = [
     Metric("health/policy_kl", "Median of |policy/policy_kl| over `health.window` steps.", "nats", HEALTH),
     Metric(
         "health/length_ratio",
-        "Median of the mean response length over `health.window` steps, relative to its best.",
+        "Median of the mean response length over `health.window` steps, relative to its best in `health.length_steps`.",
         "",
         HEALTH,
     ),
@@ -326,8 +357,7 @@ _TIME = [
 
 METRICS: tuple[Metric, ...] = (
     *_rollout(),
-    *(Metric(f"sampler/{name}", text, "", SAMPLED) for name, text in SAMPLER_COUNTS.items()),
-    *(Metric(f"sampler/{name}", text, "", f"{SAMPLED}, {FAILED}") for name, text in FAILURE_COUNTS.items()),
+    *_sampler(),
     *(
         Metric(f"sampler/{name}_response_tokens_mean", f"Mean length of the {text}.", "tokens", f"{SAMPLED}, {DROPPED}")
         for name, text in DROPPED_COUNTS.items()

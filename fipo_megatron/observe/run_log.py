@@ -2,7 +2,7 @@
 
 Each file has one JSON object per line with the tags of :mod:`.observe.metrics`. ``metrics.jsonl`` and
 ``evaluation.jsonl`` hold nothing that depends on time, so equal runs write equal files; ``timing.jsonl`` has the
-seconds.
+seconds, and ``phases.jsonl`` those that belong to no step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_METRICS, _EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+_METRICS, _EVALUATION, _PHASES = "metrics.jsonl", "evaluation.jsonl", "phases.jsonl"
 _ACCURACY = "evaluation/accuracy"
 _MIB = 1 << 20
 _LENGTH_BINS = 30
@@ -133,7 +134,7 @@ class RunLog:
             values = {f"time/{name}": round(value, 4) for name, value in parts.items()} | dict(rates)
             self._append("timing.jsonl", {"step": step} | values)
             self._report_scalars(step, values)
-            shown = {name: parts[name] for name in parts if name not in ("step", "idle", "observe", "reward")}
+            shown = {name: parts[name] for name in parts if name not in ("idle", "observe", "reward")}
             self._lines.say(step, self._config.run.steps, self._values, shown)
 
     def evaluation(self, step: int, found: Evaluation) -> None:
@@ -145,6 +146,27 @@ class RunLog:
             self._report_scalars(step, values)
             text = "step %d: evaluation: accuracy %.3f, %.1f tokens per response"
             logger.info(text, step, found.accuracy, found.response_tokens)
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Writes to ``phases.jsonl`` how long a block took that belongs to no step.
+
+        Args:
+            name: ``evaluate`` or ``export``; see also :meth:`started`.
+            step: Number of the next step.
+        """
+        start = time.perf_counter()
+        yield
+        self._write_phase(name, step, time.perf_counter() - start)
+
+    def started(self, step: int) -> None:
+        """Writes to ``phases.jsonl`` the time from the start of this process to its first step."""
+        self._write_phase("start", step, _process_seconds())
+
+    def _write_phase(self, name: str, step: int, seconds: float) -> None:
+        if self._writes:
+            self._append(_PHASES, {"step": step, "phase": name, "seconds": round(seconds, 4)})
+            logger.info("%s took %.1f s", name, seconds)
 
     def alarm(self, raised: Alarm, action: str) -> None:
         """Writes a collapse alarm and the reaction to it."""
@@ -159,6 +181,7 @@ class RunLog:
                 kept = cut_rows(self._output / name, step, check=check, increasing=True)
                 if name == _METRICS:
                     _warn_of_lost_rows(self._output / name, kept, step)
+            cut_rows(self._output / _PHASES, math.inf)  # all passed, also of steps that are repeated
             self._trajectories.cut(step)
             cut_problems(self._output, step)
 
@@ -237,6 +260,12 @@ def _warn_of_lost_rows(file: Path, kept: Sequence[int], step: int) -> None:
     if lost:
         shown = ", ".join(map(str, lost[:10])) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
         logger.warning("%s: has no row of step %s; the collapse alarm resumes without them", file, shown)
+
+
+def _process_seconds() -> float:
+    """Returns the age of this process; the interpreter and its imports take seconds of it."""
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _as_yaml(described: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
         for name in DROPPED_COUNTS
         if (responses := sampled.statistics.get(f"responses_{name}", 0))
     }
+    counts |= _sampled_metrics(sampled.statistics)
     if not sampled.records:
         return counts
     lengths = [length for record in sampled.records for length in record.response_tokens]
@@ -47,12 +48,27 @@ def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
     } | counts
 
 
+def _sampled_metrics(statistics: Mapping[str, int]) -> dict[str, float]:
+    """Returns accuracy and length of all responses that the step completed, also of groups that were not kept."""
+    found = {}
+    if judged := statistics.get("responses_judged", 0):
+        found["sampler/accuracy"] = statistics["responses_right"] / judged
+    if responses := statistics.get("responses_sampled", 0):
+        found["sampler/response_tokens_mean"] = statistics["response_tokens_sampled"] / responses
+    return found
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
-    """Reduces the metrics of a step's updates: means of means, minima of minima, maxima of maxima."""
+def update_metrics(updates: Sequence[UpdateMetrics], *, sft: bool = False) -> dict[str, Any]:
+    """Reduces the metrics of a step's updates: means of means, minima of minima, maxima of maxima.
+
+    Args:
+        updates: Metrics of each update.
+        sft: Whether the metrics that compare policies or depend on an advantage are left out.
+    """
     done = [update for update in updates if not update.skipped]
     found: dict[str, list[float]] = {"updates": [len(updates)], "skipped": [len(updates) - len(done)]}
     if done:
@@ -69,6 +85,8 @@ def update_metrics(updates: Sequence[UpdateMetrics]) -> dict[str, Any]:
             ]
     values = {}
     for name, per_update in found.items():
+        if sft and OF_UPDATES[name].when:
+            continue
         reduce = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
         value = float(reduce(per_update))
         values[OF_UPDATES[name].tag] = value if math.isfinite(value) else None

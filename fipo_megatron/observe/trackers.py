@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fipo_megatron.config import ObserveConfig
+from fipo_megatron.storage.json_files import one_line
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class Tracker(Protocol):
@@ -155,11 +162,68 @@ class Swanlab:
 _SERVICES: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {"wandb": Wandb, "swanlab": Swanlab}
 
 
-def missing_packages(config: ObserveConfig) -> list[str]:
-    """Lists configured trackers whose package is not installed, a line each."""
+_CAN_REPORT = {
+    "wandb": """
+import netrc, os, urllib.parse, wandb
+settings = wandb.setup().settings
+key = settings.api_key or getattr(settings, "identity_token_file", None)
+if settings.mode not in ("offline", "dryrun", "disabled") and not key:
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+        key = "api.wandb.ai" in hosts or urllib.parse.urlsplit(settings.base_url).hostname in hosts
+    except (OSError, netrc.NetrcParseError):
+        pass
+    if not key:
+        raise RuntimeError("it has no API key")
+""",
+    "swanlab": """
+import swanlab
+settings = swanlab.Settings()
+if getattr(settings, "mode", "") in ("online", "cloud") and not getattr(settings, "api_key", "unknown"):
+    raise RuntimeError("it has no API key")
+""",
+}
+"""Programs that raise an error if a service has no API key to report with; none of them connects to the service."""
+_REMEDY = {
+    "wandb": "set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline",
+    "swanlab": "set SWANLAB_API_KEY, run `swanlab login`, or set SWANLAB_MODE=offline",
+}
+_CHECK_SECONDS = 60.0
+
+
+def tracker_problems(config: ObserveConfig, *, writes: bool) -> list[str]:
+    """Lists configured trackers that cannot report, because their package or its API key is missing, a line each.
+
+    Args:
+        config: The section ``observe``.
+        writes: Whether this rank writes. Only then are keys looked for, each by a process that has no terminal, because
+            the packages ask for a missing key.
+    """
     asked = [("observe.tensorboard = True", "tensorboard")] if config.tensorboard else []
     asked += [(f"observe.trackers = {list(config.trackers)}", name) for name in config.trackers]
-    return [f"{field}: {name} is not installed here" for field, name in asked if not importlib.util.find_spec(name)]
+    problems = []
+    for field, name in asked:
+        if not importlib.util.find_spec(name):
+            problems.append(f"{field}: {name} is not installed here")
+        elif writes and (problem := _cannot_report(name)):
+            problems.append(f"{field}: {name} cannot report: {problem}; {_REMEDY[name]}")
+    return problems
+
+
+def _cannot_report(name: str) -> str:
+    """Returns why a service cannot be reported to; an empty string if nothing is known that speaks against it."""
+    if name not in _CAN_REPORT:
+        return ""
+    program = f"try:\n{textwrap.indent(_CAN_REPORT[name], '    ')}\nexcept Exception as error:\n"
+    program += "    print('\\n!' + ' '.join(str(error).split()))"
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return next((line[1:].rstrip(".") for line in done.stdout.splitlines() if line.startswith("!")), "")
 
 
 def open_trackers(config: ObserveConfig, output: Path, described: Mapping[str, Any], first_step: int) -> list[Tracker]:
@@ -170,14 +234,37 @@ def open_trackers(config: ObserveConfig, output: Path, described: Mapping[str, A
         output: Output directory of the run.
         described: Complete configuration of the run.
         first_step: First step to be reported.
+
+    Raises:
+        ConnectionError: A service does not accept the run.
     """
     found: list[Tracker] = [TensorBoard(output / "tensorboard", first_step)] if config.tensorboard else []
-    return found + [_SERVICES[name](config.project, output, described) for name in config.trackers]
+    for name in config.trackers:
+        try:
+            found.append(_SERVICES[name](config.project, output, described))
+        except Exception as error:  # each package has its own kinds
+            for tracker in found:
+                tracker.close()
+            where = f"observe.trackers = {list(config.trackers)}: {name} cannot be opened"
+            raise ConnectionError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    return found
 
 
 def as_markdown(row: Mapping[str, Any]) -> str:
-    """Formats prompt and response as indented code blocks, which no text inside them can end."""
-    head = f"**{row['prompt_id']}/{row['sample']}** reward {row['reward']}, advantage {row['advantage']}, "
-    head += f"{row['response_tokens']} tokens, truth {row['ground_truth']!r}"
-    blocks = ("    " + row[name].replace("\n", "\n    ") for name in ("prompt", "response"))
-    return "\n\n".join([head, *blocks])
+    """Formats a response as Markdown that shows its texts as they are: no text becomes a link, an image or a heading.
+
+    Texts of data and policy stand in indented code blocks, each of their lines indented.
+    """
+    head = f"reward {row['reward']}, advantage {row['advantage']}, {row['response_tokens']} tokens"
+    names = f"{row['prompt_id']}/{row['sample']}\ntruth {row['ground_truth']}"
+    return "\n\n".join([head, *map(_code_block, (names, row["prompt"], row["response"]))])
+
+
+def _code_block(text: str) -> str:
+    """Returns a text as an indented code block.
+
+    Markdown ends a line at every line boundary of Unicode or at none, depending on its implementation; all are line
+    feeds here. Control characters have no place in a page, and Markdown's implementations use some as marks.
+    """
+    lines = (_CONTROLS.sub("\ufffd", line) for line in text.replace("\t", "    ").splitlines())
+    return "\n".join(f"    {line}" for line in lines)

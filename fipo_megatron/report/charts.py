@@ -201,6 +201,12 @@ CHARTS: tuple[Chart, ...] = (
         picture=9,
     ),
     Chart(
+        "shadow-weight",
+        POLICY,
+        "Future-KL weight f that FIPO would use",
+        _lines("future_kl", shadow_weight_mean="mean", shadow_weight_min="min", shadow_weight_max="max"),
+    ),
+    Chart(
         "weight-clip",
         POLICY,
         "Tokens with f on a bound",

@@ -174,6 +174,10 @@ class GroupSampler:
             self._counts[f"failures_{score.failure}"] += 1
             if self._checks.failed > self._most_failures:
                 raise VerifierError(score.failure_text)
+        self._counts["responses_sampled"] += 1
+        self._counts["response_tokens_sampled"] += len(response.tokens)
+        self._counts["responses_judged"] += score.accuracy is not None
+        self._counts["responses_right"] += score.accuracy or 0
 
 
 async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -74,6 +74,7 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
             _open_rollouts(trainer, restored, resources)
         resources.enter_context(trainer.stop)
         trainer.resources = resources.pop_all()
+    trainer.log.started(trainer.step)
     return trainer
 
 

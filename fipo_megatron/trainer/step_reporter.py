@@ -62,8 +62,16 @@ class StepReporter:
             updates: Metrics of each update.
             noise: Noise floor to report; None if none is due.
         """
-        values = rollout_metrics(sampled, step) | update_metrics(updates)
+        values = rollout_metrics(sampled, step) | self._missing_groups(sampled)
+        values |= update_metrics(updates, sft=self._config.algorithm.kind == "sft")
         return values | noise_metrics(noise, values, fipo=self._config.algorithm.kind == "fipo")
+
+    def _missing_groups(self, sampled: SampledGroups | None) -> dict[str, int]:
+        """Returns the number of groups that a sampled step lacks; empty if it has as many as configured."""
+        need = self._config.rollout.prompts_per_step
+        if sampled is None or self._config.run.replay or not 0 < len(sampled.records) < need:
+            return {}
+        return {"rollout/groups_missing": need - len(sampled.records)}
 
     def write(
         self,

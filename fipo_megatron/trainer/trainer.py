@@ -244,9 +244,10 @@ class Trainer:
         """
         target = self.output / name
         check_finite(self.actor.chunks, self.inputs.architecture, self.layout, f"the policy is not written to {target}")
-        with raise_on_all_ranks("removing an earlier export"):
-            if self.layout.rank == 0:
-                for path in (target, partial_of(target)):
-                    shutil.rmtree(path, ignore_errors=True)
-        save_hf(self.actor.chunks, self.inputs.architecture, self.layout, self.config.model.path, target)
+        with self.log.phase("export", self.step):
+            with raise_on_all_ranks("removing an earlier export"):
+                if self.layout.rank == 0:
+                    for path in (target, partial_of(target)):
+                        shutil.rmtree(path, ignore_errors=True)
+            save_hf(self.actor.chunks, self.inputs.architecture, self.layout, self.config.model.path, target)
         logger.info("the policy is in %s", target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from fipo_megatron.checkpoint import manifest
 from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.config import Config
 from fipo_megatron.data.model_directory import read_model_directory
+from fipo_megatron.data.prompt_table import PromptTable
 from fipo_megatron.data.prompts import DataError
-from fipo_megatron.data.tokenizer import InputError, read_prompts
+from fipo_megatron.data.tokenized_prompts import read_prompts
+from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.results import name_problems
-from fipo_megatron.observe.trackers import missing_packages
+from fipo_megatron.observe.trackers import tracker_problems
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.storage.output_directory import output_problems
@@ -43,12 +46,12 @@ class TrainingInputs:
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    prompts: tuple[Prompt, ...]
-    problems: tuple[Prompt, ...] = ()
+    prompts: PromptTable
+    problems: Sequence[Prompt] = ()
 
 
 def read_training_inputs(config: Config) -> TrainingInputs:
-    """Reads and checks the inputs; imports no Megatron, starts no process, writes no file.
+    """Reads and checks the inputs; imports no Megatron and writes nothing to ``run.output``.
 
     Raises:
         InputError: With every problem found.
@@ -58,11 +61,18 @@ def read_training_inputs(config: Config) -> TrainingInputs:
     problems = [*_environment_problems(config, model.architecture), *model.problems]
     if problems or model.tokenizer is None:  # told at once: millions of rows take a minute to read
         raise InputError("\n".join(problems))
-    prompts: list[Prompt] = []
-    evaluation_prompts: list[Prompt] = []
+    prompts = PromptTable(())
+    evaluation_prompts: Sequence[Prompt] = ()
     try:
         answer = "response" if sft else "answer"
-        prompts = read_prompts(config.data, config.data.files, model.tokenizer, field="data.files", answer=answer)
+        prompts = read_prompts(
+            config.data,
+            config.data.files,
+            model.tokenizer,
+            field="data.files",
+            answer=answer,
+            share=Launch.from_environment(os.environ).world_size > 1,
+        )
         if config.evaluation.files and config.run.evaluate_every:
             evaluation_prompts = read_prompts(
                 config.data, config.evaluation.files, model.tokenizer, field="evaluation.files", answer="answer"
@@ -72,9 +82,7 @@ def read_training_inputs(config: Config) -> TrainingInputs:
         problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    return TrainingInputs(
-        model.architecture, model.tokenizer, model.stop_token_ids, tuple(prompts), tuple(evaluation_prompts)
-    )
+    return TrainingInputs(model.architecture, model.tokenizer, model.stop_token_ids, prompts, evaluation_prompts)
 
 
 def check_megatron_options(config: Config, architecture: Architecture) -> None:
@@ -96,7 +104,9 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
         except ValueError as error:
             problems.append(str(error))
     problems += _launch_problems(config)
-    problems += missing_packages(config.observe)
+    problems += tracker_problems(
+        config.observe, writes=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    )
     output = Path(config.run.output)
     problems += output_problems(output, config.checkpoint.resume) or _checkpoint_problems(
         output / "checkpoints", architecture, config

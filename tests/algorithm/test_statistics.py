@@ -110,8 +110,26 @@ def test_every_value_by_its_definition(seed):
 
 def test_every_listed_value_is_reported():
     metrics = split_gradient(PACKAGE, random_batch(0), CONFIG)[3].metrics()
-    assert set(TOKEN_MEANS) - {"entropy"} | {*SIGN_MEANS, *MAXIMA, *MINIMA} <= set(metrics)
+    listed = set(TOKEN_MEANS) - {"entropy"} | {*SIGN_MEANS, *MAXIMA, *MINIMA}
+    shadow = {name for name in listed if name.startswith("shadow_")}
+    assert listed - shadow <= set(metrics)
+    assert shadow <= set(split_gradient(PACKAGE, random_batch(0), replace(CONFIG, kind="dapo"))[3].metrics())
     assert {f"ratio_{sign}_q{100 * q:g}" for sign in ("positive", "negative") for q in QUANTILES} <= set(metrics)
+
+
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["dapo", "grpo"]))
+def test_baselines_report_what_fipo_would_do(seed, kind):
+    """F and exp F are those of FIPO on the same drift; f has another name, as the loss does not use it."""
+    batch = random_batch(seed)
+    fipo = split_gradient(PACKAGE, batch, CONFIG, cp=2)[3].metrics()
+    baseline = split_gradient(PACKAGE, batch, replace(CONFIG, kind=kind), cp=2)[3].metrics()
+    names = [name for name in baseline if name.startswith("shadow_")]
+    assert len(names) == 4
+    for name in (*names, "future_kl_mean", "future_kl_abs_mean", "future_kl_abs_max", "filtered_fraction"):
+        assert baseline[name] == fipo[name.removeprefix("shadow_")]
+    assert baseline["mismatch_future_kl_abs_mean"] == fipo["mismatch_future_kl_abs_mean"]
+    assert baseline["raw_weight_max"] == fipo["raw_weight_max"]
+    assert "weight_mean" not in baseline
 
 
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1e-3, 3.0))

@@ -184,7 +184,13 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.overlap=true", "rollout.servers={colocated: true, sync: tensor}"],
             ["rollout.overlap = True: needs rollout.max_staleness", "must be false with rollout.servers.colocated"],
         ),
+        (["rollout.sglang={api_key: secret}"], ["rollout.sglang.api_key: must be in the environment variable that"]),
         (["rollout.servers.urls=['host:3']"], ["rollout.servers.urls = host:3: must begin with http://"]),
+        (["rollout.servers.urls=['http://h:70000']"], ["rollout.servers.urls = http://h:70000: must have a port from"]),
+        (["rollout.servers.urls=['http://h:0']"], ["rollout.servers.urls = http://h:0: must have a port from"]),
+        (["rollout.servers.urls=['http://h:port']"], ["rollout.servers.urls = http://h:port: must have a port from"]),
+        (["rollout.servers.urls=['http://:80']"], ["rollout.servers.urls = http://:80: must name a host"]),
+        (["rollout.servers.urls=['http://[::1']"], ["rollout.servers.urls = http://[::1: must have a port"]),
         (
             ["rollout.engine=embedded", "rollout.servers.colocated=true", "rollout.embedded_slots=20"],
             ["rollout.embedded_slots = 20: must be a multiple of 16"],
@@ -375,7 +381,9 @@ def test_nucleus_sampling_can_be_allowed_and_is_free_in_evaluation():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], ["algorithm.safety_threshold = 10 has no effect on the gradient"]),
+        ([], []),
+        (["algorithm.dual_clip=5"], []),
+        (["algorithm.safety_threshold=12"], ["algorithm.safety_threshold = 12 has no effect on the gradient"]),
         (["algorithm.safety_threshold=3"], []),
         (["algorithm.safety_threshold=3", "algorithm.weight_clip=[1.1,1.2]"], ["does not contain 1"]),
         (
@@ -398,11 +406,13 @@ def test_command_prints_a_configuration_that_loads_to_the_same(tmp_path):
         command = [sys.executable, "-m", "fipo_megatron.config", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    done = run(str(FIPO_32B), "algorithm.half_life=.inf")
+    done = run(str(FIPO_32B), "algorithm.half_life=.inf", "rollout.prompts_per_step=100")
     assert done.returncode == 0
-    assert "note: algorithm.safety_threshold = 10 has no effect" in done.stderr
+    assert "note: actor.prompts_per_mini_batch = 64 does not divide" in done.stderr
     (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert load_config(tmp_path / "printed.yaml") == load_config(FIPO_32B, ["algorithm.half_life=.inf"])
+    assert load_config(tmp_path / "printed.yaml") == load_config(
+        FIPO_32B, ["algorithm.half_life=.inf", "rollout.prompts_per_step=100"]
+    )
 
     failed = run(str(FIPO_32B), "algorithm.half_live=3")
     assert (failed.returncode, failed.stdout) == (2, "")

@@ -1,13 +1,23 @@
 """Prompts from real parquet and jsonl files: the content read, its order, and the files refused."""
 
 import json
+import tempfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
-from fipo_megatron.data.prompts import DataError, PromptStream, read_problems, tokenize
+from fipo_megatron.config import DataConfig
+from fipo_megatron.data.prompt_table import PromptTable
+from fipo_megatron.data.prompts import DataError, PromptStream, read_problems
+from fipo_megatron.data.tokenized_prompts import read_prompts
+from fipo_megatron.data.tokenizer import load_tokenizer
 from fipo_megatron.data.trajectory import Prompt
 
 ROWS = [
@@ -22,6 +32,10 @@ ROWS = [
 ]
 
 
+def read(files, **options):
+    return list(read_problems(files, **options))
+
+
 def parquet(path, rows=ROWS, drop=()):
     pq.write_table(pa.Table.from_pylist(rows).drop_columns(list(drop)), path)
     return path
@@ -34,7 +48,7 @@ def jsonl(path, rows):
 
 def test_the_schema_of_dapo_math(tmp_path):
     """The released file repeats each problem a hundred times; here three times."""
-    problems = read_problems([parquet(tmp_path / "dapo.parquet", ROWS * 3)])
+    problems = read([parquet(tmp_path / "dapo.parquet", ROWS * 3)])
     assert [p.id for p in problems] == [f"dapo:id-{n}" for n in range(5)]
     assert problems[2].messages == [{"role": "user", "content": "What is 2 + 1?"}]
     assert {(p.answer, p.data_source) for p in problems} == {(str(n + 1), "math_dapo") for n in range(5)}
@@ -43,7 +57,7 @@ def test_the_schema_of_dapo_math(tmp_path):
 def test_jsonl_and_ids_that_occur_twice(tmp_path):
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
     rows = [{"prompt": "1?", "answer": 1}, {"prompt": messages, "answer": "2", "id": "f:0"}]
-    problems = read_problems([jsonl(tmp_path / "f.jsonl", rows)])
+    problems = read([jsonl(tmp_path / "f.jsonl", rows)])
     assert [p.id for p in problems] == ["f:0", "f:0#2"]
     assert problems[0].messages == [{"role": "user", "content": "1?"}]
     assert problems[1].messages == messages
@@ -54,9 +68,11 @@ def test_ids_that_look_like_ours_stay_unique(tmp_path):
     rows = [
         {"prompt": str(n), "answer": "1", "id": name} for n, name in enumerate(["a", "a#3", "a", "a#3", "p", "p~1"])
     ]
-    ids = [p.id for p in read_problems([jsonl(tmp_path / "f.jsonl", rows)])]
+    ids = [p.id for p in read([jsonl(tmp_path / "f.jsonl", rows)])]
     assert ids == ["a", "a#3", "a#3#3", "a#3#4", "p", "p~1"]
-    stream = PromptStream([Prompt(name, np.array([1]), "") for name in [*ids, "p~", "p~~2", "~", "~1"]], seed=0)
+    stream = PromptStream(
+        PromptTable.from_prompts([Prompt(name, np.array([1]), "") for name in [*ids, "p~", "p~~2", "~", "~1"]]), seed=0
+    )
     found = [p.id for p in stream(10 * 25)]
     assert len({*found}) == len(found)
     assert "p~~~1" in found
@@ -68,7 +84,7 @@ def test_the_separators_of_unicode_do_not_end_a_row(tmp_path):
     row = json.dumps({"prompt": prompt, "answer": "1\u2028"}, ensure_ascii=False).replace("\x0c", "\\f")
     file = tmp_path / "f.jsonl"
     file.write_bytes(f"{row}\r\n\n{row.replace('one', 'two')}".encode())
-    problems = read_problems([file])
+    problems = read([file])
     assert [p.id for p in problems] == ["f:0", "f:2"]
     assert problems[0].messages[0]["content"] == prompt
     assert problems[0].answer == "1\u2028"
@@ -91,28 +107,28 @@ def test_a_row_that_is_wrong(row, message, tmp_path):
     file = tmp_path / "f.jsonl"
     file.write_bytes(b'{"prompt": "1?", "answer": "1"}\n' + row)
     with pytest.raises(DataError, match=message) as caught:
-        read_problems([file])
+        read([file])
     assert len(str(caught.value)) < 400
 
 
 def test_data_sets_that_share_a_problem_stay_whole(tmp_path):
     row = {"prompt": "1?", "answer": "1"}
     files = [jsonl(tmp_path / f"{name}.jsonl", [row, row]) for name in "ab"]
-    assert [p.data_source for p in read_problems(files)] == ["a"]
-    assert [p.data_source for p in read_problems(files, apart=True)] == ["a", "b"]
-    (unnamed,) = read_problems([jsonl(tmp_path / "c.jsonl", [row | {"data_source": ""}])])
+    assert [p.data_source for p in read(files)] == ["a"]
+    assert [p.data_source for p in read(files, apart=True)] == ["a", "b"]
+    (unnamed,) = read([jsonl(tmp_path / "c.jsonl", [row | {"data_source": ""}])])
     assert unnamed.data_source == "c"
 
 
 def test_sft_examples_may_occur_twice(tmp_path):
     file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "one"}] * 3)
-    assert len(read_problems([file], answer="response", once=False)) == 3
+    assert len(read([file], answer="response", drop="none")) == 3
 
 
 def test_an_empty_response_for_sft_is_refused(tmp_path):
     file = jsonl(tmp_path / "f.jsonl", [{"prompt": "1?", "response": "nan"}, {"prompt": "1?", "response": "\n"}])
     with pytest.raises(DataError, match=r"f\.jsonl: row 1: response: is empty"):
-        read_problems([file], answer="response")
+        read([file], answer="response")
 
 
 @pytest.mark.parametrize(
@@ -149,34 +165,71 @@ def test_an_empty_response_for_sft_is_refused(tmp_path):
 )
 def test_invalid_files_are_refused(make, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        read_problems([make(tmp_path)])
+        read([make(tmp_path)])
 
 
 def test_a_damaged_parquet_file(tmp_path):
     file = parquet(tmp_path / "f.parquet")
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"f\.parquet: cannot be read"):
-        read_problems([file])
+        read([file])
 
 
-def test_prompts_that_are_too_long(tmp_path, caplog):
-    problems = read_problems([jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in range(1, 9)])])
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tokenizer with one token per letter."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    words = Tokenizer(WordLevel({letter: n for n, letter in enumerate("?xyz0123456789")}, unk_token="?"))
+    words.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return load_tokenizer(path)
 
-    texts = ["x" * n for n in range(1, 9)]
 
-    def tokens_of(text):
-        return [7] * len(text)
+def read_tokens(files, tokenizer, **options):
+    data = DataConfig(chat_template="none", **{"max_prompt_tokens": 5} | options)
+    return read_prompts(data, list(map(str, files)), tokenizer, field="data.files", answer="answer", share=True)
 
-    assert [len(p.tokens) for p in tokenize(problems, texts, tokens_of, 5)] == [1, 2, 3, 4, 5]
+
+def test_prompts_that_are_too_long(tmp_path, caplog, tokenizer, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = jsonl(tmp_path / "f.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in range(1, 9)])
+    assert [len(p.tokens) for p in read_tokens([file], tokenizer)] == [1, 2, 3, 4, 5]
     assert "3 of 8 prompts are longer than data.max_prompt_tokens = 5" in caplog.text
-    with pytest.raises(DataError, match="f:0: prompt: has no tokens"):
-        tokenize(problems, texts, lambda text: [], 5)
-    with pytest.raises(DataError, match=r"data\.max_prompt_tokens = 0: all 8 prompts are longer"):
-        tokenize(problems, texts, tokens_of, 0)
+    with pytest.raises(DataError, match=r"data\.max_prompt_tokens = 2: all 1 prompts are longer"):
+        read_tokens([jsonl(tmp_path / "g.jsonl", [{"prompt": "xxx", "answer": "1"}])], tokenizer, max_prompt_tokens=2)
+    with pytest.raises(DataError, match="h:0: prompt: has no tokens"):
+        read_tokens([jsonl(tmp_path / "h.jsonl", [{"prompt": "", "answer": "1"}])], tokenizer)
+
+
+def test_prompts_that_occur_twice(tmp_path, caplog, tokenizer):
+    rows = [{"prompt": p, "answer": a} for p, a in (("x", 1), ("x", 2), ("y", 1), ("x", 1))]
+    file = jsonl(tmp_path / "f.jsonl", rows)
+
+    def found(choice):
+        data = DataConfig(chat_template="none", deduplicate=choice)
+        prompts = read_prompts(data, [str(file)], tokenizer, field="data.files", answer="answer")
+        return [(p.id, p.ground_truth) for p in prompts]
+
+    assert found("none") == [("f:0", "1"), ("f:1", "2"), ("f:2", "1"), ("f:3", "1")]
+    assert found("rows") == found("auto") == [("f:0", "1"), ("f:1", "2"), ("f:2", "1")]
+    assert "answer is not that" not in caplog.text
+    assert found("prompts") == [("f:0", "1"), ("f:2", "1")]
+    assert "1 rows were dropped although their answer is not that of the first row with the same prompt" in caplog.text
+
+
+def test_a_large_file_is_not_read_at_once(tmp_path):
+    """The objects of all 20,000 rows of the file take 50 MB, those of a batch 10 MB."""
+    file = parquet(tmp_path / "dapo.parquet", [{**ROWS[n % 5], "ability": "MATH" * 9} for n in range(20_000)])
+    tracemalloc.start()
+    try:
+        assert len(read([file])) == 5
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def prompts(count):
-    return [Prompt(str(n), np.array([n]), "") for n in range(count)]
+    return PromptTable.from_prompts([Prompt(str(n), np.array([n]), "") for n in range(count)])
 
 
 def test_the_order_depends_on_the_seed_alone_and_can_be_resumed():

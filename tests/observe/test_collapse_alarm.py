@@ -1,5 +1,7 @@
 """The alarm is raised for the signature of Fig. 2, not for a part of it, and in a resumed run in the same step."""
 
+from dataclasses import replace
+
 import pytest
 
 from fipo_megatron.config import HealthConfig
@@ -28,7 +30,7 @@ def test_the_whole_signature_raises_it():
     assert [bool(one) for one in found] == [False] * 6 + [True]
     assert (found[-1].step, found[-1].began) == (6, 4)
     assert "low-clip fraction 5.00% (limit 2.00%)" in found[-1].reason
-    assert "length 40% of its best (limit 75%)" in found[-1].reason
+    assert "length 40% of its best in 100 steps (limit 75%)" in found[-1].reason
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -41,6 +43,15 @@ def test_two_of_three_signs_do_not(part):
 def test_a_policy_that_is_far_away_raises_it_alone(kl):
     found = look(CollapseAlarm(CONFIG), [HEALTHY] * 5 + [(0.0, kl, 100.0, 0.6)] * 2)
     assert found[-1].step == 6
+
+
+def test_responses_that_become_shorter_slowly_do_not():
+    """Low-clip fraction and policy KL are those of a collapse; the length falls to a tenth, a percent per step."""
+    slow = [(0.05, 0.03, 100 * 0.99**step, 0.6) for step in range(230)]
+    config = replace(CONFIG, length_steps=20)
+    assert not any(look(CollapseAlarm(config), slow))
+    assert any(look(CollapseAlarm(config), [*slow, *[(0.05, 0.03, 5.0, 0.6)] * 2]))
+    assert any(look(CollapseAlarm(replace(CONFIG, length_steps=40)), slow))
 
 
 def test_one_bad_step_does_not():

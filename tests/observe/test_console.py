@@ -14,8 +14,8 @@ VALUES = {tag: 0.5 for _, tag, _, _ in console.COLUMNS}
 def test_a_line_per_step_below_its_header(caplog):
     caplog.set_level(logging.INFO)
     lines = console.StepLines()
-    lines.say(3, 200, VALUES, {"generate": 12.34, "sync": 0.01})
-    lines.say(140, 200, VALUES | {"policy/loss": -12.5, "policy/entropy": None}, {"update": 1.0})
+    lines.say(3, 200, VALUES, {"generate": 12.34, "sync": 0.01, "step": 13.06})
+    lines.say(140, 200, VALUES | {"policy/loss": -12.5, "policy/entropy": None}, {"update": 1.0, "step": 100.0})
     header, first, second = [record.getMessage() for record in caplog.records]
     assert first.startswith("  3/200 ")
     assert second.startswith("140/200 ")
@@ -23,8 +23,9 @@ def test_a_line_per_step_below_its_header(caplog):
         end = header.index(title) + len(title)
         assert first[end - 1] != " "
         assert second[end - 1] != " "
-    assert first.endswith("  generate 12.3")
-    assert len(header.partition("seconds")[0]) == len(first.partition("generate")[0])
+    assert first.endswith("     13.1  generate 12.3")
+    assert second.endswith("    100.0  update 1.0")
+    assert len(header) == len(first.partition("  generate")[0])
 
 
 def test_columns_that_do_not_exist_are_left_out(caplog):

@@ -60,6 +60,26 @@ def test_updates_are_reduced_to_means_and_extremes_without_skipped_ones():
     assert update_metrics([update(inf)])["policy/loss"] is None
 
 
+def test_all_sampled_responses_are_reported_beside_the_kept_groups():
+    """Groups that are all wrong are dropped: the accuracy of the kept ones says nothing about them."""
+    counts = {"responses_sampled": 8, "responses_judged": 6, "responses_right": 3, "response_tokens_sampled": 40}
+    found = rollout_metrics(SampledGroups((record("a", (1, 2), (1, 1)),), (), counts), 5)
+    assert (found["rollout/accuracy"], found["sampler/accuracy"]) == (1.0, 0.5)
+    assert (found["rollout/response_tokens_mean"], found["sampler/response_tokens_mean"]) == (1.5, 5.0)
+    assert set(found) <= TAGS
+    assert rollout_metrics(SampledGroups((), (), counts), 5)["sampler/accuracy"] == 0.5
+    assert "sampler/accuracy" not in rollout_metrics(SampledGroups((), (), {}), 5)
+
+
+def test_supervised_fine_tuning_reports_no_comparison_of_policies():
+    values = {"tokens": 4.0, "entropy": 0.5, "policy_kl": 0.0, "shift_abs_max": 0.0, "advantage_mean": 0.0}
+    values |= {"ratio_negative_q50": 1.0, "mismatch_abs_mean": 1.0, "clip_fraction": 0.0}
+    assert set(update_metrics([update(1.0, **values)], sft=True)) == {
+        *("policy/loss", "policy/tokens", "policy/entropy"),
+        *(f"optimizer/{name}" for name in ("grad_norm", "learning_rate", "updates", "skipped_updates")),
+    }
+
+
 @pytest.mark.parametrize("noise", [inf, nan])
 def test_a_noise_floor_that_is_no_number_is_not_one_in_the_file(noise):
     values = {"policy/shift_abs_max": 0.1, "future_kl/abs_max": 0.1}

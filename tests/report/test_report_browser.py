@@ -282,3 +282,22 @@ def test_light_and_dark(page):
     first = page.execute_script(back)
     one(page, "#theme").click()
     assert page.execute_script(back) != first
+
+
+def test_a_noise_floor_of_exactly_0_is_at_the_bottom_of_a_logarithmic_chart(browser, tmp_path):
+    run = make_run(tmp_path / "exact", seed=3)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "noise/shift" in row]
+    for row in measured:
+        row["noise/shift"] = 0.0
+    for row in measured[2:]:
+        del row["noise/shift"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run), "--output", str(tmp_path / "page")]) == 0
+    browser.get(f"file://{tmp_path}/page.html")
+    marks = select(browser, "#chart-noise-shift circle.mark")
+    floor = max(float(line.get_attribute("y1")) for line in select(browser, "#chart-noise-shift line.tick"))
+    assert marks
+    assert all(float(mark.get_attribute("cy")) == pytest.approx(floor, abs=5) for mark in marks)
+    assert "NaN" not in one(browser, "#chart-noise-shift").get_attribute("innerHTML")
+    check_quiet(browser)

@@ -14,7 +14,7 @@ from fipo_megatron.data.trajectory import Prompt, Score, TokenSpan, Trajectory
 from fipo_megatron.evaluation.answering import evaluate
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier_protocol import Verdict
-from fipo_megatron.rollout.engine import EngineError, Generation
+from fipo_megatron.rollout.engine import Generation
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 CONFIG = Config(
@@ -93,7 +93,34 @@ def test_an_evaluation_leaves_failed_checks_out(caplog):
 
 def test_an_evaluation_with_too_many_failed_checks_ends_with_the_text():
     verifier = FixedVerifier(0)
-    with pytest.raises((EngineError, VerifierError), match=r"max_failure_fraction = 0\.1.*it exited with code 3"):
+    with pytest.raises(VerifierError, match=r"max_failure_fraction = 0\.1.*it exited with code 3"):
         evaluated(verifier)
-    with pytest.raises((EngineError, VerifierError), match="it exited with code 3"):
+    with pytest.raises(VerifierError, match="it exited with code 3"):
         evaluated(FixedVerifier(0, 1, 2, 3), replace(CONFIG, reward=replace(CONFIG.reward, max_failure_fraction=1.0)))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_a_verifier_that_fails_on_one_of_two_leaders_ends_the_evaluation_on_both(fraction):
+    """The error is of one type, and has the same text, on the leader that met it and on the other one."""
+    config = replace(CONFIG, reward=replace(CONFIG.reward, max_failure_fraction=fraction))
+    problems = [Prompt(str(n), np.array([n], np.int32), "34", "set") for n in (1, 2)]
+    store = dist.HashStore()
+
+    async def evaluated_by(rank, verifier):
+        scorer = ResponseScorer(config, verifier, Tokenizer())
+        coordinator = StoreCoordinator(store, rank, (0, 1), 2)
+        await evaluate(problems, Engine(), coordinator, scorer, config, (0,))
+
+    class Broken(FixedVerifier):
+        async def verify(self, answer):
+            raise VerifierError("it exited with code 3")
+
+    async def both():
+        broken = FixedVerifier(0, 1, 2, 3) if fraction < 1 else Broken()
+        calls = [evaluated_by(0, FixedVerifier()), evaluated_by(1, broken)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    errors = asyncio.run(both())
+    assert [type(error) for error in errors] == [VerifierError] * 2
+    assert "it exited with code 3" in str(errors[0])
+    assert str(errors[0]) == str(errors[1])

@@ -221,6 +221,26 @@ def test_wrong_names_are_refused_at_once():
     for name in ("maths", "python:", "python:no.such.module", "python:tests.nowhere.function", "http:", "https:///x"):
         with pytest.raises(ValueError, match=r"reward\.verifier = .*(valid:|must be) math, exact"):
             check_verifier(name)
-    check_verifier("python:tests.reward.verifiers.contains")
-    with pytest.raises(RuntimeError, match=r"its process does not start:[^$]*no_such_function"):
-        verify("python:tests.reward.verifiers.no_such_function", [Answer("a", "b")])
+    for name in ("http://host:notaport/", "http://host:70000/check", "http://[::1/", "https://host:0/"):
+        with pytest.raises(ValueError, match=r"reward\.verifier = .*: must have a port from 1 to 65535.*; valid: math"):
+            check_verifier(name)
+    with pytest.raises(ValueError, match=r"must name a host, without spaces"):
+        check_verifier("http://a host/")
+    for name in ("tests.reward.verifiers.contains", "json.dumps", "math.sqrt", "os.path.basename", "orjson.loads"):
+        check_verifier(f"python:{name}")
+
+
+def test_a_function_that_its_module_does_not_define_is_refused_at_once(tmp_path, monkeypatch):
+    """The module is not run; one that defines names as it runs is believed."""
+    with pytest.raises(ValueError, match=r"python:json\.nosuch: \S*json/__init__\.py defines no 'nosuch'"):
+        check_verifier("python:json.nosuch")
+    with pytest.raises(ValueError, match=r"defines no 'contain'; did you mean contains\?"):
+        open_verifier(config("python:tests.reward.verifiers.contain"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ending.py").write_text("raise SystemExit(3)\ndef check(**_): return 1\n")
+    check_verifier("python:ending.check")
+    (tmp_path / "dynamic.py").write_text("globals()['check'] = print\n")
+    check_verifier("python:dynamic.check")
+    (tmp_path / "broken.py").write_text("def check(:\n")
+    with pytest.raises(ValueError, match=r"broken\.py cannot be read: "):
+        check_verifier("python:broken.check")

@@ -75,6 +75,10 @@ def test_kept_refilled_and_carried_as_computed_by_hand(path):
     assert {k: v for k, v in statistics.items() if v} == {
         "batches": 3,
         "tokens_sampled": 6 * 4 * 12,
+        "response_tokens_sampled": 6 * 4 * 12,
+        "responses_sampled": 6 * 4,
+        "responses_judged": 6 * 4,
+        "responses_right": 0 + 2 + 4 + 1 + 4 + 3,
         "groups_sampled": 6,
         "groups_kept": 3,
         "groups_all_wrong": 1,

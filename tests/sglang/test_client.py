@@ -1,6 +1,7 @@
 """The client with one real server: log-probs, stop tokens, aborts, pauses, and refused requests."""
 
 import asyncio
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -224,6 +225,21 @@ def test_wrong_key(server):
             await client.weight_version()
 
     with_client(server, use, api_key="wrong")
+
+
+def test_the_key_is_in_no_command_line_and_not_in_the_log(server):
+    """Any user of the host can read command lines; the log is part of the run's output."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(int(process.name)) == server.process_id:
+                lines.append((process / "cmdline").read_text())
+    assert any("sglang.launch_server" in line for line in lines)
+    assert not any("secret" in line for line in lines)
+    log = server.spec.log
+    assert "server_args=" in log.read_text()
+    assert "'secret'" not in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
 
 
 def test_requests_that_can_never_be_served_are_refused(server):

@@ -16,6 +16,13 @@ FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, regis
 ABSENT = (
     *(registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}", *FAILED),
     *(f"{registry.SAMPLED}, {registry.DROPPED}", f"{registry.HEALTH}, {registry.LOST}"),
+    registry.BASELINE,
+    registry.SMALLER,
+    registry.KL,
+    registry.IMPORTANCE,
+    registry.PEAK,
+    f"{registry.EVALUATED}, {registry.VOTED}",
+    *FAILED,
 )
 """Conditions of tags that do not hold in the run below."""
 
@@ -77,6 +84,13 @@ def test_the_parts_of_a_step_add_up(run):
         parts = [value for tag, value in row.items() if tag.startswith("time/")]
         whole = row["time/step"]
         assert sum(parts) - whole - row["time/reward"] == pytest.approx(whole, abs=1e-3)
+
+
+def test_time_outside_of_steps_is_written(run):
+    found = rows(run / "phases.jsonl")
+    steps = len(rows(run / "metrics.jsonl"))
+    assert [(row["phase"], row["step"]) for row in found] == [("start", 0), ("evaluate", steps), ("export", steps)]
+    assert all(row["seconds"] > 0 for row in found)
 
 
 def test_the_configuration_is_written(run, data):

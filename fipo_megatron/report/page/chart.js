@@ -130,7 +130,8 @@ class Chart {
     const span = Math.max(state.to - state.from, 1e-9);
     this.x = (step) => MARGIN.left + (step - state.from) / span * (width - MARGIN.left - MARGIN.right);
     this.inverse = (x) => state.from + (x - MARGIN.left) / (width - MARGIN.left - MARGIN.right) * span;
-    const scale = this.logarithmic ? Math.log : (value) => value;
+    // A logarithmic axis has no place for 0, such as a noise floor that is exact: it is drawn at the bottom.
+    const scale = this.logarithmic ? (value) => Math.log(Math.max(value, low)) : (value) => value;
     const [bottom, top] = [scale(low), scale(high)];
     this.y = (value) => HEIGHT - MARGIN.bottom - (scale(value) - bottom) / (top - bottom) * (HEIGHT - MARGIN.top - MARGIN.bottom);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
@@ -230,7 +231,7 @@ class Chart {
     let open = false;
     for (let i = 0; i < steps.length; i++) {
       if (steps[Math.min(i + 1, steps.length - 1)] < state.from || steps[Math.max(i - 1, 0)] > state.to) continue;
-      const y = values[i] === null || (this.logarithmic && values[i] <= 0) ? null : this.y(values[i]);
+      const y = values[i] === null ? null : this.y(values[i]);
       if (y === null) { open = false; continue; }
       parts.push(`${open ? "L" : "M"}${this.x(steps[i]).toFixed(1)},${y.toFixed(1)}`);
       open = true;
@@ -347,7 +348,7 @@ class Chart {
 
   dot(line, i) {
     const value = this.spec.stacked ? line.top[i] : line.shown[i];
-    if (value === null || (this.logarithmic && value <= 0)) return;
+    if (value === null) return;
     this.cursor.append(svg("circle", { class: `mark ${line.look}`, cx: this.x(line.steps[i]), cy: this.y(value), r: 3.5 }));
   }
 

@@ -44,6 +44,8 @@ CPU_ARGUMENTS: Mapping[str, Any] = {
 
 _RESERVED = ("host", "port", "model_path", "weight_version", "skip_server_warmup", "nccl_port")
 """Arguments that follow from other settings."""
+_SECRET = ("api_key", "admin_api_key", "ssl_keyfile_password")
+"""Arguments that are passed in the environment, because everybody on the host can read command lines."""
 _LOG_LINES = 30
 _READY_POLL_SECONDS = 0.3
 _READY_TIMEOUT = 5.0
@@ -100,7 +102,7 @@ def check_arguments(spec: ServerSpec) -> None:
     names = json.loads(done.stdout.splitlines()[-1])
     problems = []
     for name, value in spec.arguments.items():
-        where = f"rollout.sglang.{name} = {value!r}"
+        where = f"rollout.sglang.{name} = {'…' if name in _SECRET else repr(value)}"
         if name in _RESERVED:
             problems.append(f"{where}: cannot be set here, it follows from other settings")
         elif name not in names:
@@ -118,15 +120,21 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _environment(spec: ServerSpec) -> dict[str, str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(spec.environment)
+    if secret := {_option(name): str(spec.arguments[name]) for name in _SECRET if spec.arguments.get(name) is not None}:
+        environment["FIPO_SGLANG_SECRET_ARGUMENTS"] = json.dumps(secret)
     if spec.cpu:
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_SUPPORT)}
     return environment
 
 
 def _command(spec: ServerSpec, port: int) -> list[str]:
-    given = dict(CPU_ARGUMENTS if spec.cpu else {}) | dict(spec.arguments)
+    given = dict(CPU_ARGUMENTS if spec.cpu else {}) | {k: v for k, v in spec.arguments.items() if k not in _SECRET}
     given |= {
         "model_path": str(spec.model_path),
         "host": spec.host,
@@ -136,7 +144,7 @@ def _command(spec: ServerSpec, port: int) -> list[str]:
     }
     options: list[str] = []
     for name, value in given.items():
-        option = "--" + name.replace("_", "-")
+        option = _option(name)
         if value is True:
             options.append(option)
         elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -189,7 +197,7 @@ class SglangServer:
         await self.stop()
         self.starts += 1
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.spec.log.open("ab") as log:
+        with open(self.spec.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._process = subprocess.Popen(
                 _command(self.spec, self.port),
                 env=_environment(self.spec),
