@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """The engine cannot continue; the message gives the reason and what to do."""
 
 
+class LostRankError(EngineError):
+    """A rank has sent no heartbeat. No collective can be made any more, so nothing can be saved."""
+
+
 class RequestError(ValueError):
     """A request that no worker can serve; sending it again does not help."""
 

@@ -7,7 +7,6 @@ others wait for sends a heartbeat.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import orjson
 import torch.distributed as dist
 
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, LostRankError
+from fipo_megatron.rollout.silence_timer import SilenceTimer
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0
@@ -69,8 +69,9 @@ class StoreCoordinator:
             error: Error for which this rank cannot continue; every rank raises then.
 
         Raises:
-            EngineError: a rank failed, or its heartbeat stopped; the message names the rank and the reason. On the rank
-                that failed, its own ``error``, or an EngineError with its text.
+            EngineError: a rank failed; the message names the rank and the reason. On the rank that failed, its own
+                ``error``, or an EngineError with its text.
+            LostRankError: the heartbeat of a rank stopped; on every other rank.
         """
         key = f"round/{self._round}"
         if error is not None:
@@ -98,17 +99,21 @@ class StoreCoordinator:
     def fail(self, error: BaseException) -> None:
         """Reports that this rank cannot continue; :meth:`gather` and :meth:`look` raise on the others this round."""
         if not self._store.check([f"failed/{self._round}"]):
-            text = f"rank {self._rank}: {type(error).__name__}: {error}"
-            self._store.set(f"failed/{self._round}", text)
+            failure = {
+                "text": f"rank {self._rank}: {type(error).__name__}: {error}",
+                "lost": isinstance(error, LostRankError),
+            }
+            self._store.set(f"failed/{self._round}", orjson.dumps(failure).decode())
 
     def count(self, more: int) -> int:
         """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
         return int(self._store.add(f"count/{self._round}", more))
 
     def look(self) -> None:
-        """Raises EngineError if another rank has failed."""
+        """Raises EngineError if another rank has failed, LostRankError if one is lost."""
         if self._store.check([f"failed/{self._round}"]):
-            raise EngineError(self._store.get(f"failed/{self._round}").decode())
+            failure = orjson.loads(self._store.get(f"failed/{self._round}"))
+            raise (LostRankError if failure["lost"] else EngineError)(failure["text"])
 
     def others(self) -> dict[int, dict[str, Any]]:
         """Returns the progress of the leaders by rank, without those that have sent no heartbeat yet."""
@@ -138,14 +143,15 @@ class StoreCoordinator:
 
     async def _take(self, key: str, of: int) -> bytes:
         """Waits for a key that rank ``of`` sets, and returns its value."""
-        pause, last, since = _SHORTEST_POLL, b"", time.monotonic()
+        pause, last, silence = _SHORTEST_POLL, b"", SilenceTimer()
         async with self.alive():
             while not self._store.check([key]):
                 self.look()
                 if self._store.check([f"beat/{of}"]) and (beat := self._store.get(f"beat/{of}")) != last:
-                    last, since = beat, time.monotonic()
-                if time.monotonic() - since > self._silence:
-                    error = EngineError(f"rank {of} has sent no heartbeat for {self._silence:g} s; see its log")
+                    last = beat
+                    silence.heard()
+                if silence.seconds() > self._silence:
+                    error = LostRankError(f"rank {of} has sent no heartbeat for {self._silence:g} s; see its log")
                     self.fail(error)
                     raise error
                 await asyncio.sleep(pause)

@@ -31,6 +31,7 @@ from fipo_megatron.storage import checksums
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
+from fipo_megatron.trainer.outcome import remove_outcome
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
@@ -84,6 +85,7 @@ def _lock_output(output: Path, layout: RankLayout, resources: ExitStack) -> None
         if layout.rank == 0:
             try:
                 resources.enter_context(lock_output(output))
+                remove_outcome(output)
             except OutputInUseError as error:
                 problem = str(error)
     if problem := broadcast_from_first_rank(problem, layout.device):

@@ -28,7 +28,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 from fipo_megatron.observe.console import show_sampling_progress
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, LostRankError
 from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.storage.atomic import partial_of
@@ -146,6 +146,8 @@ class Trainer:
         Raises:
             OSError: A checkpoint could not be written in the background.
         """
+        if self.layout.rank == 0:
+            self.stop.check_time(self.timer.seconds()["step"])
         flags = torch.tensor([self.stop.requested, self.checkpoints.is_writing, alarm is not None], dtype=torch.int32)
         flags = flags.to(self.layout.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -170,12 +172,16 @@ class Trainer:
         self.checkpoints.save(state, carried, prefetched, scores, self.collapse_monitor.safe_step)
         self.saved_step = self.step
 
-    def save_interrupted(self, sampled: SampledGroups | None) -> None:
-        """Saves what was sampled of a step that cannot be finished.
+    def save_interrupted(self, sampled: SampledGroups | None, error: Exception) -> None:
+        """Saves what was sampled of a step that cannot be finished, unless a rank is lost: all ranks save together.
 
         Args:
             sampled: Groups of the step, if sampling was complete.
+            error: The error that has ended the step.
         """
+        logger.warning("step %d cannot be finished: %s", self.step, str(error).partition("\n")[0])
+        if isinstance(error, LostRankError):
+            return
         if sampled is not None and self.session is not None:
             self.session.put_prefetched(sampled)
         if self.step > self.saved_step:
