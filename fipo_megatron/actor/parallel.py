@@ -25,7 +25,6 @@ from fipo_megatron.actor.launch import Launch as Launch  # also under this name
 from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
 
-
 logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(minutes=30)
 """Limit of one collective, and of the wait for rank 0 at the start."""

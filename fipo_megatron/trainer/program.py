@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fipo_megatron.config import Config
+    from fipo_megatron.trainer.outcome import Outcome
     from fipo_megatron.trainer.rank_monitor import RankMonitor
     from fipo_megatron.trainer.trainer import Trainer
     from fipo_megatron.trainer.training_inputs import TrainingInputs
@@ -104,7 +105,7 @@ def _train(inputs: Inputs, run: Callable[[Trainer], bool], monitor: RankMonitor)
             except Exception as error:
                 code = _report(error, monitor)
                 if trainer is not None and trainer.layout.rank == 0:
-                    outcome = "collapsed" if code == COLLAPSED else "failed"
+                    outcome: Outcome = "collapsed" if code == COLLAPSED else "failed"
                     write_outcome(trainer.output, outcome, trainer.step, FAILED if code is None else code)
                 if code is None:
                     raise
@@ -118,7 +119,7 @@ def _train(inputs: Inputs, run: Callable[[Trainer], bool], monitor: RankMonitor)
 
 
 def _report(error: Exception, monitor: RankMonitor) -> int | None:
-    """Tells an expected error of a run and returns its exit code; returns None for another error."""
+    """Tells an error of a run and returns its exit code; returns None for one that is not expected."""
     from fipo_megatron.actor.collectives import OtherRankError
     from fipo_megatron.trainer.factory import EXPECTED
 
@@ -128,10 +129,10 @@ def _report(error: Exception, monitor: RankMonitor) -> int | None:
     elif isinstance(error, OtherRankError):
         text = str(error)
     elif not isinstance(error, EXPECTED):
-        if not isinstance(error, RuntimeError):
-            return None
-        monitor.wait_for_cause()  # another rank may have ended
+        if isinstance(error, RuntimeError):
+            monitor.wait_for_cause()  # another rank may have ended
         if not any(part in str(error) for part in _CONNECTION_LOST):
+            monitor.report_unexpected(error)
             return None
         text = f"the connection to another rank is lost; the output of that rank says why: {error}"
     monitor.report(text, code, _log, error)

@@ -113,8 +113,8 @@ class RankMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._reported is not error:
-            self.announce(f"{type(error).__name__}: {error}", code=1)  # Python prints the traceback
+        if error is not None:
+            self.report_unexpected(error)
         if self._store is not None:
             with suppress(RuntimeError):  # the store may be gone already
                 self._say_goodbye(self._store)
@@ -141,13 +141,18 @@ class RankMonitor:
         if own or (self._launch.rank == 0 and first.host != self._own.host):
             tell(first.text)
 
+    def report_unexpected(self, error: BaseException) -> None:
+        """Logs an error whose traceback Python will print, if there are other ranks that it ends."""
+        if self._store is not None:
+            self.report(f"{type(error).__name__}: {error}", 1, lambda text: logger.error("%s", text), error)
+
     def announce(self, text: str, code: int) -> tuple[bool, RunEnd]:
         """Announces an error of this rank to the others; returns whether it is the first of the run, and the first."""
         named = f"rank {self._launch.rank} on {self._own.host}: {text}"
         mine = RunEnd(named, code, self._launch.rank, self._own.host)
         self._leaving = code
         if self._store is None:
-            return True, mine
+            return True, mine  # there is one rank
         try:
             first = RunEnd.from_json(self._store.compare_set("end", "", mine.to_json()))
         except RuntimeError:  # the store is gone, and with it all other ranks
@@ -250,8 +255,8 @@ class RankMonitor:
         launch = self._launch
         what = "is gone" if self._broken else f"has not answered for {self.silence_seconds:g} s"
         logger.error(
-            "rank %d on %s: the store of the run at %s, port %d %s: rank 0, or the torchrun that started it, was killed or "
-            "stopped. Run it again to resume from its last checkpoint",
+            "rank %d on %s: the store of the run at %s, port %d %s: rank 0, or the torchrun that started it, was killed "
+            "or stopped. Run it again to resume from its last checkpoint",
             *(launch.rank, self._own.host, launch.address, launch.port, what),
         )
         _exit(1)

@@ -179,7 +179,8 @@ class Trainer:
             sampled: Groups of the step, if sampling was complete.
             error: The error that has ended the step.
         """
-        logger.warning("step %d cannot be finished: %s", self.step, str(error).partition("\n")[0])
+        if self.layout.rank == 0:
+            logger.warning("step %d cannot be finished: %s", self.step, str(error).partition("\n")[0])
         if isinstance(error, LostRankError):
             return
         if sampled is not None and self.session is not None:
@@ -187,7 +188,9 @@ class Trainer:
         if self.step > self.saved_step:
             self.save()
             self.checkpoints.finish()
-            logger.error("what was sampled so far is in the checkpoint of step %d; run it again to go on", self.step)
+            if self.layout.rank == 0:
+                text = "what was sampled so far is in the checkpoint of step %d; run it again to go on"
+                logger.error(text, self.step)
 
     def restore(self, path: Path) -> Restored:
         """Restores actor, prompts and position from a checkpoint.

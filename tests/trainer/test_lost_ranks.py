@@ -1,13 +1,12 @@
 """Ranks that are stopped, killed or fail alone: the others say what has happened, and nothing of the run is left.
 
-``FIPO_LOST_RANKS=all`` stops and kills each rank in each phase under torchrun, and prints a table with ``pytest -rP``.
+With ``FIPO_LOST_RANKS=all`` each rank is stopped and killed in each phase; ``pytest -rP`` prints a row for each.
 """
 
 import itertools
-import json
 import os
 import re
-import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -15,69 +14,132 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, arguments, command, metrics, train
+from tests.processes import run_ranks
+from tests.runs import ROOT, arguments, command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-SILENCE_SECONDS = 6
 PHASES = {"generate": "generate:2", "update": "update:2", "save": "checkpoint_write:1"}
 LAYOUTS = {"DP2": [], "TP2": ["actor.parallel.tensor_parallel=2"]}
-ALL = list(itertools.product(("SIGSTOP", "SIGKILL"), LAYOUTS, PHASES, (0, 1)))
-SOME = [("SIGSTOP", "DP2", "generate", 1), ("SIGSTOP", "TP2", "update", 0), ("SIGKILL", "TP2", "save", 1)]
-SELECTED = ALL if os.environ.get("FIPO_LOST_RANKS") == "all" else SOME
-STORES = {"torchrun": {}, "rank 0": {"TORCHELASTIC_USE_AGENT_STORE": "False"}}
+SETTINGS = ("rollout.silence_seconds=5", "checkpoint.save_every=2")
+LOST = {
+    "SIGSTOP": "has given no sign of life for rollout.silence_seconds = 5 s",
+    "SIGKILL": "has ended without a word: it was killed or has crashed",
+}
+EVERY = [*itertools.product(LOST, LAYOUTS, PHASES, (0, 1))]
+SOME = [("SIGKILL", "TP2", "save", 1)]
+HOST = socket.gethostname()
 
 
 def processes(home):
-    """Returns the numbers of all processes with this home directory, which every process of a run inherits."""
+    """Returns the state and the parent of all processes with this home directory, which a run hands down."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if f"HOME={home}\0".encode() in (path / "environ").read_bytes():
-                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-                found[int(path.name)] = state, (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(path.name)] = tuple((path / "stat").read_text().rpartition(")")[2].split()[:2])
     return found
 
 
-def started(data, home, *overrides, **environment):
-    """Starts a run of two ranks under torchrun; its verifiers are child processes."""
-    settings = (f"rollout.silence_seconds={SILENCE_SECONDS}", "checkpoint.save_every=2", *overrides)
-    return subprocess.Popen(
-        command(data, home / "run", *settings, ranks=2),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(home)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def watch(process, home, number):
-    """Waits until the run has ended; returns the seconds since a rank was stopped or had ended."""
-    since, ranks = None, {}
-    while process.poll() is None or processes(home):
+def seconds_until_nothing_is_left(torchrun, home, name):
+    """Waits until no process is left, not even a zombie; returns the seconds since a rank was stopped or had ended."""
+    since, ranks, seen = None, set(), set()
+    while torchrun.poll() is None or any(Path(f"/proc/{pid}").exists() for pid in seen):
         now = processes(home)
-        ranks |= {pid: command for pid, (_, command) in now.items() if "fipo_megatron.train " in command}
-        ranks = {pid: command for pid, command in ranks.items() if "distributed.run" not in command}
-        hit = [pid for pid in ranks if now.get(pid, ("Z", ""))[0] in ("T" if number == signal.SIGSTOP else "ZX")]
-        if since is None and hit:
+        seen |= now.keys() - {torchrun.pid}
+        ranks |= {pid for pid, (_, parent) in now.items() if int(parent) == torchrun.pid}
+        states = [now.get(pid, ("Z",))[0] for pid in ranks]
+        if since is None and any(state in ("T" if name == "SIGSTOP" else "ZX") for state in states):
             since = time.monotonic()
         time.sleep(0.02)
     return time.monotonic() - since
 
 
-@pytest.mark.parametrize(("name", "layout", "phase", "rank"), SELECTED)
-def test_a_lost_rank_ends_the_run(name, layout, phase, rank, data, tmp_path):
+@pytest.mark.parametrize(("name", "layout", "phase", "rank"), EVERY if os.environ.get("FIPO_LOST_RANKS") else SOME)
+def test_a_rank_lost_under_torchrun_ends_the_run(name, layout, phase, rank, data, tmp_path):
     """A stopped rank counts as lost after ``rollout.silence_seconds``, a killed one at once."""
-    number = signal.Signals[name]
-    process = started(data, tmp_path, *LAYOUTS[layout], FIPO_FAIL_AT=f"{PHASES[phase]}:{rank}:{name}")
-    seconds = watch(process, tmp_path, number)
-    said = process.communicate()[0]
-    what = {"SIGSTOP": "has given no sign of life for rollout.silence_seconds = 6 s", "SIGKILL": "was killed"}[name]
-    told = [line for line in said.splitlines() if f"rank {rank} on" in line and what in line]
-    print(f"\n| {layout} | {phase} | {rank} | {name} | {seconds:.1f} | {re.sub(r'^.*ERROR ', '', ' '.join(told))} |")
-    assert process.returncode == 1, said
+    fail_at = {"HOME": str(tmp_path), "FIPO_FAIL_AT": f"{PHASES[phase]}:{rank}:{name}"}
+    torchrun = subprocess.Popen(
+        command(data, tmp_path / "run", *SETTINGS, *LAYOUTS[layout], ranks=2),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | fail_at,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seconds = seconds_until_nothing_is_left(torchrun, tmp_path, name)
+    said = torchrun.communicate()[0]
+    told = [line for line in said.splitlines() if f"rank {rank} on {HOST} (process" in line and LOST[name] in line]
+    print(f"| {layout} | {phase} | {rank} | {name} | {seconds:.1f} | {' '.join(told)} |")
+    assert torchrun.returncode == 1, said
     assert len(told) == 1, said
     assert "resume from its last checkpoint" in told[0]
-    assert "Traceback" not in re.sub(r"(?s)Traceback.*ChildFailedError", "", said), "only torchrun's own"
+    assert "Traceback" not in re.sub(r"Traceback[^\0]*?ChildFailedError", "", said), f"more than torchrun's own\n{said}"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "phase", "rank"), [("SIGSTOP", "DP2", "generate", 1), ("SIGKILL", "DP2", "generate", 0)]
+)
+def test_a_rank_lost_under_srun_ends_the_run(name, layout, phase, rank, data, tmp_path):
+    """Rank 0 serves the store, and nobody ends the other ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "MASTER_PORT": str(port),
+        "HOME": str(tmp_path),
+        "FIPO_FAIL_AT": f"{PHASES[phase]}:{rank}:{name}",
+    }
+    given = arguments(data, tmp_path / "run", *SETTINGS, *LAYOUTS[layout])
+    done = run_ranks("fipo_megatron.train", given, ranks=2, environment=environment, timeout=60)
+    if rank:
+        assert f"rank 1 on {HOST} (process" in done.output
+        assert LOST[name] in done.output
+    else:
+        assert f"rank 1 on {HOST}: the store of the run at 127.0.0.1, port {port} is gone" in done.output
+    assert "Traceback" not in done.output
     assert not processes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "message"),
+    [
+        ("model.path=/nowhere", 1, "model.path = '/nowhere': has no config.json"),
+        ("rollout.prompts_per_stp=3", 1, "did you mean rollout.prompts_per_step?"),
+        ("reward.verifier=python:no.such", 0, "reward.verifier = python:no.such: there is no module"),
+    ],
+)
+def test_an_error_of_one_rank_is_told_once(fault, rank, message, data, tmp_path):
+    """Every rank ends with the exit code of the rank that has told it."""
+    given = arguments(data, tmp_path / "run")
+    done = run_ranks("tests.trainer.rank_faults", rank, fault, *given, ranks=2, timeout=60)
+    assert done.code == 2
+    assert done.output.count(message) == 1, done.output
+    assert f"rank {rank} on {HOST}: " in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
+    done = run_ranks("fipo_megatron.train", arguments(data, tmp_path / "run", "typo=1"), ranks=2, timeout=60)
+    assert done.code == 2
+    assert done.output.count("typo = 1: unknown key") == 1, done.output
+
+
+def test_an_unexpected_error_of_one_rank_ends_the_others(data, tmp_path):
+    """The rank prints the traceback, the other one a line; before, it waited for half an hour in a collective."""
+    given = arguments(data, tmp_path / "run", "actor.parallel.tensor_parallel=2")
+    done = run_ranks("tests.trainer.rank_faults", 1, "fails_unexpectedly", *given, ranks=2, timeout=60)
+    assert done.code == 1
+    assert done.output.count("Traceback") == 1
+    assert done.output.count(f"rank 1 on {HOST}: TypeError: a fault of the program") == 1
+
+
+def test_a_rank_whose_event_loop_is_blocked_is_not_waited_for(data, tmp_path):
+    """Its process lives, but saving what was sampled would wait for it."""
+    given = arguments(data, tmp_path / "run", *SETTINGS, "checkpoint.save_every=0")
+    done = run_ranks("tests.trainer.rank_faults", 1, "blocks_its_event_loop", *given, ranks=2, timeout=60)
+    assert done.code == 1
+    assert "step 0 cannot be finished: rank 1 has sent no heartbeat for 5 s; see its log" in done.output
+    assert "LostRankError: rank 1 has sent no heartbeat for 5 s" in done.output
+    assert "Traceback" not in done.output
