@@ -60,8 +60,13 @@ class Launch:
 
     @property
     def serves_store(self) -> bool:
-        """Whether this process serves the store of all ranks; under torchrun, the agent does."""
-        return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        """Whether this process serves the store of all ranks."""
+        return self.rank == 0 and not agent_serves_store()
+
+
+def agent_serves_store() -> bool:
+    """Returns whether torchrun's agent serves the store of all ranks, and rank 0 does not."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def rank_and_world_size(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fipo_megatron.actor.launch import Launch
+from fipo_megatron.actor.launch import Launch, agent_serves_store
 from fipo_megatron.rollout.silence_timer import SilenceTimer
 from fipo_megatron.trainer.rank_process import RankProcess
 
@@ -95,6 +95,7 @@ class RankMonitor:
         self._broken = False
         self._beat, self._neighbour, self._neighbour_done = b"", self._own, False
         self._arrived = self._counted = False
+        self._server: RankProcess | None = None  # the process that serves the store, if that is a rank
         self._end: RunEnd | None = None
         # Written by the watching thread, read by the exchanging thread:
         self._found: RunEnd | None = None
@@ -180,6 +181,8 @@ class RankMonitor:
         if not self._arrived and store.check([f"process/{self._next}"]):
             self._neighbour = RankProcess(**json.loads(store.get(f"process/{self._next}")))
             self._arrived = True
+        if self._server is None and not agent_serves_store() and store.check(["process/0"]):
+            self._server = RankProcess(**json.loads(store.get("process/0")))
         if store.check([f"beat/{self._next}"]):
             self._beat = store.get(f"beat/{self._next}")
         self._neighbour_done = store.check([f"done/{self._next}"])
@@ -255,10 +258,12 @@ class RankMonitor:
         launch = self._launch
         what = "is gone" if self._broken else f"has not answered for {self.silence_seconds:g} s"
         logger.error(
-            "rank %d on %s: the store of the run at %s, port %d %s: rank 0, or the torchrun that started it, was killed "
-            "or stopped. Run it again to resume from its last checkpoint",
+            "rank %d on %s: the store of the run at %s, port %d %s: rank 0 or its torchrun was killed or stopped. Run it "
+            "again to resume from its last checkpoint",
             *(launch.rank, self._own.host, launch.address, launch.port, what),
         )
+        if self._server is not None:
+            self._server.kill()
         _exit(1)
 
     def _say_goodbye(self, store: dist.Store) -> None:

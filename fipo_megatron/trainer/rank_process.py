@@ -33,13 +33,15 @@ class RankProcess:
     @classmethod
     def own(cls) -> RankProcess:
         """Returns this process."""
-        _, started = _state_and_start(os.getpid())
+        started = 0
+        with suppress(OSError):  # a system without /proc: no process recognises another one
+            _, started = _state_and_start(os.getpid())
         return cls(socket.gethostname(), os.getpid(), started, _namespace())
 
     @property
     def is_here(self) -> bool:
         """Whether this process sees that one."""
-        return self.namespace == _namespace()
+        return bool(self.namespace) and self.namespace == _namespace()
 
     def has_ended(self) -> bool:
         """Returns whether the process is known to have ended; False for a process of another host."""
@@ -69,5 +71,7 @@ def _state_and_start(pid: int) -> tuple[str, int]:
 
 
 def _namespace() -> str:
-    """Returns the boot of this host and the namespace of its process numbers."""
-    return f"{_BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    """Returns the boot of this host and the namespace of its process numbers; empty if the system does not tell."""
+    with suppress(OSError):
+        return f"{_BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +14,9 @@ from fipo_megatron.actor.launch import shutdown_seconds
 logger = logging.getLogger(__name__)
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to end; Slurm often sends SIGUSR1 before a time limit."""
+_TWICE_SECONDS = 5.0
+"""Seconds in which a signal may arrive twice under torchrun: from Slurm, which sends it to all processes of a step, and
+from torchrun, which passes it on."""
 
 
 class StopSignals:
@@ -27,6 +31,7 @@ class StopSignals:
         self._earlier: dict[int, Any] = {}
         self._seconds_left = shutdown_seconds(os.environ)
         self._warned = False
+        self._requested_at = 0.0
 
     def __enter__(self) -> StopSignals:
         for signum in HANDLED:
@@ -52,8 +57,10 @@ class StopSignals:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
+            if self._seconds_left is not None and time.monotonic() - self._requested_at < _TWICE_SECONDS:
+                return
             os._exit(128 + signum)
-        self.requested = True
+        self.requested, self._requested_at = True, time.monotonic()
         limit = "" if self._seconds_left is None else f"; torchrun kills this rank after {self._seconds_left:g} s"
         logger.warning(
             "%s: the run ends after this step; once more ends it at once%s", signal.Signals(signum).name, limit

@@ -4,8 +4,10 @@ With ``FIPO_LOST_RANKS=all`` each rank is stopped and killed in each phase; ``py
 """
 
 import itertools
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_ranks
-from tests.runs import ROOT, arguments, command
+from tests.runs import ROOT, arguments, command, metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -29,6 +31,25 @@ LOST = {
 EVERY = [*itertools.product(LOST, LAYOUTS, PHASES, (0, 1))]
 SOME = [("SIGKILL", "TP2", "save", 1)]
 HOST = socket.gethostname()
+
+
+def start(data, home, *overrides, fail_at=""):
+    """Starts a run of two ranks under torchrun, whose processes have a home directory of their own."""
+    return subprocess.Popen(
+        command(data, home / "run", *SETTINGS, *overrides, ranks=2),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(home), "FIPO_FAIL_AT": fail_at},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def seen_in(file, process):
+    """Waits until a running process has written something into a file."""
+    while not (file.exists() and file.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def processes(home):
@@ -58,15 +79,7 @@ def seconds_until_nothing_is_left(torchrun, home, name):
 @pytest.mark.parametrize(("name", "layout", "phase", "rank"), EVERY if os.environ.get("FIPO_LOST_RANKS") else SOME)
 def test_a_rank_lost_under_torchrun_ends_the_run(name, layout, phase, rank, data, tmp_path):
     """A stopped rank counts as lost after ``rollout.silence_seconds``, a killed one at once."""
-    fail_at = {"HOME": str(tmp_path), "FIPO_FAIL_AT": f"{PHASES[phase]}:{rank}:{name}"}
-    torchrun = subprocess.Popen(
-        command(data, tmp_path / "run", *SETTINGS, *LAYOUTS[layout], ranks=2),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | fail_at,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    torchrun = start(data, tmp_path, *LAYOUTS[layout], fail_at=f"{PHASES[phase]}:{rank}:{name}")
     seconds = seconds_until_nothing_is_left(torchrun, tmp_path, name)
     said = torchrun.communicate()[0]
     told = [line for line in said.splitlines() if f"rank {rank} on {HOST} (process" in line and LOST[name] in line]
@@ -77,8 +90,12 @@ def test_a_rank_lost_under_torchrun_ends_the_run(name, layout, phase, rank, data
     assert "Traceback" not in re.sub(r"Traceback[^\0]*?ChildFailedError", "", said), f"more than torchrun's own\n{said}"
 
 
+SERVED_BY_RANK_0 = [("SIGSTOP", "DP2", "generate", 1), ("SIGKILL", "DP2", "generate", 0)]
+
+
 @pytest.mark.parametrize(
-    ("name", "layout", "phase", "rank"), [("SIGSTOP", "DP2", "generate", 1), ("SIGKILL", "DP2", "generate", 0)]
+    ("name", "layout", "phase", "rank"),
+    [*SERVED_BY_RANK_0, ("SIGSTOP", "TP2", "update", 0)] if os.environ.get("FIPO_LOST_RANKS") else SERVED_BY_RANK_0,
 )
 def test_a_rank_lost_under_srun_ends_the_run(name, layout, phase, rank, data, tmp_path):
     """Rank 0 serves the store, and nobody ends the other ranks."""
@@ -96,9 +113,44 @@ def test_a_rank_lost_under_srun_ends_the_run(name, layout, phase, rank, data, tm
         assert f"rank 1 on {HOST} (process" in done.output
         assert LOST[name] in done.output
     else:
-        assert f"rank 1 on {HOST}: the store of the run at 127.0.0.1, port {port} is gone" in done.output
+        what = {"SIGKILL": "is gone", "SIGSTOP": "has not answered for 5 s"}[name]
+        assert f"rank 1 on {HOST}: the store of the run at 127.0.0.1, port {port} {what}" in done.output
     assert "Traceback" not in done.output
     assert not processes(tmp_path)
+
+
+@pytest.mark.skipif(not os.environ.get("FIPO_LOST_RANKS"), reason="FIPO_LOST_RANKS is not set")
+def test_a_run_that_was_suspended_as_a_whole_goes_on(data, tmp_path):
+    """Every rank finds the others silent for longer than allowed, but it was not running itself."""
+    torchrun = start(data, tmp_path, "run.steps=3")
+    seen_in(tmp_path / "run" / "metrics.jsonl", torchrun)
+    ranks = [pid for pid, (_, parent) in processes(tmp_path).items() if int(parent) == torchrun.pid]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in ranks:
+            os.kill(pid, number)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+    said = torchrun.communicate(timeout=120)[0]
+    assert torchrun.returncode == 0, said
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_torchrun_ends_with_1_after_a_saved_stop(data, tmp_path):
+    """The documentation says so, and what to look at instead. Slurm may send the signal to the ranks, too."""
+    torchrun = start(data, tmp_path, "run.steps=60")
+    seen_in(tmp_path / "run" / "metrics.jsonl", torchrun)
+    ranks = [pid for pid, (_, parent) in processes(tmp_path).items() if int(parent) == torchrun.pid]
+    for pid in (torchrun.pid, *ranks):
+        os.kill(pid, signal.SIGTERM)
+    said = torchrun.communicate(timeout=120)[0]
+    assert torchrun.returncode == 1, said
+    assert (
+        "SIGTERM: the run ends after this step; once more ends it at once; torchrun kills this rank after 30 s" in said
+    )
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    rows = len(metrics(tmp_path / "run"))
+    assert outcome == {"outcome": "stopped", "step": rows, "exit_code": 0}
+    assert rows < 60
+    assert (tmp_path / "run" / "checkpoints" / f"step-{rows:06}").is_dir()
 
 
 @pytest.mark.parametrize(
