@@ -258,8 +258,8 @@ class RankMonitor:
         launch = self._launch
         what = "is gone" if self._broken else f"has not answered for {self.silence_seconds:g} s"
         logger.error(
-            "rank %d on %s: the store of the run at %s, port %d %s: rank 0 or its torchrun was killed or stopped. Run it "
-            "again to resume from its last checkpoint",
+            "rank %d on %s: the store of the run at %s, port %d %s: rank 0 or its torchrun was killed or stopped. Run "
+            "it again to resume from its last checkpoint",
             *(launch.rank, self._own.host, launch.address, launch.port, what),
         )
         if self._server is not None:
