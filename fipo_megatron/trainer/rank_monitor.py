@@ -202,7 +202,7 @@ class RankMonitor:
             if self._rounds != rounds:
                 rounds = self._rounds
                 store_silence.heard()
-            if self._beat != beat:
+            if self._beat != beat or not self._arrived:
                 beat = self._beat
                 next_silence.heard()
             if self._broken or store_silence.seconds() > self.silence_seconds:
@@ -238,9 +238,8 @@ class RankMonitor:
     def _leave(self, end: RunEnd) -> None:
         """Ends this process, and the process of the lost rank if it is on this host."""
         code = end.code if self._leaving is None else self._leaving
-        if self._leaving is not None:
-            pass  # this rank has told its own error, or was complete
-        elif end.told_by == self._launch.rank or (self._launch.rank == 0 and end.host != self._own.host):
+        tells = end.told_by == self._launch.rank or (self._launch.rank == 0 and end.host != self._own.host)
+        if tells and not self._leaving:  # else it has told its own error
             if end.code == 2:
                 print(end.text, file=sys.stderr)
             else:
