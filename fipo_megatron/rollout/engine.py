@@ -24,8 +24,8 @@ class EngineError(RuntimeError):
     """The engine cannot continue; the message gives the reason and what to do."""
 
 
-class LostRankError(EngineError):
-    """A rank has sent no heartbeat. No collective can be made any more, so nothing can be saved."""
+class LostRankError(RuntimeError):
+    """A rank has sent no heartbeat. No collective can be made any more, so the run ends and saves nothing."""
 
 
 class RequestError(ValueError):

@@ -77,7 +77,7 @@ class StoreCoordinator:
         if error is not None:
             self.fail(error)
             self._round += 1
-            if isinstance(error, EngineError):
+            if isinstance(error, EngineError | LostRankError):
                 raise error
             raise EngineError(f"{type(error).__name__}: {error}") from error  # all ranks raise the same type
         try:

@@ -23,7 +23,7 @@ from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, LostRankError
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
@@ -40,7 +40,7 @@ from fipo_megatron.trainer.training_inputs import TrainingInputs
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
-EXPECTED = (EngineError, NoiseError, SamplingExhaustedError, VerifierError, WeightsError, OSError)
+EXPECTED = (EngineError, LostRankError, NoiseError, SamplingExhaustedError, VerifierError, WeightsError, OSError)
 """Expected failures of a run: logged without a traceback, exit code 1."""
 
 

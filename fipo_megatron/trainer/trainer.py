@@ -28,7 +28,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 from fipo_megatron.observe.console import show_sampling_progress
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import EngineError, LostRankError
+from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.storage.atomic import partial_of
@@ -173,7 +173,7 @@ class Trainer:
         self.saved_step = self.step
 
     def save_interrupted(self, sampled: SampledGroups | None, error: Exception) -> None:
-        """Saves what was sampled of a step that cannot be finished, unless a rank is lost: all ranks save together.
+        """Saves what was sampled of a step that cannot be finished.
 
         Args:
             sampled: Groups of the step, if sampling was complete.
@@ -181,8 +181,6 @@ class Trainer:
         """
         if self.layout.rank == 0:
             logger.warning("step %d cannot be finished: %s", self.step, str(error).partition("\n")[0])
-        if isinstance(error, LostRankError):
-            return
         if sampled is not None and self.session is not None:
             self.session.put_prefetched(sampled)
         if self.step > self.saved_step:

@@ -4,7 +4,7 @@ import os
 import time
 
 import fipo_megatron.train
-from fipo_megatron.rollout.group_sampler import GroupSampler
+from fipo_megatron.rollout.sampler import Sampler
 from fipo_megatron.trainer.step_reporter import StepReporter
 
 
@@ -28,9 +28,12 @@ def fails_unexpectedly():
 
 
 def blocks_its_event_loop():
-    """Blocks the event loop, and so the heartbeat, while the process lives."""
+    """Blocks the event loop in step 1, and so the heartbeat of the sampler, while the process lives."""
+    sample = Sampler.step
 
-    async def sample(self, group):
-        time.sleep(600)
+    async def step(self, next_prompts, version):
+        if version:
+            time.sleep(600)
+        return await sample(self, next_prompts, version)
 
-    GroupSampler.sample = sample
+    Sampler.step = step

@@ -110,7 +110,7 @@ def test_a_rank_lost_under_srun_ends_the_run(name, layout, phase, rank, data, tm
         "FIPO_FAIL_AT": f"{PHASES[phase]}:{rank}:{name}",
     }
     given = arguments(data, tmp_path / "run", *SETTINGS, *LAYOUTS[layout])
-    done = run_ranks("fipo_megatron.train", given, ranks=2, environment=environment, timeout=120)
+    done = run_ranks("fipo_megatron.train", given, ranks=2, environment=environment)
     if rank:
         assert f"rank 1 on {HOST} (process" in done.output
         assert LOST[name] in done.output
@@ -166,7 +166,7 @@ def test_torchrun_ends_with_1_after_a_saved_stop(data, tmp_path):
 def test_an_error_of_one_rank_is_told_once(fault, rank, message, data, tmp_path):
     """Every rank ends with the exit code of the rank that has told it."""
     given = arguments(data, tmp_path / "run")
-    done = run_ranks("tests.trainer.rank_faults", rank, fault, *given, ranks=2, timeout=120)
+    done = run_ranks("tests.trainer.rank_faults", rank, fault, *given, ranks=2)
     assert done.code == 2
     assert done.output.count(message) == 1, done.output
     assert f"rank {rank} on {HOST}: " in done.output
@@ -175,7 +175,7 @@ def test_an_error_of_one_rank_is_told_once(fault, rank, message, data, tmp_path)
 
 
 def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
-    done = run_ranks("fipo_megatron.train", arguments(data, tmp_path / "run", "typo=1"), ranks=2, timeout=120)
+    done = run_ranks("fipo_megatron.train", arguments(data, tmp_path / "run", "typo=1"), ranks=2)
     assert done.code == 2
     assert done.output.count("typo = 1: unknown key") == 1, done.output
 
@@ -183,7 +183,7 @@ def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
 def test_an_unexpected_error_of_one_rank_ends_the_others(data, tmp_path):
     """The rank prints the traceback, the other one a line; before, it waited for half an hour in a collective."""
     given = arguments(data, tmp_path / "run", "actor.parallel.tensor_parallel=2")
-    done = run_ranks("tests.trainer.rank_faults", 1, "fails_unexpectedly", *given, ranks=2, timeout=120)
+    done = run_ranks("tests.trainer.rank_faults", 1, "fails_unexpectedly", *given, ranks=2)
     assert done.code == 1
     assert done.output.count("Traceback") == 1
     assert done.output.count(f"rank 1 on {HOST}: TypeError: a fault of the program") == 1
@@ -192,10 +192,9 @@ def test_an_unexpected_error_of_one_rank_ends_the_others(data, tmp_path):
 def test_a_rank_whose_event_loop_is_blocked_is_not_waited_for(data, tmp_path):
     """Its process lives, but saving what was sampled would wait for it."""
     given = arguments(data, tmp_path / "run", *SETTINGS, "checkpoint.save_every=0")
-    done = run_ranks("tests.trainer.rank_faults", 1, "blocks_its_event_loop", *given, ranks=2, timeout=120)
+    done = run_ranks("tests.trainer.rank_faults", 1, "blocks_its_event_loop", *given, ranks=2)
     assert done.code == 1
-    assert (
-        f"step 0 cannot be finished: rank 1 has sent no heartbeat for {SILENCE_SECONDS} s; see its log" in done.output
-    )
-    assert f"LostRankError: rank 1 has sent no heartbeat for {SILENCE_SECONDS} s" in done.output
+    silent = f"rank 1 has sent no heartbeat for {SILENCE_SECONDS} s; see its log"
+    assert f"LostRankError: {silent}" in done.output
+    assert "what was sampled so far" not in done.output
     assert "Traceback" not in done.output
