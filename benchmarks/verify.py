@@ -20,6 +20,7 @@ THOROUGH = {
     "FIPO_FAIL_POINTS": "response:9,reward:30,sync:2,log_probs:1,save:1,checkpoint_write:1,checkpoint_publish:1,"
     "checkpoint_published:1,update:2,observe:1,generate:2,response:20,checkpoint_published:1",
     "FIPO_RANDOM_KILLS": "20",
+    "FIPO_LOST_RANKS": "all",
     "FIPO_RUN_FILE_MUTATIONS": "500",
     "FIPO_VERDICT_SCHEDULES": "200",
 }

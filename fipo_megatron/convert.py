@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -174,7 +174,8 @@ def parallel_config(arguments: argparse.Namespace, layers: int) -> ParallelConfi
         layers: Number of layers of the model.
     """
     tensor, expert = arguments.tensor_parallel or 1, arguments.expert_parallel or 1
-    left_over = max(1, _world_size() // max(tensor, expert))
+    world_size = 1 if arguments.meta else launch.rank_and_world_size(os.environ)[1]
+    left_over = max(1, world_size // max(tensor, expert))
     stages = max(n for n in range(1, left_over + 1) if left_over % n == 0 and layers % n == 0)
     return ParallelConfig(
         tensor_parallel=tensor,
@@ -184,14 +185,11 @@ def parallel_config(arguments: argparse.Namespace, layers: int) -> ParallelConfi
     )
 
 
-def _world_size() -> int:
-    names = launch.variable_names(os.environ)
-    return int(os.environ.get(names[1], 1)) if names else 1
-
-
 def _rank() -> int:
-    names = launch.variable_names(os.environ)
-    return int(os.environ[names[0]] or 0) if names else 0
+    """Returns the rank of this process; 0 if the launcher's environment is not valid."""
+    with suppress(ValueError):
+        return launch.rank_and_world_size(os.environ)[0]
+    return 0
 
 
 def _print_sharding(architecture: Architecture, parallel: ParallelConfig, dtype: str) -> None:

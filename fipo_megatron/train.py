@@ -3,25 +3,24 @@
 fipo train CONFIG.yaml [key=value ...]
 torchrun --nproc-per-node 8 -m fipo_megatron.train CONFIG.yaml [key=value ...]
 
-Every rank runs this program. Exit code 0: the run is complete, or was asked to end (SIGTERM, Ctrl-C) and is saved;
-1: it failed; 2: the configuration, or an input that it names, is not valid; 3: the collapse alarm has ended the run,
-which is saved. Run it again to resume.
+Every rank runs this program. Exit code 0: the run is complete, or was asked to end (SIGTERM, SIGUSR1, Ctrl-C) and is
+saved; 1: it failed; 2: the configuration, or an input that it names, is not valid; 3: the collapse alarm has ended the
+run, which is saved. Run it again to resume. torchrun itself exits with 1 in all cases but a complete run; the file
+outcome.json in run.output says how the run has ended.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fipo_megatron.config import load_config, notices
 from fipo_megatron.data.batch import Batch, build_batch, build_sft_batch, compute_advantages
 from fipo_megatron.data.failed_checks import VerifierError
-from fipo_megatron.observe.collapse_alarm import Alarm, CollapseError
+from fipo_megatron.observe.collapse_alarm import Alarm
 
 # torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
 if TYPE_CHECKING:
@@ -32,8 +31,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fipo_megatron")
 
 
-def train(trainer: Trainer) -> None:
-    """Runs the remaining steps of FIPO, DAPO or GRPO. One turn of the loop is one step."""
+def train(trainer: Trainer) -> bool:
+    """Runs the remaining steps of FIPO, DAPO or GRPO. One turn of the loop is one step.
+
+    Returns:
+        Whether the run is complete; False if it was asked to end.
+    """
     from fipo_megatron.rollout.scatter import scatter_trajectories
 
     config, actor = trainer.config, trainer.actor
@@ -60,8 +63,9 @@ def train(trainer: Trainer) -> None:
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
         if not finish_step(trainer, alarm, sampled, batch, updates):
-            return
+            return False
     finish_run(trainer)
+    return True
 
 
 def sample_and_score(trainer: Trainer) -> SampledGroups:
@@ -99,8 +103,8 @@ def sample_and_score(trainer: Trainer) -> SampledGroups:
     return sampled
 
 
-def sft(trainer: Trainer) -> None:
-    """Runs the remaining steps of supervised fine-tuning."""
+def sft(trainer: Trainer) -> bool:
+    """Runs the remaining steps of supervised fine-tuning; returns whether the run is complete."""
     config, actor = trainer.config, trainer.actor
     while trainer.step < config.run.steps:
         trainer.timer.start()
@@ -113,8 +117,9 @@ def sft(trainer: Trainer) -> None:
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, None, [], batch, updates)
         if not finish_step(trainer, alarm, None, batch, updates):
-            return
+            return False
     finish_run(trainer)
+    return True
 
 
 def finish_step(
@@ -165,35 +170,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    try:
-        config = load_config(arguments[0], arguments[1:])
-        from fipo_megatron.observe.console import set_up_logging, silence_libraries
-        from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
+    from fipo_megatron.trainer.program import run_program
 
-        silence_libraries()
-        console = set_up_logging(rank, plain=config.observe.plain_console)
-        inputs = read_training_inputs(config)
-        check_megatron_options(config, inputs.architecture)
-    except ValueError as error:
-        if rank == 0:
-            print(error, file=sys.stderr)
-        return 2
-    for notice in notices(config):
-        logger.info("note: %s", notice)
-    from fipo_megatron.trainer.factory import EXPECTED, open_trainer
-
-    try:
-        with open_trainer(config, inputs, console) as trainer:
-            run = sft if config.algorithm.kind == "sft" else train
-            run(trainer)
-    except CollapseError as error:
-        logger.error("%s", error)
-        return 3
-    except EXPECTED as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return 1
-    return 0
+    return run_program(arguments, lambda trainer: (sft if trainer.config.algorithm.kind == "sft" else train)(trainer))
 
 
 if __name__ == "__main__":

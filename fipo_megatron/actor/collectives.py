@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+class OtherRankError(RuntimeError):
+    """Raised on a rank because other ranks have failed; the message holds their hosts and errors."""
 
 
 @contextmanager
@@ -22,7 +27,7 @@ def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Ite
 
     Raises:
         Exception: the error of the block, on the ranks where it was raised.
-        RuntimeError: the errors of the other ranks, on all other ranks.
+        OtherRankError: the errors of the other ranks, on all other ranks.
     """
     own: Exception | None = None
     try:
@@ -30,11 +35,12 @@ def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Ite
     except Exception as error:
         own = error
     found: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, None if own is None else f"{type(own).__name__}: {own}", group=group)
+    text = None if own is None else f"on {socket.gethostname()}: {type(own).__name__}: {own}"
+    dist.all_gather_object(found, text, group=group)
     if own is not None:
         raise own
-    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]:
-        raise RuntimeError(f"{what} failed on other ranks:\n" + "\n".join(failed))
+    if failed := [f"rank {rank} {text}" for rank, text in enumerate(found) if text]:
+        raise OtherRankError(f"{what} failed on other ranks:\n" + "\n".join(failed))
 
 
 def broadcast_from_first_rank(value: T, device: torch.device) -> T:

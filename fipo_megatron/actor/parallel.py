@@ -7,9 +7,12 @@ can follow each other in one job: :func:`destroy` destroys all process groups, :
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +24,12 @@ from fipo_megatron.actor import cpu_backend
 from fipo_megatron.actor.launch import Launch as Launch  # also under this name
 from fipo_megatron.config import ParallelConfig, layout_conflicts
 from fipo_megatron.data.context_parallel import CpLayout
+
+logger = logging.getLogger(__name__)
+_TIMEOUT = timedelta(minutes=30)
+"""Limit of one collective, and of the wait for rank 0 at the start."""
+_PATIENCE_SECONDS = 10.0
+"""Seconds after which the wait for rank 0 is logged, and then six times less often."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def initialize(
     parallel: ParallelConfig,
     seed: int,
     environment: Mapping[str, str] | None = None,
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta = _TIMEOUT,
 ) -> RankLayout:
     """Initialises process groups, Megatron's parallel state, the device and every random generator.
 
@@ -117,6 +126,21 @@ def initialize(
     layout = _layout(parallel, launch, device)
     _seed(seed + 100 * layout.pipeline_rank)
     return layout
+
+
+def connect(launch: Launch) -> dist.Store:
+    """Connects to the store of all ranks before there are process groups; :func:`initialize` uses the same store.
+
+    Returns:
+        A connection of its own, for keys that belong to this start of the job.
+
+    Raises:
+        OSError: the port of rank 0 is in use, or rank 0 cannot be reached within half an hour.
+    """
+    global _store
+    if _store is None:
+        _store = _rendezvous(launch, _TIMEOUT)
+    return dist.PrefixStore(_attempt(), _store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
 
 
 def store() -> dist.Store:
@@ -168,30 +192,62 @@ def _start_process_group(launch: Launch, timeout: timedelta, device: torch.devic
     )
 
 
+def _attempt() -> str:
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 def _prefix() -> str:
-    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/layout{_generation}"
+    return f"{_attempt()}/layout{_generation}"
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
-    # torchrun's agent already listens on the port it announces.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return dist.TCPStore(
-            launch.address,
-            launch.port,
-            launch.world_size,
-            is_master=launch.rank == 0 and not served,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        with _waiting_is_logged(launch):
+            return dist.TCPStore(
+                launch.address,
+                launch.port,
+                launch.world_size,
+                is_master=launch.serves_store,
+                timeout=timeout,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise OSError(
-            errno.EADDRINUSE,
-            f"MASTER_PORT = {launch.port}: another program listens there on this host; set another one on all ranks",
+        if "EADDRINUSE" in str(error):
+            raise OSError(
+                errno.EADDRINUSE,
+                f"MASTER_PORT = {launch.port}: another program listens there on this host; set another one on all "
+                "ranks",
+            ) from None
+        raise ConnectionError(
+            f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: rank 0 cannot be reached: {error}"
         ) from None
+
+
+@contextmanager
+def _waiting_is_logged(launch: Launch) -> Iterator[None]:
+    """Logs at intervals that this rank waits for rank 0, as long as the block runs."""
+    connected = threading.Event()
+
+    def log() -> None:
+        seconds = _PATIENCE_SECONDS
+        while not connected.wait(seconds):
+            logger.warning(
+                "rank %d waits for rank 0 at %s, port %d (MASTER_ADDR, MASTER_PORT); start all %d ranks",
+                launch.rank,
+                launch.address,
+                launch.port,
+                launch.world_size,
+            )
+            seconds = 6 * _PATIENCE_SECONDS
+
+    thread = threading.Thread(target=log, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        connected.set()
+        thread.join()
 
 
 def _layout(parallel: ParallelConfig, launch: Launch, device: torch.device) -> RankLayout:

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fipo_megatron.config.field_types import STRICT, Count, Fraction, NotNegative, Positive, PositiveNumber
+from fipo_megatron.config.field_types import (
+    LARGEST_NUMBER,
+    STRICT,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveNumber,
+)
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -100,7 +108,7 @@ class RolloutConfig:
             the next step, and ``algorithm.importance_cap`` defaults to 2.
         overlap: Sample the next step while this one is trained on. Its tokens are then one version old, which counts
             towards ``max_staleness``. Engine and actor need separate devices.
-        silence_seconds: Seconds without a sign of life after which a rank that others wait for counts as failed.
+        silence_seconds: Seconds without a sign of life after which a rank counts as lost, which ends the run.
         engine: ``sglang`` uses SGLang servers; ``embedded`` runs transformers in the trainer's own processes and needs
             no GPU.
         embedded_slots: Requests that the embedded engine samples at the same time.
@@ -120,7 +128,7 @@ class RolloutConfig:
     over_sampling: Annotated[float, Field(ge=1, le=1000)] = 1.0
     max_staleness: Count = 0
     overlap: bool = False
-    silence_seconds: PositiveNumber = 600.0
+    silence_seconds: Annotated[float, Field(ge=5, le=LARGEST_NUMBER, allow_inf_nan=False)] = 600.0
     engine: Literal["sglang", "embedded"] = "sglang"
     embedded_slots: Annotated[int, Field(ge=16, le=2**16, multiple_of=16)] = 32
     servers: ServersConfig = field(default_factory=ServersConfig)

@@ -94,7 +94,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 def _setting_problems(config: Config) -> list[str]:
     """Describes settings that contradict each other or the launch, one line each."""
     problems = []
-    ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    ranks = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if ranks != "1":
         problems.append(
             f"{ranks} processes: an evaluation is one process; start it without torchrun, or with srun -n 1"

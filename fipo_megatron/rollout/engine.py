@@ -28,6 +28,10 @@ class PermanentEngineError(EngineError):
     """An error that the same weights and requests cause again, such as log-probs that are not finite."""
 
 
+class LostRankError(RuntimeError):
+    """A rank has sent no heartbeat. No collective can be made any more, so the run ends and saves nothing."""
+
+
 class RequestError(ValueError):
     """A request that no worker can serve; sending it again does not help."""
 

@@ -7,7 +7,6 @@ others wait for sends a heartbeat.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import orjson
 import torch.distributed as dist
 
-from fipo_megatron.rollout.engine import EngineError, PermanentEngineError, RequestError
+from fipo_megatron.rollout.engine import EngineError, LostRankError, PermanentEngineError, RequestError
+from fipo_megatron.rollout.silence_timer import SilenceTimer
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0
@@ -69,15 +69,16 @@ class StoreCoordinator:
             error: Error for which this rank cannot continue; every rank raises then.
 
         Raises:
-            EngineError: a rank failed, or its heartbeat stopped; the message names the rank and the reason. On the rank
-                that failed, its own ``error``, or an EngineError with its text. A PermanentEngineError, on all ranks,
-                if ``error`` is one or a RequestError.
+            EngineError: a rank failed; the message names the rank and the reason. On the rank that failed, its own
+                ``error``, or an EngineError with its text. A PermanentEngineError, on all ranks, if ``error`` is one or
+                a RequestError.
+            LostRankError: the heartbeat of a rank stopped; on every other rank.
         """
         key = f"round/{self._round}"
         if error is not None:
             self.fail(error)
             self._round += 1
-            if isinstance(error, EngineError):
+            if isinstance(error, EngineError | LostRankError):
                 raise error
             raise _kind(error)(f"{type(error).__name__}: {error}") from error  # all ranks raise the same type
         try:
@@ -99,18 +100,18 @@ class StoreCoordinator:
     def fail(self, error: BaseException) -> None:
         """Reports that this rank cannot continue; :meth:`gather` and :meth:`look` raise on the others this round."""
         if not self._store.check([f"failed/{self._round}"]):
-            text = f"rank {self._rank}: {type(error).__name__}: {error}"
-            self._store.set(f"failed/{self._round}", f"{_kind(error).__name__}\n{text}")
+            failure = {"kind": _kind(error).__name__, "text": f"rank {self._rank}: {type(error).__name__}: {error}"}
+            self._store.set(f"failed/{self._round}", orjson.dumps(failure).decode())
 
     def count(self, more: int) -> int:
         """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
         return int(self._store.add(f"count/{self._round}", more))
 
     def look(self) -> None:
-        """Raises EngineError if another rank has failed."""
+        """Raises EngineError if another rank has failed, LostRankError if one is lost."""
         if self._store.check([f"failed/{self._round}"]):
-            kind, _, text = self._store.get(f"failed/{self._round}").decode().partition("\n")
-            raise (PermanentEngineError if kind == PermanentEngineError.__name__ else EngineError)(text)
+            failure = orjson.loads(self._store.get(f"failed/{self._round}"))
+            raise _KINDS[failure["kind"]](failure["text"])
 
     def others(self) -> dict[int, dict[str, Any]]:
         """Returns the progress of the leaders by rank, without those that have sent no heartbeat yet."""
@@ -140,14 +141,15 @@ class StoreCoordinator:
 
     async def _take(self, key: str, of: int) -> bytes:
         """Waits for a key that rank ``of`` sets, and returns its value."""
-        pause, last, since = _SHORTEST_POLL, b"", time.monotonic()
+        pause, last, silence = _SHORTEST_POLL, b"", SilenceTimer()
         async with self.alive():
             while not self._store.check([key]):
                 self.look()
                 if self._store.check([f"beat/{of}"]) and (beat := self._store.get(f"beat/{of}")) != last:
-                    last, since = beat, time.monotonic()
-                if time.monotonic() - since > self._silence:
-                    error = EngineError(f"rank {of} has sent no heartbeat for {self._silence:g} s; see its log")
+                    last = beat
+                    silence.heard()
+                if silence.seconds() > self._silence:
+                    error = LostRankError(f"rank {of} has sent no heartbeat for {self._silence:g} s; see its log")
                     self.fail(error)
                     raise error
                 await asyncio.sleep(pause)
@@ -155,6 +157,12 @@ class StoreCoordinator:
             return bytes(self._store.get(key))
 
 
-def _kind(error: BaseException) -> type[EngineError]:
+_Kind = type[EngineError] | type[LostRankError]
+_KINDS: dict[str, _Kind] = {kind.__name__: kind for kind in (EngineError, PermanentEngineError, LostRankError)}
+
+
+def _kind(error: BaseException) -> _Kind:
     """Returns the type of error that all ranks raise."""
+    if isinstance(error, LostRankError):
+        return LostRankError
     return PermanentEngineError if isinstance(error, PermanentEngineError | RequestError) else EngineError

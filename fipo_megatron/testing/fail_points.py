@@ -1,4 +1,7 @@
-"""Points at which tests kill a run: ``FIPO_FAIL_AT=NAME:COUNT`` in the environment."""
+"""Points at which tests kill a run: ``FIPO_FAIL_AT=NAME:COUNT`` in the environment.
+
+``NAME:COUNT:RANK`` kills this rank only, and ``NAME:COUNT:RANK:SIGNAL`` sends another signal, such as ``SIGSTOP``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _reached: Counter[str] = Counter()
 
 
 def reach(name: str) -> None:
-    """Kills this process (SIGKILL) when it reaches the fail point NAME for the COUNT-th time, counted from 1.
+    """Kills or stops this process when it reaches the fail point NAME for the COUNT-th time, counted from 1.
 
     Raises:
         ValueError: There is no such fail point.
@@ -26,5 +29,7 @@ def reach(name: str) -> None:
     if not selected:
         return
     _reached[name] += 1
-    if selected == f"{name}:{_reached[name]}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    point, count, *more = selected.split(":")
+    rank, number = more[0] if more else None, more[1] if more[1:] else "SIGKILL"
+    if (point, int(count)) == (name, _reached[name]) and rank in (None, os.environ.get("RANK", "0")):
+        os.kill(os.getpid(), signal.Signals[number])

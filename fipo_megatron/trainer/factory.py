@@ -24,7 +24,7 @@ from fipo_megatron.data.prompts import PromptStream
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
-from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.engine import EngineError, LostRankError
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
@@ -32,6 +32,7 @@ from fipo_megatron.storage import checksums
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
+from fipo_megatron.trainer.outcome import remove_outcome
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
@@ -41,7 +42,7 @@ from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
 EXPECTED = (
-    *(EngineError, SamplingExhaustedError, VerifierError, NoiseError, UpdatesSkippedError),
+    *(EngineError, LostRankError, SamplingExhaustedError, VerifierError, NoiseError, UpdatesSkippedError),
     *(WeightsError, OSError),
 )
 """Expected failures of a run: logged without a traceback, exit code 1."""
@@ -89,6 +90,7 @@ def _lock_output(output: Path, layout: RankLayout, resources: ExitStack) -> None
         if layout.rank == 0:
             try:
                 resources.enter_context(lock_output(output))
+                remove_outcome(output)
             except OutputInUseError as error:
                 problem = str(error)
     if problem := broadcast_from_first_rank(problem, layout.device):

@@ -1,18 +1,26 @@
-"""SIGTERM and Ctrl-C: the first asks the run to end after its step, the second ends the process at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: the first asks the run to end after its step, the second ends the process at once."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from fipo_megatron.actor.launch import shutdown_seconds
+
 logger = logging.getLogger(__name__)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to end; Slurm often sends SIGUSR1 before a time limit."""
+_TWICE_SECONDS = 5.0
+"""Seconds in which a signal may arrive twice under torchrun: from Slurm, which sends it to all processes of a step, and
+from torchrun, which passes it on."""
 
 
 class StopSignals:
-    """Records SIGINT and SIGTERM while its block runs and restores the earlier handlers after it.
+    """Records the signals :data:`HANDLED` while its block runs and restores the earlier handlers after it.
 
     Attributes:
         requested: Whether this process was asked to end.
@@ -21,9 +29,12 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self._earlier: dict[int, Any] = {}
+        self._seconds_left = shutdown_seconds(os.environ)
+        self._warned = False
+        self._requested_at = 0.0
 
     def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in HANDLED:
             self._earlier[signum] = signal.signal(signum, self._on_signal)
         return self
 
@@ -33,8 +44,24 @@ class StopSignals:
         for signum, handler in self._earlier.items():
             signal.signal(signum, handler)
 
+    def check_time(self, step_seconds: float) -> None:
+        """Warns once if torchrun would kill this process before a step of this length has ended."""
+        if self._seconds_left is None or step_seconds <= self._seconds_left or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "a step takes %.0f s, and torchrun kills its ranks %g s after a signal: a run that is asked to end is not "
+            "saved. Start torchrun with a larger --shutdown-timeout",
+            *(step_seconds, self._seconds_left),
+        )
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
+            if self._seconds_left is not None and time.monotonic() - self._requested_at < _TWICE_SECONDS:
+                return
             os._exit(128 + signum)
-        self.requested = True
-        logger.warning("%s: the run ends after this step; once more ends it at once", signal.Signals(signum).name)
+        self.requested, self._requested_at = True, time.monotonic()
+        limit = "" if self._seconds_left is None else f"; torchrun kills this rank after {self._seconds_left:g} s"
+        logger.warning(
+            "%s: the run ends after this step; once more ends it at once%s", signal.Signals(signum).name, limit
+        )

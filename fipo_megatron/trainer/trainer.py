@@ -147,6 +147,8 @@ class Trainer:
         Raises:
             OSError: A checkpoint could not be written in the background.
         """
+        if self.layout.rank == 0:
+            self.stop.check_time(self.timer.seconds()["step"])
         flags = torch.tensor([self.stop.requested, self.checkpoints.is_writing, alarm is not None], dtype=torch.int32)
         flags = flags.to(self.layout.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -184,9 +186,12 @@ class Trainer:
             sampled: Groups of the step, if sampling was complete.
             error: Reason why it cannot be finished.
         """
+        if self.layout.rank == 0:
+            logger.warning("step %d cannot be finished: %s", self.step, str(error).partition("\n")[0])
         if isinstance(error, PermanentEngineError):
             text = "step %d is not saved: the same error would occur again. The run would go on from step %d"
-            logger.error(text, self.step, self.saved_step)
+            if self.layout.rank == 0:
+                logger.error(text, self.step, self.saved_step)
             return
         exhausted = isinstance(error, SamplingExhaustedError)
         if self.step == self.saved_step and not exhausted:
@@ -199,7 +204,8 @@ class Trainer:
         if isinstance(error, SamplingExhaustedError) and error.out_of_prompts:
             end = f", or with run.steps={self.step} to end it here" if self.step else ""
             how = f"run it again with a larger data.epochs to go on{end}"
-        logger.error("what was sampled so far is in the checkpoint of step %d; %s", self.step, how)
+        if self.layout.rank == 0:
+            logger.error("what was sampled so far is in the checkpoint of step %d; %s", self.step, how)
 
     def restore(self, path: Path) -> Restored:
         """Restores actor, prompts and position from a checkpoint.

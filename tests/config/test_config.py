@@ -238,6 +238,7 @@ def test_broken_files_are_explained(tmp_path, text, message):
         ("reward.verifier_memory_mib=1", "reward.verifier_memory_mib = 1: must be greater than or equal to 256"),
         ("run.steps=1e30", "run.steps = 1e+30: must be"),
         (f"run.steps={10**30}", f"run.steps = {10**30}: must be less than or equal to"),
+        ("rollout.silence_seconds=1", "rollout.silence_seconds = 1: must be greater than or equal to 5"),
         ("rollout.silence_seconds=1e300", "rollout.silence_seconds = 1e+300: must be less than or equal to"),
         ("run.output='\"a\\0b\"'", r"run.output = 'a\x00b': holds a null byte"),
         ("model.path='\"a\\0b\"'", r"model.path = 'a\x00b': holds a null byte"),

@@ -17,7 +17,7 @@ from fipo_megatron.config import ParallelConfig
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.engine import EngineError, SamplingParameters
+from fipo_megatron.rollout.engine import EngineError, LostRankError, SamplingParameters
 from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes, scatter_trajectories
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -170,7 +170,7 @@ def failures(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[
         try:
             asyncio.run(attempt())
             said.append("nothing")
-        except (EngineError, SamplingExhaustedError) as error:
+        except (EngineError, LostRankError, SamplingExhaustedError) as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
 

@@ -100,5 +100,5 @@ def test_a_failure_anywhere_ends_the_step_everywhere(name, results):
     assert other.startswith(f"PermanentEngineError: rank {at}: RequestError: request ")
     assert exhausted == exhausted_too
     assert exhausted.startswith("SamplingExhaustedError: 0 of 6 groups after 3 batches")
-    assert silent == "EngineError: rank 1 has sent no heartbeat for 0.5 s; see its log"
-    assert silent_too == "EngineError: rank 0: EngineError: rank 1 has sent no heartbeat for 0.5 s; see its log"
+    assert silent == "LostRankError: rank 1 has sent no heartbeat for 0.5 s; see its log"
+    assert silent_too == "LostRankError: rank 0: LostRankError: rank 1 has sent no heartbeat for 0.5 s; see its log"

@@ -239,13 +239,13 @@ def test_the_tokenizer_from_elsewhere_is_checked(model, checkpoint, tmp_path):
     [
         ({}, 28, 1),
         ({"SLURM_NTASKS": "4"}, 28, 1),  # in a shell of salloc there is one process
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 28, 4),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, 28, 4),
         ({"RANK": "3", "WORLD_SIZE": "8"}, 28, 4),
         ({"RANK": "3", "WORLD_SIZE": "8"}, 94, 2),
     ],
 )
 def test_stages_by_default(environment, layers, stages, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

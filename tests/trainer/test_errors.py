@@ -66,6 +66,22 @@ def test_an_option_that_megatron_does_not_know(data, tmp_path, error_of):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "x"}, "RANK: expected a number in the environment, got 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE: expected a number in the environment, got 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK: expected a number in the environment, got None"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "SLURM_NTASKS = 8: this process is alone"),
+    ],
+)
+def test_a_wrong_environment_is_told_at_once(environment, message, data, tmp_path, error_of, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert message in error_of(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.processes
 def test_the_command_exits_with_2_and_imports_no_megatron(data, tmp_path):
     """Python itself lists the modules that the command imports."""
@@ -150,3 +166,5 @@ def test_an_exhausted_step_is_saved_as_far_as_it_was_sampled(data, tmp_path):
     assert "SamplingExhaustedError: 0 of 4 groups after 2 batches of prompts" in said
     assert "Traceback" not in said
     assert metrics(tmp_path / "run")[-1]["step"] == 1
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome == {"outcome": "failed", "step": 2, "exit_code": 1}

@@ -1,5 +1,6 @@
 """Whole runs that end early: resumed, they give the metrics and weights of a run that did not, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(settings, data, tmp_path):
     train(data, tmp_path / "whole", *settings)
     for fail_at in FAIL_POINTS:
         train(data, tmp_path / "killed", *settings, fail_at=fail_at, code=-signal.SIGKILL)
+        assert not (tmp_path / "killed" / "outcome.json").exists()
     random = np.random.default_rng()
     for _ in range(RANDOM_KILLS):
         process = subprocess.Popen(
@@ -67,6 +69,10 @@ def test_prefetched_groups_are_dropped_if_staleness_is_not_allowed_any_more(data
     assert [row["rollout/staleness_max"] for row in metrics(tmp_path / "run")] == [0, 1, 0, 0, 0]
 
 
+def outcome(run):
+    return json.loads((run / "outcome.json").read_text())
+
+
 def test_sigterm_saves_and_the_next_start_resumes(data, tmp_path):
     """A process started by the command line: exit code 0 after the step, no export; then the same metrics."""
     whole = tmp_path / "whole"
@@ -89,7 +95,9 @@ def test_sigterm_saves_and_the_next_start_resumes(data, tmp_path):
     assert "SIGTERM: the run ends after this step" in said
     assert len(metrics(tmp_path / "run")) < 5
     assert not (tmp_path / "run" / "hf").exists()
+    assert outcome(tmp_path / "run") == {"outcome": "stopped", "step": len(metrics(tmp_path / "run")), "exit_code": 0}
     train(data, tmp_path / "run")
+    assert outcome(tmp_path / "run") == {"outcome": "complete", "step": 5, "exit_code": 0}
     assert file.read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
