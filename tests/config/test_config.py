@@ -15,6 +15,7 @@ from fipo_megatron.config import (
     ParallelConfig,
     as_dict,
     keys,
+    layout_conflicts,
     load_config,
     notices,
     padding,
@@ -22,6 +23,7 @@ from fipo_megatron.config import (
 from fipo_megatron.config.renamed_keys import RENAMED_KEYS
 
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
+LAYOUTS = PRESETS.parent / "layouts"
 FIPO_32B = PRESETS / "fipo_qwen2.5_32b.yaml"
 
 PAPER_32B = {
@@ -95,6 +97,29 @@ def test_presets_hold_the_numbers_of_the_paper(preset, expected):
     config = load_config(PRESETS / f"{preset}.yaml")
     assert {key: value(config, key) for key in expected} == expected
     assert len(config.evaluation.files) == 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected", "ranks", "servers_gpus"),
+    [
+        ("fipo_qwen2.5_32b_16_nodes", PAPER_32B, 64, 4),
+        ("fipo_qwen2.5_32b_8_nodes", PAPER_32B, 64, 4),
+        (
+            "fipo_qwen2.5_32b_long_16_nodes",
+            PAPER_32B | {"rollout.max_response_tokens": 40960, "reward.overlong_buffer_tokens": 8192},
+            *(64, 4),
+        ),
+        ("fipo_qwen2.5_7b_math_1_node", PAPER_7B, 8, 2),
+        ("fipo_qwen2.5_7b_math_2_nodes", PAPER_7B, 8, 1),
+    ],
+)
+def test_layouts_fit_their_ranks_and_keep_the_numbers_of_the_paper(layout, expected, ranks, servers_gpus):
+    config = load_config(LAYOUTS / f"{layout}.yaml")
+    assert {key: value(config, key) for key in expected} == expected
+    assert layout_conflicts(config.actor.parallel, ranks) == []
+    assert config.rollout.sglang["tp_size"] == servers_gpus
+    if config.rollout.servers.colocated:
+        assert config.rollout.servers.per_host * servers_gpus == 8
 
 
 def test_overrides_are_yaml_and_win():
