@@ -102,6 +102,11 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated; NCCL allows "
             "one rank per GPU"
         )
+    if servers.nccl_version is not None and not servers.urls:
+        problems.append(
+            f"rollout.servers.nccl_version = {servers.nccl_version}: must be null without rollout.servers.urls; "
+            "servers that the run starts are asked for it"
+        )
     problems += [
         f"rollout.servers.{name} = {url}: must begin with http:// or https://"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))

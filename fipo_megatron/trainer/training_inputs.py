@@ -21,6 +21,8 @@ from fipo_megatron.evaluation.results import name_problems
 from fipo_megatron.observe.trackers import missing_packages
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
+from fipo_megatron.rollout.sglang.nccl_version import nccl_problem
+from fipo_megatron.rollout.weight_sync.tensor_sender import size_problem
 from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights.architecture import Architecture
 
@@ -96,6 +98,7 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
         except ValueError as error:
             problems.append(str(error))
     problems += _launch_problems(config)
+    problems += _weight_sync_problems(config, architecture)
     problems += missing_packages(config.observe)
     output = Path(config.run.output)
     problems += output_problems(output, config.checkpoint.resume) or _checkpoint_problems(
@@ -107,6 +110,13 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             "run evaluates its own weights"
         )
     return problems
+
+
+def _weight_sync_problems(config: Config, architecture: Architecture) -> list[str]:
+    """Lists why weights could not be sent to the servers of a run that has an engine."""
+    if config.algorithm.kind == "sft" or config.run.replay:
+        return []
+    return [problem for problem in (size_problem(config, architecture), nccl_problem(config)) if problem]
 
 
 def _launch_problems(config: Config) -> list[str]:
