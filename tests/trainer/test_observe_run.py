@@ -13,7 +13,10 @@ from tests.runs import train
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, registry.EVALUATED))
-ABSENT = (registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}", *FAILED)
+ABSENT = (
+    *(registry.KL, registry.IMPORTANCE, registry.PEAK, registry.PROBED),
+    *(f"{registry.EVALUATED}, {registry.VOTED}", *FAILED),
+)
 """Conditions of tags that do not hold in the run below."""
 
 
