@@ -59,7 +59,7 @@ def train(trainer: Trainer) -> bool:
                 traced = trainer.reporter.traced(sampled.records, batch, trainer.step)
                 # Future-KL weights, the policy loss (algorithm/policy_loss.py) and one optimizer step per mini-batch.
                 updates = actor.update(plan, trajectories, old, reference, traced)
-        metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor)
+        metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor, trainer.probe_shift)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
         if not finish_step(trainer, alarm, sampled, batch, updates):

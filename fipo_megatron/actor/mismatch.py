@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from fipo_megatron.actor.actor import MegatronActor, StoredLogProbs, Trajectories
 from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.data.packing import MiniBatch
 
 
-def max_log_prob_difference(
+def log_prob_differences(
     actor: MegatronActor, plan: Sequence[MiniBatch], trajectories: Trajectories, old: StoredLogProbs
-) -> float:
-    """Computes the largest |log π_old − log π_behaviour| over all tokens of the plan. A collective.
+) -> NDArray[np.float64]:
+    """Computes |log π_old − log π_behaviour| of all tokens of the plan. A collective; meant for few tokens.
 
     Args:
         actor: Actor of this rank.
@@ -25,15 +26,16 @@ def max_log_prob_difference(
         old: Log-probs that it returned.
 
     Returns:
-        The largest difference in nats, the same on every rank; inf if a log-prob is NaN.
+        ``[tokens]`` differences in nats, in ascending order, the same on every rank; NaN becomes inf.
     """
-    largest = torch.zeros((), dtype=torch.float64, device=actor.layout.device)
+    layout, mine = actor.layout, []
     for mini_batch, stored in zip(plan, old, strict=True):
-        members = mini_batch.micro_batches[actor.layout.data_rank]
-        micros = local_micro_batches(members, trajectories, actor.layout, token_multiple=actor.token_multiple)
+        members = mini_batch.micro_batches[layout.data_rank]
+        micros = local_micro_batches(members, trajectories, layout, token_multiple=actor.token_multiple)
         for micro, found in zip(micros, stored, strict=True):
-            if found is not None and micro.mask.any():
+            if found is not None and layout.tensor_rank == 0:  # tensor-parallel ranks hold the same tokens
                 gap_T = (found.log_probs - micro.behaviour_log_probs)[micro.mask].double().abs()
-                largest = torch.maximum(largest, gap_T.nan_to_num(nan=math.inf).max())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+                mine.append(gap_T.nan_to_num(nan=math.inf).cpu().numpy())
+    everyone: list[list[NDArray[np.float64]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return np.sort(np.concatenate([np.zeros(0), *(part for parts in everyone for part in parts)]))

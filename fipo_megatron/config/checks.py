@@ -120,6 +120,11 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "rollout.sglang.api_key: must be in the environment variable that rollout.servers.api_key_variable = "
             f"{servers.api_key_variable} names; a configuration is written to files"
         )
+    if servers.nccl_version is not None and not servers.urls:
+        problems.append(
+            f"rollout.servers.nccl_version = {servers.nccl_version}: must be null without rollout.servers.urls; "
+            "servers that the run starts are asked for it"
+        )
     problems += [
         f"rollout.servers.{name} = {url}: {problem}"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))

@@ -64,10 +64,14 @@ class ServersConfig:
         colocated: Servers and actor share the same GPUs and use them in turns.
         sync: Transport of the weights to the servers: files in a directory that both sides see (``disk``), the request
             itself (``tensor``), or a broadcast (``distributed``).
+        nccl_version: NCCL version of the servers in ``urls``, such as 2.30.7, with ``sync = distributed`` on GPUs. It
+            must be the trainer's. Servers that the run starts are asked.
         bucket_mib: MiB of weights sent at a time.
-        probe_tokens: Tokens sampled after each weight update to compare the servers' log-probs with the actor's; 0
-            disables the comparison.
-        max_probe_shift: Largest difference of log-probs that this comparison accepts, in nats.
+        probe_tokens: Tokens of each of 8 responses that are sampled after each weight update to compare the servers'
+            log-probs with the actor's; 0 disables the comparison.
+        max_probe_mean_shift: Largest mean |difference of log-probs| that this comparison accepts, in nats.
+        max_probe_quantile_shift: Largest 90 % quantile of |difference of log-probs| that this comparison accepts, in
+            nats. Single tokens may differ more.
     """
 
     urls: tuple[str, ...] = ()
@@ -82,9 +86,11 @@ class ServersConfig:
     restarts: Count = 3
     colocated: bool = False
     sync: Literal["disk", "tensor", "distributed"] = "distributed"
+    nccl_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+")] | None = None
     bucket_mib: Positive = 256
     probe_tokens: Count = 32
-    max_probe_shift: NotNegative = 0.5
+    max_probe_mean_shift: NotNegative = 0.1
+    max_probe_quantile_shift: NotNegative = 0.3
 
 
 @dataclass(config=STRICT, frozen=True)

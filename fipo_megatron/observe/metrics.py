@@ -16,6 +16,8 @@ GROUPS = {
     "policy": "Updates of a step: token means are averaged over the updates; minima and maxima are taken over all.",
     "future_kl": "Future-KL of the tokens and the weight derived from it; means are over tokens.",
     "mismatch": "Difference between the log-probs of the engine and of the trainer before the first update.",
+    "probe": "Difference between the log-probs of trainer and engine after the weights were sent, over the tokens of 8 "
+    "responses (`rollout.servers.probe_tokens`).",
     "optimizer": "Optimizer updates of a step.",
     "noise": "Noise floor: the difference of two passes at equal weights (`run.noise_floor_every`), beside the drift.",
     "health": "Inputs of the collapse alarm.",
@@ -44,6 +46,7 @@ FAILED = "failed checks"
 DROPPED = "dropped responses"
 LOST = "steps that learn nothing"
 SMALLER = "steps with fewer groups than configured"
+PROBED = "steps that send weights to SGLang servers"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
 
@@ -260,6 +263,12 @@ _RATIOS = {
 OF_UPDATES = _POLICY | _RATIOS | _FUTURE_KL | _MISMATCH | _OPTIMIZER
 """Metrics by their names in :mod:`.algorithm.loss_statistics` and :mod:`.observe.step_metrics`."""
 
+_PROBE = [
+    Metric("probe/abs_mean", "Mean |log π_θ − log π_behaviour|, at equal weights.", "nats", PROBED),
+    Metric("probe/abs_q90", "90 % quantile of |log π_θ − log π_behaviour|, at equal weights.", "nats", PROBED),
+    Metric("probe/abs_max", "Largest |log π_θ − log π_behaviour|, at equal weights; it has no bound.", "nats", PROBED),
+]
+
 _HEALTH = [
     Metric("health/low_clip", "Median of policy/clip_fraction_low over `health.window` steps.", "", HEALTH),
     Metric("health/policy_kl", "Median of |policy/policy_kl| over `health.window` steps.", "nats", HEALTH),
@@ -363,6 +372,7 @@ METRICS: tuple[Metric, ...] = (
         for name, text in DROPPED_COUNTS.items()
     ),
     *OF_UPDATES.values(),
+    *_PROBE,
     *_NOISE,
     *_HEALTH,
     *_EVALUATION,

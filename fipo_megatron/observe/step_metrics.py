@@ -13,6 +13,7 @@ from fipo_megatron.observe.metrics import DROPPED_COUNTS, FAILURE_COUNTS, OF_UPD
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
     from fipo_megatron.rollout.sampler import SampledGroups
+    from fipo_megatron.rollout.weight_sync.probe import ProbeShift
 
 
 def rollout_metrics(sampled: SampledGroups | None, step: int) -> dict[str, Any]:
@@ -91,6 +92,13 @@ def update_metrics(updates: Sequence[UpdateMetrics], *, sft: bool = False) -> di
         value = float(reduce(per_update))
         values[OF_UPDATES[name].tag] = value if math.isfinite(value) else None
     return values
+
+
+def probe_metrics(shift: ProbeShift | None) -> dict[str, float]:
+    """Returns the difference of engine and actor after the weights were sent; empty if no probe was sampled."""
+    if shift is None:
+        return {}
+    return {"probe/abs_mean": shift.mean, "probe/abs_q90": shift.quantile, "probe/abs_max": shift.largest}
 
 
 def noise_metrics(floor: NoiseFloor | None, values: Mapping[str, Any], *, fipo: bool) -> dict[str, float | None]:

@@ -28,6 +28,7 @@ from fipo_megatron.rollout.engine import EngineError, LostRankError
 from fipo_megatron.rollout.engine_factory import HostInfo
 from fipo_megatron.rollout.sampler import SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.rollout.weight_sync.probe import RESPONSES
 from fipo_megatron.storage import checksums
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
@@ -179,7 +180,7 @@ def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitS
         tokenizer=inputs.tokenizer,
         scorer=trainer.scorer,
         stop_token_ids=inputs.stop_token_ids,
-        probe=inputs.prompts[0],
+        probe=inputs.prompts[:RESPONSES],
     )
     trainer.routes = session.routes
     resources.callback(session.close)

@@ -74,7 +74,7 @@ class RolloutSession:
         tokenizer: Tokenizer of the model.
         scorer: Scores each response as it finishes.
         stop_token_ids: Ids of the tokens that end a response.
-        probe: Prompt that is sampled after each update of the weights.
+        probe: Prompts to which responses are sampled after each update of the weights.
 
     Attributes:
         coordinator: Coordinator of the leaders.
@@ -97,7 +97,7 @@ class RolloutSession:
         tokenizer: PreTrainedTokenizerBase,
         scorer: Scorer,
         stop_token_ids: Sequence[int],
-        probe: Prompt,
+        probe: Sequence[Prompt],
     ) -> None:
         self._config, self._actor = config, actor
         self.routes = Routes.build(actor.layout.data_rank)
@@ -152,12 +152,12 @@ class RolloutSession:
             with actor.offloaded(gradients=False, optimizer=False):
                 self._restore("kv_cache")
                 self._engine_has_memory = True
-                response = self.weights.sample_probe()
+                responses = self.weights.sample_probe()
                 yield
                 self._release("kv_cache")
                 self._release("weights")
                 self._engine_has_memory = False
-        self.weights.check_probe(response)
+        self.weights.check_probe(responses)
 
     def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> SampledGroups:
         """Samples and scores the groups of a step; call it within :meth:`serving_weights`.

@@ -15,10 +15,11 @@ from fipo_megatron.data.batch import Batch
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group
 from fipo_megatron.observe.run_log import RunLog
-from fipo_megatron.observe.step_metrics import noise_metrics, rollout_metrics, update_metrics
+from fipo_megatron.observe.step_metrics import noise_metrics, probe_metrics, rollout_metrics, update_metrics
 from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, peak_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
 from fipo_megatron.rollout.sampler import SampledGroups
+from fipo_megatron.rollout.weight_sync.probe import ProbeShift
 from fipo_megatron.trainer.step_timer import StepTimer
 from fipo_megatron.trainer.training_inputs import TrainingInputs
 
@@ -52,7 +53,12 @@ class StepReporter:
         return frozenset(batch.names.index(name) for name in self._kept(records, step))
 
     def metrics(
-        self, step: int, sampled: SampledGroups | None, updates: Sequence[UpdateMetrics], noise: NoiseFloor | None
+        self,
+        step: int,
+        sampled: SampledGroups | None,
+        updates: Sequence[UpdateMetrics],
+        noise: NoiseFloor | None,
+        probe: ProbeShift | None = None,
     ) -> dict[str, Any]:
         """Returns the metrics of a step by tag, without those of the collapse alarm; the same on every rank.
 
@@ -61,9 +67,10 @@ class StepReporter:
             sampled: Groups of the step; None for SFT.
             updates: Metrics of each update.
             noise: Noise floor to report; None if none is due.
+            probe: Difference of engine and actor after the weights were sent; None without a probe.
         """
         values = rollout_metrics(sampled, step) | self._missing_groups(sampled)
-        values |= update_metrics(updates, sft=self._config.algorithm.kind == "sft")
+        values |= update_metrics(updates, sft=self._config.algorithm.kind == "sft") | probe_metrics(probe)
         return values | noise_metrics(noise, values, fipo=self._config.algorithm.kind == "fipo")
 
     def _missing_groups(self, sampled: SampledGroups | None) -> dict[str, int]:

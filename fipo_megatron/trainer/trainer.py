@@ -32,6 +32,7 @@ from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.rollout.engine import EngineError, PermanentEngineError
 from fipo_megatron.rollout.sampler import SampledGroups, SamplingExhaustedError
 from fipo_megatron.rollout.scatter import Routes
+from fipo_megatron.rollout.weight_sync.probe import ProbeShift
 from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
@@ -104,6 +105,11 @@ class Trainer:
     def output(self) -> Path:
         """Output directory of the run."""
         return Path(self.config.run.output)
+
+    @property
+    def probe_shift(self) -> ProbeShift | None:
+        """Difference of engine and actor after the weights were sent last; None without a probe."""
+        return self.session.weights.probe_shift if self.session is not None else None
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps is due before :attr:`step`; 0 is never. No collective."""

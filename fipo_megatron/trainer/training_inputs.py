@@ -24,6 +24,8 @@ from fipo_megatron.evaluation.results import name_problems
 from fipo_megatron.observe.trackers import tracker_problems
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
+from fipo_megatron.rollout.sglang.nccl_version import nccl_problem
+from fipo_megatron.rollout.weight_sync.tensor_sender import size_problem
 from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights.architecture import Architecture
 
@@ -104,6 +106,7 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
         except ValueError as error:
             problems.append(str(error))
     problems += _launch_problems(config)
+    problems += _weight_sync_problems(config, architecture)
     problems += tracker_problems(
         config.observe, writes=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     )
@@ -117,6 +120,13 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             "run evaluates its own weights"
         )
     return problems
+
+
+def _weight_sync_problems(config: Config, architecture: Architecture) -> list[str]:
+    """Lists why weights could not be sent to the servers of a run that has an engine."""
+    if config.algorithm.kind == "sft" or config.run.replay:
+        return []
+    return [problem for problem in (size_problem(config, architecture), nccl_problem(config)) if problem]
 
 
 def _launch_problems(config: Config) -> list[str]:

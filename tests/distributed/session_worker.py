@@ -13,7 +13,7 @@ import numpy as np
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.hf_weights import load_hf
-from fipo_megatron.actor.mismatch import max_log_prob_difference
+from fipo_megatron.actor.mismatch import log_prob_differences
 from fipo_megatron.config import Config, ParallelConfig
 from fipo_megatron.data.tokenizer import load_tokenizer
 from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
@@ -64,10 +64,11 @@ def learn(session: RolloutSession, actor: MegatronActor, prompts: Prompts, versi
     mine = scatter_trajectories(session.routes, sampled.groups, names, plan)
     mine = {i: replace(t, advantage=1.0 if t.reward else -1.0) for i, t in mine.items()}
     old = actor.log_probs(plan, mine)
-    mismatch = max_log_prob_difference(actor, plan, mine, old)
+    differences = log_prob_differences(actor, plan, mine, old)
     (metrics,) = actor.update(plan, mine, old)
     return {
-        "mismatch": mismatch,
+        "mismatch": float(differences.max()),
+        "tokens": [len(differences), sum(sum(record.response_tokens) for record in sampled.records)],
         "loss": metrics.loss,
         "grad_norm": metrics.grad_norm,
         "versions": sorted({span.weight_version for t in mine.values() for span in t.spans}),
@@ -95,7 +96,7 @@ def main(config_json: str, directory: str) -> None:
             tokenizer=load_tokenizer(config.model.path) if config.rollout.engine == "sglang" else None,
             scorer=score,
             stop_token_ids=(1,),
-            probe=prompt(999),
+            probe=[prompt(number) for number in range(990, 998)],
         )
         prompts = Prompts()
         result = [learn(session, actor, prompts, version) for version in range(3)]

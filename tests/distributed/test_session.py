@@ -53,6 +53,7 @@ def test_the_embedded_engine_follows_the_actor(tmp_path):
     for steps in found.values():
         assert [step["versions"] for step in steps] == [[0], [1], [2]]
         assert all(step["mismatch"] < 1e-4 for step in steps)
+        assert all(found == sampled > 0 for found, sampled in (step["tokens"] for step in steps)), "each token once"
         assert all(step["grad_norm"] > 0 for step in steps)
         # The same responses at first, and so the same gradient, however the actor is split.
         assert steps[0]["grad_norm"] == pytest.approx(found["TP2"][0]["grad_norm"], rel=1e-3)

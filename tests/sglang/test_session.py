@@ -40,7 +40,8 @@ def opened(layout, model_path, tmp_path, monkeypatch):
         servers = {
             "python": str(ROOT / ".venv-sglang" / "bin" / "python"),
             "ready_seconds": 240.0,
-            "max_probe_shift": 1e-4,
+            "max_probe_mean_shift": 1e-4,
+            "max_probe_quantile_shift": 1e-4,
         } | servers
         config = config_of(
             model_path,
@@ -59,7 +60,7 @@ def opened(layout, model_path, tmp_path, monkeypatch):
             tokenizer=load_tokenizer(model_path),
             scorer=score,
             stop_token_ids=(1,),
-            probe=prompt(999),
+            probe=[prompt(number) for number in range(990, 998)],
         )
         sessions.append(session)
         return session, actor

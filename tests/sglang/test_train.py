@@ -29,7 +29,8 @@ def test_a_run_with_a_server(sync, tmp_path):
         tmp_path / "run",
         *("rollout.engine=sglang", f"rollout.servers.sync={sync}", "run.steps=3"),
         f"rollout.servers.python={ROOT}/.venv-sglang/bin/python",
-        "rollout.servers.max_probe_shift=1e-4",
+        "rollout.servers.max_probe_mean_shift=1e-4",
+        "rollout.servers.max_probe_quantile_shift=1e-4",
         "rollout.sglang={max_total_tokens: 16384}",
     )
     rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]

@@ -14,15 +14,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, registry.EVALUATED))
 ABSENT = (
-    *(registry.KL, registry.IMPORTANCE, registry.PEAK, f"{registry.EVALUATED}, {registry.VOTED}", *FAILED),
+    *(registry.KL, registry.IMPORTANCE, registry.PEAK, registry.PROBED, registry.BASELINE, registry.SMALLER),
     *(f"{registry.SAMPLED}, {registry.DROPPED}", f"{registry.HEALTH}, {registry.LOST}"),
-    registry.BASELINE,
-    registry.SMALLER,
-    registry.KL,
-    registry.IMPORTANCE,
-    registry.PEAK,
-    f"{registry.EVALUATED}, {registry.VOTED}",
-    *FAILED,
+    *(f"{registry.EVALUATED}, {registry.VOTED}", *FAILED),
 )
 """Conditions of tags that do not hold in the run below."""
 

@@ -24,6 +24,7 @@ from fipo_megatron.rollout.sglang.worker_pool import Worker, WorkerPool
 logger = logging.getLogger(__name__)
 
 _REACHABLE_SECONDS = 30
+_LOOK_SECONDS = 1.0
 
 
 class SglangClient:
@@ -113,19 +114,29 @@ class SglangClient:
         """Sets the version of the weights that a worker which returns must have."""
         self.pool.expected_version = version
 
-    async def reachable(self) -> tuple[str, ...]:
-        """Returns the URLs of workers that answer now, whatever their weights; new weights are sent to these."""
+    async def reachable(self, patience_seconds: float = 0.0) -> tuple[str, ...]:
+        """Returns the URLs of workers that answer now, whatever their weights; new weights are sent to these.
+
+        A worker whose scheduler hangs, for example in a broadcast that another server has left, does not answer.
+
+        Args:
+            patience_seconds: Seconds to wait for a first worker while none answers.
+        """
 
         async def answers(url: str) -> bool:
             try:
                 async with asyncio.timeout(_REACHABLE_SECONDS):
-                    await self._control.weight_version(url)
+                    await self._control.get(url, "/server_info")  # asks the scheduler; /model_info does not
             except (EngineError, TimeoutError):
                 return False
             return True
 
-        found = await asyncio.gather(*map(answers, self.pool.workers))
-        return tuple(url for url, yes in zip(self.pool.workers, found, strict=True) if yes)
+        end = time.monotonic() + patience_seconds
+        while True:
+            found = await asyncio.gather(*map(answers, self.pool.workers))
+            if any(found) or time.monotonic() >= end:
+                return tuple(url for url, yes in zip(self.pool.workers, found, strict=True) if yes)
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def control(
         self, path: str, payload: Mapping[str, Any] | None = None, *, workers: Sequence[str] | None = None

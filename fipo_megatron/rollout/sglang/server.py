@@ -91,15 +91,7 @@ def check_arguments(spec: ServerSpec) -> None:
         "parser = argparse.ArgumentParser(); s.ServerArgs.add_cli_args(parser)\n"
         "print(json.dumps([action.dest for action in parser._actions]))"
     )
-    try:
-        done = subprocess.run(
-            [str(spec.python), "-c", program], env=_environment(spec), capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise EngineError(f"{spec.python}: {error.strerror}; `make sglang-env` makes SGLang's environment") from error
-    if done.returncode:
-        raise EngineError(f"{spec.python}: SGLang cannot be imported:\n{done.stderr[-2000:]}")
-    names = json.loads(done.stdout.splitlines()[-1])
+    names = json.loads(run_python(spec, program, "SGLang"))
     problems = []
     for name, value in spec.arguments.items():
         where = f"rollout.sglang.{name} = {'…' if name in _SECRET else repr(value)}"
@@ -111,6 +103,28 @@ def check_arguments(spec: ServerSpec) -> None:
             problems.append(f"{where}: the installed SGLang has no such argument{hint}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def run_python(spec: ServerSpec, program: str, what: str) -> str:
+    """Runs a program in the Python and the environment of a server, and returns the last line that it prints.
+
+    Args:
+        spec: Settings of the server.
+        program: Text of the program.
+        what: Name of what it imports, for the message.
+
+    Raises:
+        EngineError: there is no such Python, or the program fails.
+    """
+    try:
+        done = subprocess.run(
+            [str(spec.python), "-c", program], env=_environment(spec), capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise EngineError(f"{spec.python}: {error.strerror}; `make sglang-env` makes SGLang's environment") from error
+    if done.returncode:
+        raise EngineError(f"{spec.python}: {what} cannot be imported:\n{done.stderr[-2000:].strip()}")
+    return done.stdout.splitlines()[-1]
 
 
 def free_port(host: str) -> int:

@@ -6,17 +6,20 @@ could reach two servers in different orders, and both would wait for ever.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
+
+_SETTLE_SECONDS = 30.0
+"""Seconds to wait for servers that are asked to give something up; a server that hangs does not answer."""
 
 
 class BucketSender:
@@ -33,18 +36,16 @@ class BucketSender:
     def send(self, version: int) -> None:
         """Sends all buckets of all stages; see :meth:`.sender_protocol.WeightSender.send`."""
         actor = self._actor
-        with actor.together("beginning an update of the weights"):
-            if actor.leads:
-                self._servers.all("/begin_weight_update")
         try:
+            with actor.together("beginning an update of the weights"):
+                if actor.leads:
+                    self._servers.all("/begin_weight_update")
             for stage in range(actor.stages):
                 with actor.together(f"sending the weights of stage {stage}"):
                     if stage == actor.stage:
                         self._send_stage()
         except Exception:
-            if actor.leads:
-                with contextlib.suppress(EngineError):
-                    self._servers.all("/end_weight_update")  # a server allows one update at a time
+            self._give_up()
             raise
         with actor.together("ending the update of the weights"):
             if actor.leads:
@@ -67,9 +68,39 @@ class BucketSender:
     def _send_bucket(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         raise NotImplementedError
 
+    def _give_up(self) -> None:
+        """Ends a failed update on the servers that answer: a server allows one update at a time."""
+        if self._actor.leads:
+            settle(self._servers.begin("/end_weight_update", {url: {} for url in self._servers.urls}))
+
     def close(self) -> None:
         """Closes the connections to the servers."""
         self._servers.close()
+
+    def abort(self) -> None:
+        """Closes the connections to servers of which some are lost; waits for none of them for long."""
+        self._servers.close()
+
+
+def settle(calls: Sequence[Future[Any]], seconds: float = _SETTLE_SECONDS) -> list[BaseException]:
+    """Waits until calls are over, but no longer than the given seconds.
+
+    Returns:
+        The errors of the calls that have failed.
+    """
+    done, _ = wait(calls, seconds)
+    return [error for call in done if not call.cancelled() and (error := call.exception()) is not None]
+
+
+def results(calls: Sequence[Future[Any]]) -> None:
+    """Waits until all calls have succeeded, or one has failed: the others may then never return.
+
+    Raises:
+        EngineError: a call failed.
+    """
+    done, _ = wait(calls, return_when=FIRST_EXCEPTION)
+    for call in done:
+        call.result()
 
 
 def flatten(tensors: Sequence[tuple[str, Tensor]]) -> tuple[Tensor, list[SimpleNamespace]]:

@@ -45,3 +45,7 @@ class DiskSender:
     def close(self) -> None:
         """Closes the connections to the servers."""
         self._servers.close()
+
+    def abort(self) -> None:
+        """Closes the connections: they are requests of their own."""
+        self.close()

@@ -6,21 +6,30 @@ import contextlib
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
-from fipo_megatron.rollout.weight_sync.bucket_sender import BucketSender, flatten
+from fipo_megatron.rollout.weight_sync.bucket_sender import BucketSender, flatten, results, settle
 from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
+
+_POLL_SECONDS = 0.5
+_REFUSAL_SECONDS = 0.5
+"""Seconds within which a server that has ended refuses a connection."""
 
 
 class DistributedSender(BucketSender):
     """A :class:`.sender_protocol.WeightSender` by broadcast.
 
-    The sender of each stage and all ranks of all servers form a group.
+    The sender of each stage and all ranks of all servers form a group. The group is aborted as soon as a server fails:
+    with NCCL the broadcast would otherwise stay on the stream, and everything behind it would wait, until the watchdog
+    of torch ends this process.
 
     Args:
         actor: The actor's weights.
@@ -51,10 +60,15 @@ class DistributedSender(BucketSender):
         self._name = f"fipo_megatron_stage_{actor.stage}_{uuid.uuid4().hex}"
         self._flattened = flattened
         self._group: dist.ProcessGroup | None = None
-        for stage in range(actor.stages):
-            with actor.together(f"connecting stage {stage} to the servers"):
-                if stage == actor.stage and actor.sends:
-                    self._connect(ranks_per_server, address, backend, timeout)
+        self._joined = False
+        try:
+            for stage in range(actor.stages):
+                with actor.together(f"connecting stage {stage} to the servers"):
+                    if stage == actor.stage and actor.sends:
+                        self._connect(ranks_per_server, address, backend, timeout)
+        except Exception:
+            self._abort_group()
+            raise
 
     def _connect(self, ranks: Sequence[int], address: str, backend: str, timeout: timedelta) -> None:
         world, port = 1 + sum(ranks), _free_port()
@@ -68,8 +82,8 @@ class DistributedSender(BucketSender):
             },
         )
         self._group = _join_group(backend, address, port, world, self._name, timeout)
-        for call in calls:
-            call.result()
+        self._joined = True
+        results(calls)
 
     def _send_bucket(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         assert self._group is not None
@@ -82,19 +96,76 @@ class DistributedSender(BucketSender):
         }
         calls = self._servers.begin("/update_weights_from_distributed", dict.fromkeys(self._servers.urls, payload))
         parts = [flatten(tensors)[0]] if self._flattened else [tensor.contiguous() for _, tensor in tensors]
-        for part in parts:
-            self._group.broadcast(part, 0).wait()
-        for call in calls:
-            call.result()
+        try:
+            _finish(calls, [self._group.broadcast(part, 0) for part in parts])
+        except EngineError:
+            self._abort_group()
+            raise
+        except RuntimeError as error:
+            self._abort_group()
+            refused = settle(calls, _REFUSAL_SECONDS)  # says more than a connection that was closed
+            raise next(iter(refused), EngineError(f"the broadcast of weights has failed: {error}")) from error
+
+    def _give_up(self) -> None:
+        """Aborts the group of this stage, too: a server that failed may be missing in it."""
+        self._abort_group()
+        super()._give_up()
+
+    def _abort_group(self) -> None:
+        """Aborts the group without the servers; its broadcasts leave the stream."""
+        if self._group is not None:
+            group, self._group = self._group, None
+            distributed_c10d._abort_process_group(group)
+
+    def _begin_destroy(self) -> list[Future[Any]]:
+        """Begins the servers' side of destroying the group; only the rank that has formed it."""
+        if not self._joined:
+            return []
+        self._joined = False
+        payload = {"group_name": self._name}
+        return self._servers.begin("/destroy_weights_update_group", dict.fromkeys(self._servers.urls, payload))
 
     def close(self) -> None:
-        """Destroys the group and closes the connections; a collective of the ranks that send and the servers."""
+        """Destroys the group and closes the connections; a collective of the ranks that send and the servers.
+
+        Destroying a group of NCCL is a collective, so both sides do it at the same time, unless a server has ended.
+        """
+        calls = self._begin_destroy()
+        if settle(calls, _REFUSAL_SECONDS):
+            self._abort_group()
         if self._group is not None:
-            with contextlib.suppress(EngineError):  # a server may have died since
-                self._servers.all("/destroy_weights_update_group", {"group_name": self._name})
-            dist.destroy_process_group(self._group)
-            self._group = None
+            group, self._group = self._group, None
+            dist.destroy_process_group(group)
+        settle(calls)
         super().close()
+
+    def abort(self) -> None:
+        """Aborts the group and closes the connections; servers that are still there give up their side."""
+        self._abort_group()
+        settle(self._begin_destroy(), _REFUSAL_SECONDS)
+        super().abort()
+
+
+def _finish(calls: Sequence[Future[Any]], works: Sequence[dist.Work]) -> None:
+    """Waits until all servers have answered that they have received the broadcasts, then for the broadcasts.
+
+    The servers' answers come first. With NCCL, waiting for a broadcast lets only the stream wait, which shows no error.
+    With gloo it blocks, and a server that has ended need not be noticed.
+
+    Raises:
+        EngineError: a server failed.
+        RuntimeError: a broadcast failed.
+    """
+    pending = {*calls}
+    while pending:
+        done, pending = wait(pending, _POLL_SECONDS, return_when=FIRST_EXCEPTION)
+        for call in done:
+            call.result()
+        for work in works:
+            if work.is_completed():
+                work.wait()  # raises the error of a broadcast that has failed
+    for work in works:
+        work.wait()
 
 
 def _free_port() -> int:
@@ -108,21 +179,19 @@ def _join_group(backend: str, address: str, port: int, world: int, name: str, ti
 
     SGLang forms its side with torch's ``_new_process_group_helper`` under the prefix ``name``; both sides must agree.
     """
-    from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
-
     store = dist.TCPStore(address, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
     group: dist.ProcessGroup
     with _default_group_unbound():
-        group, _ = _new_process_group_helper(
+        group, _ = distributed_c10d._new_process_group_helper(
             world,
             0,
             [],
-            Backend(backend),
-            PrefixStore(name, store),
+            dist.Backend(backend),
+            dist.PrefixStore(name, store),
             group_name=name,  # type: ignore[arg-type]  # a NewType of str in some versions of torch
             timeout=timeout,
         )
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group
 
 

@@ -61,6 +61,9 @@ class EmbeddedSender:
     def close(self) -> None:
         """Does nothing: there are no connections."""
 
+    def abort(self) -> None:
+        """Does nothing: there are no connections."""
+
 
 def _read(directory: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(directory.glob("*.safetensors")):

@@ -65,3 +65,6 @@ class WeightSender(Protocol):
 
     def close(self) -> None:
         """Closes the connections between actor and engine."""
+
+    def abort(self) -> None:
+        """Closes the connections to servers of which some are lost; waits for none of them for long."""
