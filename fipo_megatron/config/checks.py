@@ -102,6 +102,13 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             "rollout.servers.sync = distributed: must be tensor or disk with rollout.servers.colocated; NCCL allows "
             "one rank per GPU"
         )
+    if not servers.urls:
+        problems += [
+            f"rollout.sglang.{name} = {value!r}: must be 1 for servers that the run starts; rollout.servers.per_host "
+            "starts several servers"
+            for name in ("dp_size", "pp_size", "nnodes")
+            if (value := rollout.sglang.get(name, 1)) != 1
+        ]
     problems += [
         f"rollout.servers.{name} = {url}: must begin with http:// or https://"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
