@@ -86,7 +86,7 @@ def sync_seconds(url: str, path: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         for name, sender in (
             ("disk", DiskSender(side, servers(), Path(directory))),
-            ("tensor", TensorSender(side, servers())),
+            ("tensor", TensorSender(side, servers(), [1])),
             ("distributed plain", DistributedSender(side, servers(), [1], backend="gloo", flattened=False)),
             ("distributed bucketed", DistributedSender(side, servers(), [1], backend="gloo")),
         ):

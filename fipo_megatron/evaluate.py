@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -36,6 +37,8 @@ from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
+from fipo_megatron.rollout.host_address import LOOPBACK, host_address
+from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, place_servers
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.storage.output_lock import lock_output
@@ -122,7 +125,7 @@ async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: 
     servers = replace(config.rollout.servers, colocated=False)  # no actor shares the memory
     config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
     coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
-    host = HostInfo(rank=0, local_rank=0, starters=(0,), cuda=torch.cuda.is_available(), directory=inputs.output)
+    host = _host(config, inputs.output)
     verifier = open_verifier(config.reward)
     try:
         opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
@@ -142,6 +145,20 @@ async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: 
             await opened.close()
     finally:
         await verifier.close()
+
+
+def _host(config: Config, output: Path) -> HostInfo:
+    """Returns this host, on which servers have all GPUs to themselves."""
+    cuda, servers = torch.cuda.is_available(), config.rollout.servers
+    return HostInfo(
+        rank=0,
+        local_rank=0,
+        starters=(0,),
+        cuda=cuda,
+        directory=output,
+        address=host_address(servers.interface) if servers.interface else LOOPBACK,
+        gpus=place_servers(config.rollout, (), os.environ.get(VISIBLE)) if cuda and not servers.urls else None,
+    )
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -40,15 +40,15 @@ def train(data, output, *overrides, ranks=None, fail_at="", code=0, environment=
     return done.output
 
 
-def train_by_command(data, output, *overrides, ranks=1, code=0):
+def train_by_command(data, output, *overrides, ranks=1, code=0, environment=None, timeout=300):
     """Trains by the command line, under torchrun if there are several ranks; otherwise as :func:`train`."""
     done = subprocess.run(
         command(data, output, *overrides, ranks=ranks),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     said = done.stdout + done.stderr

@@ -125,6 +125,13 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             f"rollout.servers.nccl_version = {servers.nccl_version}: must be null without rollout.servers.urls; "
             "servers that the run starts are asked for it"
         )
+    if not servers.urls:
+        problems += [
+            f"rollout.sglang.{name} = {value!r}: must be 1 for servers that the run starts; rollout.servers.per_host "
+            "starts several servers"
+            for name in ("dp_size", "pp_size", "nnodes")
+            if (value := rollout.sglang.get(name, 1)) != 1
+        ]
     problems += [
         f"rollout.servers.{name} = {url}: {problem}"
         for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))

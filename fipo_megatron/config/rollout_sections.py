@@ -54,13 +54,19 @@ class ServersConfig:
             of ``urls``.
         per_host: Servers to start on each host of the actor if ``urls`` is empty.
         python: Python interpreter of SGLang's environment (``make sglang-env``).
+        environment: Environment variables of the servers that the run starts. Servers inherit only those variables of
+            the trainer that docs/rollout.md lists. The run's files contain the values, so they must not be secret.
+        interface: Network interface between the hosts, such as ``eth0``, or this host's IPv4 address on it: servers of
+            several hosts listen there, and ``sync = distributed`` sends from there. null: the address to which the
+            host's name resolves.
         api_key_variable: Environment variable that holds the servers' API key. The key itself is written to no file.
         concurrency: Requests in flight per server and leader.
         progress_seconds: Seconds without a new token after which a server with requests in flight counts as lost.
         patience_seconds: Seconds to wait for a lost server to return when none is left. Also the time-out of the
             weight broadcast with ``sync = distributed``.
         ready_seconds: Seconds within which a started server must accept requests.
-        restarts: Maximum number of restarts of each server that the run has started.
+        restarts: Maximum number of restarts of each server that the run has started; colocated servers are not
+            restarted.
         colocated: Servers and actor share the same GPUs and use them in turns.
         sync: Transport of the weights to the servers: files in a directory that both sides see (``disk``), the request
             itself (``tensor``), or a broadcast (``distributed``).
@@ -78,6 +84,8 @@ class ServersConfig:
     router: str | None = None
     per_host: Positive = 1
     python: str = ".venv-sglang/bin/python"
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = field(default_factory=dict)
+    interface: Annotated[str, Field(min_length=1)] | None = None
     api_key_variable: str = "FIPO_SGLANG_API_KEY"
     concurrency: Positive = 256
     progress_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 300.0
@@ -119,7 +127,9 @@ class RolloutConfig:
             no GPU.
         embedded_slots: Requests that the embedded engine samples at the same time.
         servers: The SGLang servers; a section of its own.
-        sglang: Arguments of the servers by the names of SGLang's ``ServerArgs``.
+        sglang: Arguments of the servers that the run starts, by the names of SGLang's ``ServerArgs``. ``base_gpu_id``
+            is the first GPU of a host's servers. Its default is the first one after those of the trainer's ranks, or 0
+            for colocated servers.
     """
 
     prompts_per_step: Positive = 512

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import FinishReason, TokenSpan
 
-EngineMemory = Literal["kv_cache", "weights"]
+EngineMemory = Literal["kv_cache", "weights", "cuda_graph"]
 
 
 class EngineError(RuntimeError):

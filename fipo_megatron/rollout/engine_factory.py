@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fipo_megatron.config import Config
+from fipo_megatron.config import Config, ServersConfig
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import RolloutEngine
+from fipo_megatron.rollout.host_address import LOOPBACK
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
+from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, ServerGpus
 from fipo_megatron.rollout.sglang.handshake import ServerFacts, handshake
 from fipo_megatron.rollout.sglang.server import ServerSpec, SglangServer
 from fipo_megatron.rollout.sglang.server_supervisor import ServerSupervisor
@@ -38,6 +39,8 @@ class HostInfo:
         starters: First rank of each host.
         cuda: Whether servers have GPUs.
         directory: Directory for weights in transfer and server logs; all ranks and the servers started here see it.
+        address: Address at which servers started here listen, and at which servers reach this rank.
+        gpus: GPUs of the servers to start on this host; None without CUDA or without servers to start.
     """
 
     rank: int
@@ -45,6 +48,8 @@ class HostInfo:
     starters: tuple[int, ...]
     cuda: bool
     directory: Path
+    address: str = LOOPBACK
+    gpus: ServerGpus | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class OpenedEngine:
     Attributes:
         engine: Engine of this rank; None if the rank is not a leader.
         pool: Servers that this rank has started, or None.
-        facts: Properties that every server reports; empty without servers and on other ranks than 0.
+        facts: Properties that every server reports, the same on every rank; empty without servers.
     """
 
     engine: RolloutEngine | None
@@ -105,7 +110,7 @@ async def open_engine(
     error: Exception | None = None
     try:
         if not config.rollout.servers.urls and host.local_rank == 0:
-            pool = ServerSupervisor(local_servers(config, host), restarts=config.rollout.servers.restarts)
+            pool = ServerSupervisor(local_servers(config, host), restarts=_restarts(config.rollout.servers))
             async with everyone.alive():
                 await pool.start()
     except Exception as failed:
@@ -120,12 +125,15 @@ async def open_engine(
     facts: tuple[ServerFacts, ...] = ()
     try:
         if leads:
-            client = _client(config, urls, coordinator, vocab)
+            # The order of the servers differs by leader, so that all servers are used.
+            first = coordinator.leaders.index(coordinator.rank) % len(urls)
+            client = _client(config, [*urls[first:], *urls[:first]], vocab)
             if pool is not None:
                 pool.on_lost = client.worker_lost
             if coordinator.rank == 0:
                 facts = await handshake(client, Path(config.model.path), tokenizer, longest=longest_request(config))
-        await coordinator.gather({})
+        reports = await coordinator.gather([asdict(each) for each in facts])
+        facts = tuple(ServerFacts(**each) for each in reports[0])
     except BaseException as failed:
         coordinator.fail(failed)
         await OpenedEngine(client, pool).close()
@@ -133,12 +141,23 @@ async def open_engine(
     return OpenedEngine(client, pool, facts)
 
 
-def _client(config: Config, urls: Sequence[str], coordinator: StoreCoordinator, vocab: int) -> SglangClient:
-    """Opens the client of a leader. The order of the servers differs by leader, so that all servers are used."""
+async def check_running_servers(config: Config, tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Compares the servers of ``rollout.servers.urls`` with the model, before anything expensive is built.
+
+    Raises:
+        EngineError: a server cannot be reached, or serves another model; see :func:`.sglang.handshake.handshake`.
+    """
+    client = _client(config, config.rollout.servers.urls, vocab)
+    try:
+        await handshake(client, Path(config.model.path), tokenizer, longest=longest_request(config))
+    finally:
+        await client.close()
+
+
+def _client(config: Config, urls: Sequence[str], vocab: int) -> SglangClient:
     servers = config.rollout.servers
-    first = coordinator.leaders.index(coordinator.rank) % len(urls)
     return SglangClient(
-        [*urls[first:], *urls[:first]],
+        urls,
         router=servers.router,
         context=longest_request(config),
         vocab=vocab,
@@ -148,6 +167,11 @@ def _client(config: Config, urls: Sequence[str], coordinator: StoreCoordinator, 
         patience_seconds=servers.patience_seconds,
         deterministic=bool(config.rollout.sglang.get("enable_deterministic_inference")),
     )
+
+
+def _restarts(servers: ServersConfig) -> int:
+    """Returns the most restarts of a server; a colocated one would be sized for the memory that the actor leaves."""
+    return 0 if servers.colocated else servers.restarts
 
 
 def api_key(config: Config) -> str | None:
@@ -164,11 +188,12 @@ def local_servers(config: Config, host: HostInfo) -> list[SglangServer]:
         given.setdefault("enable_memory_saver", True)
     if (key := api_key(config)) is not None:
         given["api_key"] = key
-    ranks = int(given.get("tp_size", 1))
-    alone = len(host.starters) == 1
+    environment = dict(servers.environment)
+    if host.gpus is not None and host.gpus.visible is not None:
+        environment[VISIBLE] = host.gpus.visible
     found = []
     for number in range(servers.per_host):
-        arguments: dict[str, Any] = given | ({"base_gpu_id": number * ranks} if host.cuda else {})
+        arguments: dict[str, Any] = given | ({"base_gpu_id": host.gpus.first[number]} if host.gpus else {})
         found.append(
             SglangServer(
                 ServerSpec(
@@ -176,7 +201,8 @@ def local_servers(config: Config, host: HostInfo) -> list[SglangServer]:
                     model_path=Path(config.model.path),
                     log=host.directory / f"sglang-{host.rank}-{number}.log",
                     arguments=arguments,
-                    host="127.0.0.1" if alone else socket.gethostname(),
+                    environment=environment,
+                    host=host.address,
                     cpu=not host.cuda,
                     ready_seconds=servers.ready_seconds,
                 )
@@ -213,16 +239,16 @@ def open_sender(
         return EmbeddedSender(actor, engine, leaders, host.directory)
     servers = BlockingControlClient(urls, api_key(config))
     try:
-        return _server_sender(config, servers, actor, host)
+        ranks = {facts.url: facts.ranks for facts in opened.facts}
+        return _server_sender(config, servers, [ranks[url] for url in servers.urls], actor, host)
     except BaseException:
         servers.close()
         raise
 
 
 def _server_sender(
-    config: Config, servers: BlockingControlClient, actor: ActorWeights, host: HostInfo
+    config: Config, servers: BlockingControlClient, ranks: Sequence[int], actor: ActorWeights, host: HostInfo
 ) -> DiskSender | TensorSender | DistributedSender:
-    ranks = int(config.rollout.sglang.get("tp_size", 1))
     if config.rollout.servers.sync == "disk":
         return DiskSender(actor, servers, host.directory)
     if config.rollout.servers.sync == "tensor":
@@ -230,8 +256,8 @@ def _server_sender(
     return DistributedSender(
         actor,
         servers,
-        [ranks] * len(servers.urls),
-        address="127.0.0.1" if len(host.starters) == 1 and not config.rollout.servers.urls else socket.gethostname(),
+        ranks,
+        address=host.address,
         backend="nccl" if host.cuda else "gloo",
         timeout=timedelta(seconds=config.rollout.servers.patience_seconds),
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.console import Console
 
 from fipo_megatron.actor import parallel
@@ -32,6 +30,7 @@ from fipo_megatron.rollout.weight_sync.probe import RESPONSES
 from fipo_megatron.storage import checksums
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
 from fipo_megatron.trainer.collapse_monitor import CollapseMonitor
+from fipo_megatron.trainer.hosts import describe_host
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.outcome import remove_outcome
 from fipo_megatron.trainer.rollout_session import RolloutSession
@@ -68,12 +67,14 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
         layout = parallel.initialize(config.actor.parallel, config.seed)
         resources.callback(parallel.destroy)
         _lock_output(Path(config.run.output), layout, resources)
+        samples = config.algorithm.kind != "sft" and not config.run.replay
+        host = describe_host(config, inputs, layout) if samples else None
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
-        if config.run.replay:
+        if host is not None:
+            _open_rollouts(trainer, host, restored, resources)
+        elif config.run.replay:
             trainer.routes = Routes.build(layout.data_rank)
-        elif config.algorithm.kind != "sft":
-            _open_rollouts(trainer, restored, resources)
         resources.enter_context(trainer.stop)
         trainer.resources = resources.pop_all()
     trainer.log.started(trainer.step)
@@ -166,7 +167,7 @@ def _restore_newest(trainer: Trainer) -> tuple[Path | None, Restored | None]:
     return None, None
 
 
-def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitStack) -> None:
+def _open_rollouts(trainer: Trainer, host: HostInfo, restored: Restored | None, resources: ExitStack) -> None:
     """Opens verifier, scorer, engine and sampler, and restores what they carried over."""
     config, inputs = trainer.config, trainer.inputs
     verifier = open_verifier(config.reward)
@@ -175,7 +176,7 @@ def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitS
         config,
         trainer.actor,
         inputs.architecture,
-        _host_info(trainer),
+        host,
         parallel.store(),
         tokenizer=inputs.tokenizer,
         scorer=trainer.scorer,
@@ -188,19 +189,3 @@ def _open_rollouts(trainer: Trainer, restored: Restored | None, resources: ExitS
     resources.callback(session.cancel_prefetch)
     if restored is not None:
         session.restore(trainer.step, restored.carry_over, restored.prefetched)
-
-
-def _host_info(trainer: Trainer) -> HostInfo:
-    """Returns this rank's host; ranks whose local rank is 0 start servers."""
-    local_rank = parallel.Launch.from_environment(os.environ).local_rank
-    everyone: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, local_rank)
-    directory = trainer.output / "rollout"
-    directory.mkdir(exist_ok=True)
-    return HostInfo(
-        rank=trainer.layout.rank,
-        local_rank=local_rank,
-        starters=tuple(rank for rank, local in enumerate(everyone) if local == 0),
-        cuda=trainer.layout.device.type == "cuda",
-        directory=directory,
-    )

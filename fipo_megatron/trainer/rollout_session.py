@@ -2,7 +2,8 @@
 
 If engine and actor share GPUs (``rollout.servers.colocated``), :meth:`RolloutSession.serving_weights` hands the device
 over: optimizer and gradients leave, the engine's weights return and are updated, the actor's weights leave, the KV
-cache returns; after the block, the same in reverse. Otherwise it only sends the weights.
+cache and the CUDA graphs return; after the block, the same in reverse. Servers start while the actor is offloaded.
+Otherwise it only sends the weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -106,15 +107,23 @@ class RolloutSession:
         hosts = dist.PrefixStore("hosts", store)
         starters = StoreCoordinator(hosts, host.rank, host.starters, ranks, silence_seconds=silence)
         self._loop = EventLoopThread()
-        try:
-            self._opened = self._loop.run(
-                open_engine(config, host, self.coordinator, starters, tokenizer, architecture.vocab)
-            )
-        except BaseException:
-            self._loop.close()
-            raise
-        self._engine_has_memory = True
         self._prefetched: Future[SampledGroups] | None = None
+        colocated = config.rollout.servers.colocated
+        # A server sizes its KV cache once, from the memory that is free when it starts.
+        with actor.offloaded() if colocated else nullcontext():
+            try:
+                self._opened = self._loop.run(
+                    open_engine(config, host, self.coordinator, starters, tokenizer, architecture.vocab)
+                )
+            except BaseException:
+                self._loop.close()
+                raise
+            try:
+                if colocated:
+                    self._release("kv_cache", "weights", "cuda_graph")
+            except BaseException:
+                self._close_engine()
+                raise
         try:
             self.weights = WeightUpdater(
                 config, actor, architecture, host, self._opened, self.coordinator, self._loop, probe
@@ -143,20 +152,19 @@ class RolloutSession:
             yield
             return
         actor = self._actor
-        if self._engine_has_memory:  # as after its start
-            self._release("kv_cache")
-            self._release("weights")
         with actor.offloaded(parameters=False):
             self._restore("weights")
             self.weights.send(version)
             with actor.offloaded(gradients=False, optimizer=False):
-                self._restore("kv_cache")
-                self._engine_has_memory = True
+                self._restore("kv_cache", "cuda_graph")
                 responses = self.weights.sample_probe()
-                yield
-                self._release("kv_cache")
-                self._release("weights")
-                self._engine_has_memory = False
+                try:
+                    yield
+                except (SamplingExhaustedError, VerifierError):
+                    with suppress(EngineError):
+                        self._release("kv_cache", "weights", "cuda_graph")  # the actor returns and is saved
+                    raise
+                self._release("kv_cache", "weights", "cuda_graph")
         self.weights.check_probe(responses)
 
     def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> SampledGroups:
@@ -279,11 +287,11 @@ class RolloutSession:
         self._loop.run(self._opened.close())
         self._loop.close()
 
-    def _restore(self, memory: EngineMemory) -> None:
-        self._control(lambda engine: engine.restore_memory(memory))
+    def _restore(self, *memory: EngineMemory) -> None:
+        self._control(lambda engine: engine.restore_memory(*memory))
 
-    def _release(self, memory: EngineMemory) -> None:
-        self._control(lambda engine: engine.release_memory(memory))
+    def _release(self, *memory: EngineMemory) -> None:
+        self._control(lambda engine: engine.release_memory(*memory))
 
     def _control(self, call: Callable[[RolloutEngine], Awaitable[None]]) -> None:
         """Makes a call on the first leader's engine; all ranks continue when it is done."""

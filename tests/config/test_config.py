@@ -210,6 +210,14 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["rollout.overlap = True: needs rollout.max_staleness", "must be false with rollout.servers.colocated"],
         ),
         (["rollout.sglang={api_key: secret}"], ["rollout.sglang.api_key: must be in the environment variable that"]),
+        (
+            ["rollout.sglang={dp_size: 2, pp_size: 4, nnodes: 2}"],
+            [
+                "rollout.sglang.dp_size = 2: must be 1 for servers that the run starts; rollout.servers.per_host",
+                "rollout.sglang.pp_size = 4: must be 1",
+                "rollout.sglang.nnodes = 2: must be 1",
+            ],
+        ),
         (["rollout.servers.urls=['host:3']"], ["rollout.servers.urls = host:3: must begin with http://"]),
         (["rollout.servers.urls=['http://h:70000']"], ["rollout.servers.urls = http://h:70000: must have a port from"]),
         (["rollout.servers.urls=['http://h:0']"], ["rollout.servers.urls = http://h:0: must have a port from"]),

@@ -107,6 +107,16 @@ def test_a_server_that_cannot_be_reached_is_named():
         call(lambda client: client.get("http://127.0.0.1:9", "/echo"))
 
 
+def test_no_call_goes_through_a_proxy(url, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert call(lambda client: client.weight_version(url)) == 7
+    with contextlib.closing(BlockingControlClient([url], KEY)) as servers:
+        assert servers.all("/text") == [{"answer": "done"}]
+
+
 def test_the_blocking_client_calls_all_servers_while_the_caller_goes_on(url):
     """The caller does something else between :meth:`begin` and ``result()``; bodies may be large."""
     with contextlib.closing(BlockingControlClient([url, url.replace("127.0.0.1", "localhost")], KEY)) as servers:

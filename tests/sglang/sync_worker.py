@@ -33,7 +33,7 @@ def sender_of(path: str, side: ActorWeights, servers: BlockingControlClient, dir
     if path == "disk":
         return DiskSender(side, servers, directory)
     if path == "tensor":
-        return TensorSender(side, servers)
+        return TensorSender(side, servers, [1])
     return DistributedSender(side, servers, [1], backend="gloo", flattened=path.endswith("bucketed"))
 
 

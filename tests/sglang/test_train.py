@@ -20,8 +20,9 @@ def processes_of(text):
     return [line for line in found if text in line and not line.startswith("Z")]
 
 
-@pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_a_run_with_a_server(sync, tmp_path):
+@pytest.mark.parametrize(("sync", "ranks"), [("disk", 1), ("distributed", 1), ("distributed", 2)])
+def test_a_run_with_a_server(sync, ranks, tmp_path):
+    """With two ranks, torchrun's variables surround the server; a proxy that is dead surrounds it always."""
     task.build(tmp_path / "data", seed=1)
     before = {*shared_memory.DIRECTORY.iterdir()}
     train_by_command(
@@ -32,6 +33,10 @@ def test_a_run_with_a_server(sync, tmp_path):
         "rollout.servers.max_probe_mean_shift=1e-4",
         "rollout.servers.max_probe_quantile_shift=1e-4",
         "rollout.sglang={max_total_tokens: 16384}",
+        "rollout.servers.environment={OMP_NUM_THREADS: '1'}",
+        ranks=ranks,
+        environment=dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9"),
+        timeout=800,
     )
     rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]

@@ -132,7 +132,7 @@ def test_a_server_that_refuses_is_named(server, actor, tmp_path):
         (server.url, "wrong", r"/begin_weight_update: HTTP status 401: unauthorised"),
         ("http://127.0.0.1:9", None, r"127.0.0.1:9/begin_weight_update: cannot be reached"),
     ):
-        sender = TensorSender(side, BlockingControlClient([url], key))
+        sender = TensorSender(side, BlockingControlClient([url], key), [1])
         with contextlib.closing(sender), pytest.raises(EngineError, match=text):
             sender.send(1)
     servers = BlockingControlClient([server.url], "secret")

@@ -10,11 +10,15 @@ import torch.distributed as dist
 
 from examples.quickstart import task
 from fipo_megatron.config import load_config
+from fipo_megatron.data.tokenizer import load_tokenizer
 from fipo_megatron.rollout.engine import EngineError
+from fipo_megatron.rollout.sglang.gpu_placement import RankGpu
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
+from fipo_megatron.trainer import factory, hosts
 from fipo_megatron.trainer.factory import open_trainer
 from fipo_megatron.trainer.training_inputs import read_training_inputs
 from fipo_megatron.weights.hf_directory import WeightsError
+from tests.rollout.stub_servers import stub_servers
 from tests.runs import command
 
 pytestmark = pytest.mark.distributed
@@ -76,6 +80,54 @@ def test_output_of_a_running_run_is_refused_before_anything_is_opened(data, tmp_
     with open_(data, tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").exists()
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    """Fails if a model is built."""
+    monkeypatch.setattr(factory, "_build", lambda *arguments: pytest.fail("a model was built"))
+
+
+BY_SERVERS = ["rollout.engine=sglang", "rollout.servers.python=/nowhere"]
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_running_servers_are_compared_before_the_model_is_built(data, tmp_path):
+    with (
+        stub_servers(load_tokenizer(data / "model"), {"dp_size": 2}) as [server],
+        pytest.raises(EngineError, match="dp_size = 2, must be 1"),
+    ):
+        open_(data, tmp_path / "run", *BY_SERVERS, f"rollout.servers.urls=[{server.url}]")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("nothing_built")
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["rollout.servers.urls=[http://10.9.8.7:1]"],
+            "host localhost: .* name localhost resolves to 127.0.0.1, which",
+        ),
+        (["rollout.servers.interface=nosuch0"], "rollout.servers.interface = nosuch0: is neither a network interface"),
+    ],
+)
+def test_an_address_that_servers_cannot_reach_is_refused_before_the_model_is_built(
+    overrides, text, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    with pytest.raises(EngineError, match=text):
+        open_(data, tmp_path / "run", *BY_SERVERS, *overrides)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_servers_on_the_gpus_of_the_trainer_are_refused_before_the_model_is_built(data, tmp_path, monkeypatch):
+    """The GPUs are stand-ins: this rank reports one, as it would on CUDA."""
+    monkeypatch.setattr(hosts, "rank_gpu", lambda device: RankGpu(0, 8))
+    with pytest.raises(EngineError, match="needs the GPUs 0-3, but the trainer's ranks use 0: 0 would be shared"):
+        open_(data, tmp_path / "run", *BY_SERVERS, "rollout.sglang={tp_size: 4, base_gpu_id: 0}")
+    assert not dist.is_initialized()
 
 
 def test_servers_that_do_not_answer_close_what_was_opened(data, tmp_path):

@@ -40,6 +40,7 @@ class ControlClient:
             timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=_CONNECT_SECONDS),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
             read_bufsize=1 << 20,
+            trust_env=False,  # control calls go to the servers, never to a proxy
         )
 
     async def __aenter__(self) -> ControlClient:

@@ -26,7 +26,7 @@ class ServerFacts:
         weight_version: Version of its weights.
         context: Tokens that it accepts for a prompt and its response together.
         dtype: Data type of its weights.
-        ranks: Tensor-parallel size.
+        ranks: Number of ranks, its tensor-parallel size.
     """
 
     url: str
@@ -67,7 +67,9 @@ async def handshake(
     for url in client.pool.workers:
         facts = _facts(url, models[url], servers[url])
         found.append(facts)
-        problems += [f"{url}: {text}" for text in _differences(facts, models[url], config, longest, version)]
+        problems += [
+            f"{url}: {text}" for text in _differences(facts, models[url], servers[url], config, longest, version)
+        ]
     for probe in _PROBES:
         mine = tokenizer(probe, add_special_tokens=False)["input_ids"]
         answers = await client.control("/tokenize", {"prompt": probe, "add_special_tokens": False})
@@ -93,7 +95,12 @@ def _facts(url: str, model: dict[str, Any], server: dict[str, Any]) -> ServerFac
 
 
 def _differences(
-    facts: ServerFacts, model: dict[str, Any], config: dict[str, Any], longest: int, version: str | None
+    facts: ServerFacts,
+    model: dict[str, Any],
+    server: dict[str, Any],
+    config: dict[str, Any],
+    longest: int,
+    version: str | None,
 ) -> list[str]:
     problems = []
     for name in ("architectures", "model_type"):
@@ -101,6 +108,12 @@ def _differences(
             problems.append(f"{name} = {model.get(name)}, config.json has {config.get(name)}")
     if version is not None and facts.version != version:
         problems.append(f"SGLang {facts.version}, expected {version}")
+    for name, kind in (("dp_size", "data"), ("pp_size", "pipeline")):
+        if server.get(name, 1) != 1:
+            problems.append(
+                f"{name} = {server[name]}, must be 1: weights cannot be sent to {kind}-parallel servers; run several "
+                "servers instead"
+            )
     if facts.context < longest:
         problems.append(f"takes {facts.context} tokens, the longest prompt with its response may have {longest}")
     return problems

@@ -26,6 +26,7 @@ import aiohttp
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang import shared_memory
 from fipo_megatron.rollout.sglang.control import ControlClient
+from fipo_megatron.rollout.sglang.server_environment import server_environment
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ServerSpec:
         log: File to which the server's output is appended.
         arguments: Arguments of SGLang by the names of its ``ServerArgs``: ``tp_size``, ``mem_fraction_static``,
             ``enable_memory_saver``, ``enable_deterministic_inference`` and so on.
-        environment: Variables added to the environment of this process.
+        environment: Variables beside those that :func:`.server_environment.server_environment` keeps of this process.
         host: Address to listen at.
         cpu: Whether the server runs without a GPU.
         weight_version: Version of the weights in ``model_path``.
@@ -139,11 +140,12 @@ def _option(name: str) -> str:
 
 
 def _environment(spec: ServerSpec) -> dict[str, str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(spec.environment)
+    environment = server_environment(os.environ, spec.environment)
     if secret := {_option(name): str(spec.arguments[name]) for name in _SECRET if spec.arguments.get(name) is not None}:
         environment["FIPO_SGLANG_SECRET_ARGUMENTS"] = json.dumps(secret)
     if spec.cpu:
-        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_SUPPORT)}
+        paths = [str(CPU_SUPPORT), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return environment
 
 

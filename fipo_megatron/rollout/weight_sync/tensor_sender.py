@@ -46,19 +46,21 @@ class TensorSender(BucketSender):
     Args:
         actor: The actor's weights.
         servers: The servers; closed with the sender.
-        tensor_parallel: Tensor-parallel size of every server. Each rank takes its part of the whole tensors.
+        ranks_per_server: Number of ranks of each server, in the order of ``servers.urls``; each rank takes its part of
+            the whole tensors.
     """
 
-    def __init__(self, actor: ActorWeights, servers: BlockingControlClient, tensor_parallel: int = 1) -> None:
+    def __init__(self, actor: ActorWeights, servers: BlockingControlClient, ranks_per_server: Sequence[int]) -> None:
         super().__init__(actor, servers)
-        self._tensor_parallel = tensor_parallel
+        self._ranks = dict(zip(servers.urls, ranks_per_server, strict=True))
 
     def _send_bucket(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         flat, metadata = flatten(tensors)
         content = base64.b64encode(pickle.dumps({"flattened_tensor": flat.cpu(), "metadata": metadata})).decode()
-        payload = {
-            "serialized_named_tensors": [content] * self._tensor_parallel,
-            "load_format": "flattened_bucket",
-            "flush_cache": True,
-        }
-        self._servers.all("/update_weights_from_tensor", payload)
+        common = {"load_format": "flattened_bucket", "flush_cache": True}
+        calls = self._servers.begin(
+            "/update_weights_from_tensor",
+            {url: common | {"serialized_named_tensors": [content] * ranks} for url, ranks in self._ranks.items()},
+        )
+        for call in calls:
+            call.result()
