@@ -277,7 +277,7 @@ class CheckpointManager:
             restore_random_state(random_state)
         else:
             logger.warning("%s was saved under another layout: random generators begin anew", path)
-        changed = manifest.differences(saved.config, as_dict(self._config))
+        changed = manifest.differences(saved.config, as_dict(self._config), as_dict(Config()))
         longer = [line for line in changed if line.startswith("run.steps: ")]
         if longer:  # another length is how a run is extended
             logger.info("%s", longer[0])

@@ -195,13 +195,23 @@ def name_of(step: int) -> str:
     return f"step-{step:06}"
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lists the keys whose values differ, one line each with both values."""
-    lines = []
+def differences(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any] | None = None, prefix: str = ""
+) -> list[str]:
+    """Lists the keys whose values differ, one line each with both values.
+
+    Args:
+        old: Nested values of the checkpoint.
+        new: Nested values of this run.
+        defaults: Values of keys that ``old`` lacks because they are newer than the checkpoint.
+        prefix: Beginning of every key, for nested values.
+    """
+    lines, defaults = [], defaults or {}
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        default = defaults.get(key)
+        before, after = old.get(key, default), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{key}.")
+            lines += differences(before, after, default if isinstance(default, dict) else None, f"{prefix}{key}.")
         elif before != after:
             lines.append(f"{prefix}{key}: {before} → {after}")
     return lines

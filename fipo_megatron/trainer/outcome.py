@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from fipo_megatron.storage.atomic import write_atomic
+from fipo_megatron.storage.atomic import set_aside, write_atomic
 
 logger = logging.getLogger(__name__)
 FILE = "outcome.json"
@@ -17,8 +17,11 @@ Outcome = Literal["complete", "stopped", "collapsed", "failed"]
 
 
 def remove_outcome(output: Path) -> None:
-    """Removes the outcome of an earlier run."""
-    (output / FILE).unlink(missing_ok=True)
+    """Removes the outcome of an earlier run; something else under its name is set aside."""
+    path = output / FILE
+    if path.is_dir() and not path.is_symlink():
+        logger.warning("%s: is a directory; it is now %s", path, set_aside(path, "damaged"))
+    path.unlink(missing_ok=True)
 
 
 def write_outcome(output: Path, outcome: Outcome, step: int, exit_code: int) -> None:

@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from fipo_megatron.checkpoint.manifest import FILE, FORMAT, Manifest, differences, package_versions
 from fipo_megatron.config import Config, as_dict
+from fipo_megatron.config.actor_sections import SftConfig
 from fipo_megatron.storage import checksums
 
 MANIFEST = Manifest(
@@ -55,8 +57,10 @@ def test_format_1_is_read_under_the_names_of_today(checkpoint):
     assert "save_every" in values["config"]["run"]
     (checkpoint / FILE).write_text(json.dumps(values))
     found = Manifest.read(checkpoint)
-    assert found == MANIFEST
-    assert not differences(found.config, as_dict(Config()))
+    assert found == replace(MANIFEST, config=MANIFEST.config | {"sft": {"examples_per_step": 512}})
+    now, defaults = as_dict(Config(sft=SftConfig(max_skipped_updates=7))), as_dict(Config())
+    assert differences(found.config, defaults, defaults) == []
+    assert differences(found.config, now, defaults) == ["sft.max_skipped_updates: 5 → 7"]
 
 
 def test_format_1_of_an_sft_run_keeps_its_batch(checkpoint):

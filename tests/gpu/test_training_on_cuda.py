@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from examples.quickstart import task
-from examples.quickstart.__main__ import HERE
+from examples.quickstart.two_stages import HERE
 
 SHARED = ("seed=1", "actor.dtype=bfloat16", "actor.distributed_optimizer=true", "checkpoint.save_every=3")
 
