@@ -21,6 +21,7 @@ from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine
 from fipo_megatron.rollout.event_loop import EventLoopThread
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
+from fipo_megatron.rollout.sglang.handshake import ServerFacts
 from fipo_megatron.rollout.sglang.server import free_port
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.rollout.weight_sync import distributed_sender
@@ -209,7 +210,8 @@ def updater_of(tmp_path, monkeypatch):
 
         monkeypatch.setattr(weight_updater, "actor_weights", lambda *_: actor_side())
         monkeypatch.setattr("socket.gethostname", lambda: "127.0.0.1")
-        engine = OpenedEngine(loop.run(client()))
+        facts = tuple(ServerFacts(url, "", 0, context=8, dtype="float32", ranks=1) for url in urls)
+        engine = OpenedEngine(loop.run(client()), facts=facts)
         host = HostInfo(0, 0, (0,), cuda=False, directory=tmp_path)
         coordinator = StoreCoordinator(dist.HashStore(), 0)
         updater = WeightUpdater(config, None, None, host, engine, coordinator, loop, ())

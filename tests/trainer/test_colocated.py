@@ -73,7 +73,7 @@ def session_and_engine(tmp_path, monkeypatch):
         tokenizer=None,
         scorer=score,
         stop_token_ids=(1,),
-        probe=prompt(999),
+        probe=[prompt(999)],
     )
     monkeypatch.setattr(session.weights, "send", lambda version: None)
     monkeypatch.setattr(session.weights, "sample_probe", lambda: None)
