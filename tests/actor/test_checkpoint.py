@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,8 @@ def test_layers_named_as_transformer_engine_names_them_load_it(name, saved, layo
             parts = layer.submodules
             parts.input_layernorm = parts.pre_mlp_layernorm = torch.nn.Identity
             parts.self_attention.submodules.linear_qkv = FusedNormLinear
-            parts.mlp.submodules.linear_fc1 = FusedNormLinear
+            mlp = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
+            mlp.linear_fc1 = FusedNormLinear
             parts.sharded_state_dict_keys_map = {}
         return block
 
