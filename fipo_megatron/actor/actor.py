@@ -140,7 +140,7 @@ class MegatronActor:
                 results[index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
                 return torch.zeros_like(found.log_probs[0]), micro.mask.sum().int(), {}
 
-            with torch.no_grad(), frozen_scaling(self.chunks), recompute_off(self.chunks):
+            with self._without_backward():
                 count = self._run(mini_batch, trajectories, keep, with_entropy=True, forward_only=True)
             stored.append([results.get(index) for index in range(count)])
         return stored
@@ -305,7 +305,7 @@ class MegatronActor:
 
         self.zero_grad()
         if balances_load(self.chunks[0].config):
-            with torch.no_grad(), frozen_scaling(self.chunks), measured_loads(self._routers):
+            with self._without_backward(), measured_loads(self._routers):
                 self._run(mini_batch, trajectories, None, with_entropy=False, forward_only=True)
         self._run(mini_batch, trajectories, loss, with_entropy=with_entropy, forward_only=False)
         return replace(reduce_outputs(outputs, self.layout), tokens=tokens)
@@ -401,6 +401,12 @@ class MegatronActor:
             forward_only=forward_only,
         )
         return len(micros)
+
+    @contextmanager
+    def _without_backward(self) -> Iterator[None]:
+        """Opens a block for passes without a backward pass, which leave no trace in the state of FP8."""
+        with torch.no_grad(), frozen_scaling(self.chunks), recompute_off(self.chunks):
+            yield
 
     def _num_micro_batches(self, mini_batch: MiniBatch) -> int:
         """Returns the number of micro-batches per rank.

@@ -340,15 +340,33 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
     assert equal(*gradients)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_only_the_training_pass_recomputes(build, plan, trajectories, recompute, monkeypatch):
-    """A recomputed region of a forward-only pass would leave its FP8 scales to the next training pass."""
-    regions, forward = [], random.CheckpointFunction.forward
+@pytest.fixture
+def regions(monkeypatch):
+    """A list that grows by one entry with every recomputed region."""
+    found, forward = [], random.CheckpointFunction.forward
     monkeypatch.setattr(
-        random.CheckpointFunction, "forward", staticmethod(lambda *given: regions.append(1) or forward(*given))
+        random.CheckpointFunction, "forward", staticmethod(lambda *given: found.append(1) or forward(*given))
     )
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_only_the_training_pass_recomputes(build, plan, trajectories, recompute, regions):
+    """A recomputed region of a forward-only pass would leave its FP8 scales to the next training pass."""
     actor = build(recompute=recompute)
     old = actor.log_probs(plan, trajectories)
     assert len(regions) == 0
     actor.forward_backward(plan[0], trajectories, old[0])
+    assert len(regions) == actor.chunks[0].config.num_layers * len(plan[0].micro_batches[0])
+
+
+def test_the_pass_that_measures_the_loads_of_experts_recomputes_nothing(plan, trajectories, regions):
+    config = layout_cases.build_transformers_model("qwen3-moe").config.to_dict()
+    settings = {"dtype": "float32", "recompute": "full", "transformer": {"moe_aux_loss_coeff": 0.01}}
+    actor_config = Config(actor=ActorConfig(**settings), algorithm=layout_cases.ALGORITHM)
+    layout = parallel.initialize(actor_config.actor.parallel, seed=1)
+    architecture = Architecture.from_hf(config | {"architectures": ["Qwen3MoeForCausalLM"]})
+    actor = MegatronActor(actor_config, architecture, layout, lambda chunks: None)
+    actor.forward_backward(plan[0], trajectories, actor.log_probs(plan, trajectories)[0])
+    parallel.destroy()
     assert len(regions) == actor.chunks[0].config.num_layers * len(plan[0].micro_batches[0])
