@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import random
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
+from fipo_megatron.actor.micro_batches import local_micro_batches
 from fipo_megatron.actor.update_metrics import NoiseError
 from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from fipo_megatron.data.packing import plan_micro_batches
@@ -338,6 +339,20 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
         gradients.append([p.main_grad.clone() for p in actor._parameters()])
         parallel.destroy()
     assert equal(*gradients)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_padding_has_no_boundaries_of_its_own(build, plan, trajectories, on_host):
+    """Transformer Engine compares them with the others on the host, twice in every layer."""
+    members = plan[0].micro_batches[0]
+    for micro in local_micro_batches(
+        members, trajectories, build().layout, token_multiple=16, boundaries_on_host=on_host
+    ):
+        packed = micro.packed_seq_params
+        assert packed.cu_seqlens_q_padded is None
+        assert packed.cu_seqlens_kv_padded is None
+        assert packed.cu_seqlens_q.tolist() == list(packed.cu_seqlens_host)
+        assert int(packed.cu_seqlens_q[-1]) == micro.tokens.shape[1]
 
 
 @pytest.fixture
