@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,16 +104,27 @@ async def evaluate(
             error = failure
     report = {"results": [asdict(result) for result in results], "checks": checks, "failure": verifier_failure}
     parts = await coordinator.gather(report, error)
-    everyones_checks = CheckCounts.total(CheckCounts(**part["checks"]) for part in parts)
-    if everyones_checks.exceeds(config.reward.max_failure_fraction):
-        raise everyones_checks.error(config.reward.max_failure_fraction)
-    if failures := [part["failure"] for part in parts if part["failure"]]:
-        raise VerifierError(failures[0])
-    if coordinator.rank == 0:
-        for kind in everyones_checks.failures:
-            logger.warning("evaluation: %s; they are left out", everyones_checks.warning(kind))
+    _check_reports(parts, config.reward.max_failure_fraction, warns=coordinator.rank == 0)
     by_id = {row["id"]: ProblemResult(**row) for part in parts for row in part["results"]}
     return Evaluation(tuple(by_id[prompt.id] for prompt in problems))
+
+
+def _check_reports(parts: Sequence[dict[str, Any]], largest_fraction: float, *, warns: bool) -> None:
+    """Raises VerifierError if too many checks failed or a verifier does not work; else warns of each kind of failure.
+
+    Args:
+        parts: Reports of the leaders.
+        largest_fraction: Largest accepted fraction of failed checks.
+        warns: Whether this rank warns.
+    """
+    checks = CheckCounts.total(CheckCounts(**part["checks"]) for part in parts)
+    if checks.exceeds(largest_fraction):
+        raise checks.error(largest_fraction)
+    if failures := [part["failure"] for part in parts if part["failure"]]:
+        raise VerifierError(failures[0])
+    if warns:
+        for kind in checks.failures:
+            logger.warning("evaluation: %s; they are left out", checks.warning(kind))
 
 
 async def _answer_all(

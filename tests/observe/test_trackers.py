@@ -1,4 +1,4 @@
-"""What trackers get comes out of them again: TensorBoard's own reader, and the services' packages without a service."""
+"""Trackers return the values that they were given, read with the readers of TensorBoard and of the services."""
 
 import os
 import re

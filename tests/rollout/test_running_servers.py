@@ -1,4 +1,4 @@
-"""What a run learns of servers that run already: their number of ranks, and whether weights can be sent to them."""
+"""A run asks running servers for their number of ranks, and refuses those to which no weights can be sent."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What a run says about a step with fewer groups, and about being extended."""
+"""A step with fewer groups is reported, and an extended run is no fault."""
 
 import pytest
 
