@@ -49,6 +49,11 @@ class RankMemory:
     update: PassMemory
     optimizer_step: PassMemory
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept between the passes."""
+        return self.parameters + self.gradients + self.optimizer + self.weight_copies
+
 
 def longest_mini_batch(tokens: int, micro_batches: int, data_parallel_size: int) -> tuple[MiniBatch, list[Trajectory]]:
     """Returns a mini-batch of micro-batches that each hold one sequence of ``tokens`` tokens, and the sequence."""

@@ -15,9 +15,14 @@ from fipo_megatron.plan import fake_world, stand_ins
 from fipo_megatron.plan.rank_memory import RankMemory, longest_mini_batch, measure
 from fipo_megatron.weights.architecture import Architecture
 
-Layers = Literal["transformer_engine", "torch"]
-"""Kind of the layers: stand-ins for those of Transformer Engine, or Megatron-Core's and ours as they run on a CPU."""
-_FUSED_FIELDS = {"bias_activation_fusion": True, "apply_rope_fusion": True}
+Layers = Literal["transformer_engine", "torch", "cpu"]
+"""Kind of the layers: stand-ins for those of Transformer Engine, or Megatron-Core's and ours as they run on a GPU
+without it, or on a CPU."""
+_FUSED_FIELDS: dict[Layers, dict[str, Any]] = {
+    "transformer_engine": {"bias_activation_fusion": True, "apply_rope_fusion": True},
+    "torch": {"bias_activation_fusion": True},
+    "cpu": {},
+}
 _DEVICE_FIELDS = ("transformer_impl", "moe_grouped_gemm", "moe_permute_fusion")
 
 
@@ -37,8 +42,7 @@ def trace_rank(
     Raises:
         ValueError: see :class:`.MegatronActor` and :func:`.parallel.initialize`.
     """
-    fused = layers == "transformer_engine"
-    _adapt(fused)
+    _adapt(layers)
     layout = parallel.initialize(
         config.actor.parallel,
         config.seed,
@@ -47,9 +51,9 @@ def trace_rank(
     )
     try:
         with fake_world.fake_tensors():
-            actor = MegatronActor(_traced_config(config, fused), architecture, layout, lambda chunks: None)
+            actor = MegatronActor(_traced_config(config, layers), architecture, layout, lambda chunks: None)
             copies = []
-            if fused:
+            if layers == "transformer_engine":
                 copies = stand_ins.replace_layers(actor.chunks, _fp8_layers(config, architecture))
                 stand_ins.fuse_optimizer(actor.optimizer)
             fake_world.balance_experts(actor.chunks)
@@ -60,19 +64,19 @@ def trace_rank(
 
 
 @cache
-def _adapt(fused: bool) -> None:
+def _adapt(layers: Layers) -> None:
     fake_world.install()
-    if fused:
+    if layers != "cpu":
         stand_ins.install()
 
 
-def _traced_config(config: Config, fused: bool) -> Config:
+def _traced_config(config: Config, layers: Layers) -> Config:
     """Returns the configuration with which Megatron-Core's own layers are built on a CPU.
 
     All micro-batches are equally long, so the shapes of their activations are not sent between pipeline stages.
     """
     transformer: dict[str, Any] = {k: v for k, v in config.actor.transformer.items() if k not in _DEVICE_FIELDS}
-    transformer |= {"variable_seq_lengths": False} | (_FUSED_FIELDS if fused else {})
+    transformer |= {"variable_seq_lengths": False} | _FUSED_FIELDS[layers]
     return replace(config, actor=replace(config.actor, fp8="off", transformer=transformer))
 
 

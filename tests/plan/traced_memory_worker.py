@@ -16,7 +16,7 @@ def main(world_size: str, out: str) -> None:
     ranks = range(world := int(world_size))
     found = {
         name: [
-            asdict(trace_rank(*configuration(*case), rank, world, micro_batches(case[0]), "torch")) for rank in ranks
+            asdict(trace_rank(*configuration(*case), rank, world, micro_batches(case[0]), "cpu")) for rank in ranks
         ]
         for name, case in CASES[world].items()
     }
