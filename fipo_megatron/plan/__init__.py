@@ -1,0 +1,1 @@
+"""The plan of a run before it starts: memory per GPU, time per step and disk space."""
