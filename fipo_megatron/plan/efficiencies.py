@@ -124,7 +124,7 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
 
 
 class Rates:
-    """Reads entries of a table and remembers which, so that an estimate can say what it rests on.
+    """Reads entries of a table and remembers for what, so that an estimate can say what it rests on.
 
     Args:
         table: The table; :data:`TABLE`, or a copy with entries replaced.
@@ -132,17 +132,16 @@ class Rates:
 
     def __init__(self, table: Mapping[str, Efficiency] = TABLE) -> None:
         self._table = table
-        self.used: set[str] = set()
+        self._used: dict[str, set[str]] = {}
 
-    def __getitem__(self, name: str) -> float:
-        """Returns the value of an entry and remembers it."""
-        self.used.add(name)
+    def read(self, name: str, purpose: str) -> float:
+        """Returns the value of an entry that a purpose rests on."""
+        self._used.setdefault(purpose, set()).add(name)
         return self._table[name].value
 
-    @property
-    def basis(self) -> Kind:
-        """The weakest kind among the entries that were read; ``measured`` if none was."""
-        return weakest(self._table[name].kind for name in self.used)
+    def basis(self, *purposes: str) -> Kind:
+        """Returns the weakest kind among the entries that some purposes rest on; ``measured`` if there are none."""
+        return weakest(self._table[name].kind for purpose in purposes for name in self._used.get(purpose, ()))
 
 
 def weakest(kinds: Iterable[Kind]) -> Kind:

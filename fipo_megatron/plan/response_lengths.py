@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -11,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 MEAN_FRACTION = 0.5
-"""Default mean response as a fraction of ``rollout.max_response_tokens``: FIPO's 32B run grew to 10,000 of 20,480 tokens
-(arXiv 2603.19835, abstract)."""
+"""Default mean response as a fraction of ``rollout.max_response_tokens``: FIPO's 32B run grew to 10,000 of 20,480
+tokens (arXiv 2603.19835, abstract)."""
 
 SPREAD = 0.6
 """Default standard deviation of the logarithm of the length (assumed): the longest of 8,192 responses is 9 times the
 median if nothing is cut."""
 
 _NORMAL = NormalDist()
+
+
+@lru_cache(maxsize=256)
+def _normal_quantiles(count: int) -> NDArray[np.float64]:
+    return np.array([_NORMAL.inv_cdf((number + 0.5) / count) for number in range(count)])
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,19 @@ class ResponseLengths:
 
     def sample(self, count: int) -> NDArray[np.int64]:
         """Returns the quantiles (i + ½) / count of the cut distribution: a sample without chance, in rising order."""
-        at = [(number + 0.5) / count for number in range(count)]
-        values = self.median * np.exp(self.spread * np.array([_NORMAL.inv_cdf(fraction) for fraction in at]))
+        values = self.median * np.exp(self.spread * _normal_quantiles(count))
         return np.clip(np.rint(values), 1, self.limit).astype(np.int64)
+
+    def quantile(self, fraction: float) -> int:
+        """Returns the length, after the cut, that this fraction of responses does not exceed."""
+        value = self.median * math.exp(self.spread * _NORMAL.inv_cdf(fraction))
+        return max(1, min(round(value), self.limit))
+
+    @property
+    def mean_while_running(self) -> float:
+        """Mean number of response tokens so far of a response that runs at a random time: E[X²] / 2 E[X]."""
+        sample = self.sample(1024).astype(np.float64)
+        return float((sample**2).mean() / (2 * sample.mean()))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the values as plain data."""
