@@ -49,6 +49,11 @@ _GPUSTACK_14B = (
     "https://github.com/gpustack/gpustack/blob/47277d79f4a5bae12a2d25e9ecbed2a2177a5f2d/docs/performance-lab/qwen3-14b/"
     "h100.md: Qwen3-14B on one H100, SGLang 0.5.5, at most 12,059 tokens/s with a full KV cache"
 )
+_BRIDGE_30B = (
+    "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/067f987df03b8355b03192d88d70f1709fedf51a/docs/"
+    "performance-summary-archive.md: Qwen3-30B-A3B in FP8 on 16 H100 (EP8, PP2), 9,058 tokens/s per GPU; 9,125 here"
+)
+_NEMO_RL_OTHER = "https://github.com/NVIDIA-NeMo/RL/pull/1052: a step of 66.6 s has 4.0 s beside sampling, log-probs, training and sync"
 _SLIME = "https://hebiao064.github.io/rl-weight-sync: 61 GB of Qwen3-30B-A3B in 7 s on 8 H100, in buckets of 512 MiB"
 
 TABLE: Mapping[str, Efficiency] = MappingProxyType(
@@ -81,9 +86,7 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
             "assumed",
             "about 40 kernels of 6 µs; a forward pass of a layer cannot take less",
         ),
-        "expert_matmul": Efficiency(
-            0.5, "of a dense product's rate", "assumed", "small products per expert, permutation and uneven load"
-        ),
+        "expert_matmul": Efficiency(0.5, "of a dense product's rate", "published", _BRIDGE_30B),
         # Communication, as a fraction of the links' bandwidth.
         "nvlink": Efficiency(
             0.75, "of NVLink bandwidth", "assumed", "NCCL's rings on large messages reach 330 to 370 of 450 GB/s"
@@ -106,7 +109,11 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
         "engine_memory": Efficiency(
             0.85, "of a GPU's memory", "assumed", "SGLang's mem_fraction_static if rollout.sglang does not set it"
         ),
+        "decode_experts": Efficiency(
+            0.5, "of memory bandwidth", "assumed", "a few tokens per expert: products of 8 to 16 rows"
+        ),
         # Between the phases.
+        "other": Efficiency(0.06, "of the step", "published", _NEMO_RL_OTHER),
         "sync_distributed": Efficiency(
             61e9 / 7, "bytes per second", "published", f"{_SLIME}; colocated there, a broadcast here"
         ),
@@ -115,9 +122,6 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
             2e9, "bytes per second", "assumed", "a shared file system, written once and then read by the servers"
         ),
         "host_link": Efficiency(0.7, "of the host link's bandwidth", "assumed", "pinned memory over PCIe"),
-        "host_allocation": Efficiency(
-            4e9, "bytes per second", "assumed", "pinned memory is allocated anew each time an actor is offloaded"
-        ),
     }
 )
 """The efficiencies by name."""

@@ -24,8 +24,6 @@ from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
 
 _BYTES = 2
-_SEED = 0
-"""Seed of the order in which responses are admitted."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Server:
         exchanged = 2 * layers * 2 * (1 - 1 / tensor) * hidden * _BYTES
         return cls(
             weights=(read - experts) / read_rate,
-            experts=experts / read_rate,
+            experts=experts * _BYTES / (memory * rates.read("decode_experts", "sampling") * tensor) if experts else 0.0,
             expert_share=share,
             product=2.0 * active / (device.bf16_flops * rates.read("decode_matmul", "sampling") * tensor),
             context=kv_bytes(architecture, tensor) / (memory * rates.read("decode_kv", "sampling")),
@@ -116,67 +114,88 @@ def full_length_responses(
 
 
 @dataclass(frozen=True, eq=False)
-class Drain:
-    """A batch of groups on one server, from its start until the last response.
+class Batch:
+    """A batch of prompts on all servers, from its start until the last response.
 
     Attributes:
         group_seconds: Seconds after which each group is complete, in rising order.
-        group_tokens: Tokens that the server has sampled by then.
-        peak: Largest number of running requests.
+        progress: Seconds and tokens sampled so far of each server, at the end of each response.
+        peak: Largest number of requests that run on a server.
     """
 
     group_seconds: NDArray[np.float64]
-    group_tokens: NDArray[np.float64]
+    progress: tuple[tuple[NDArray[np.float64], NDArray[np.float64]], ...]
     peak: int
 
     def until(self, groups: float) -> tuple[float, float]:
         """Returns seconds and sampled tokens when this many groups are complete; fractions are interpolated."""
-        at = np.arange(1, len(self.group_seconds) + 1)
-        return float(np.interp(groups, at, self.group_seconds)), float(np.interp(groups, at, self.group_tokens))
+        count = np.arange(1, len(self.group_seconds) + 1)
+        seconds = float(np.interp(groups, count, self.group_seconds))
+        return seconds, sum(float(np.interp(seconds, at, tokens)) for at, tokens in self.progress)
 
 
 @lru_cache(maxsize=1024)
-def drain(server: Server, lengths: ResponseLengths, groups: int, size: int, slots: int, longest: int) -> Drain:
-    """Simulates a server that samples some groups.
+def run_batch(server: Server, lengths: ResponseLengths, groups: int, size: int, servers: int, slots: int) -> Batch:
+    """Simulates servers that sample a batch of prompts; each has an equal number of whole groups.
 
     Args:
-        server: The server.
+        server: Coefficients of the servers.
         lengths: Distribution of the responses.
-        groups: Groups of the batch.
-        size: Responses per group.
-        slots: Requests that run at the same time.
-        longest: Length of the longest response of all servers; this server has it.
+        groups: Prompts of the batch.
+        size: Responses per prompt.
+        servers: Number of servers.
+        slots: Requests that run at the same time on a server.
     """
-    sample = lengths.sample(groups * size)
-    sample[-1] = max(sample[-1], longest)
-    order = np.random.default_rng(_SEED).permutation(len(sample))
-    waiting = [(int(sample[i]), position // size) for position, i in enumerate(order)]
+    sample = lengths.sample_groups(groups, size)
+    done: list[float] = []
+    progress, peak = [], 0
+    for number in range(min(servers, groups)):
+        mine = sample[number::servers]
+        seconds, tokens, finished, running = _run_server(server, lengths.prompt, mine, slots)
+        done += finished
+        progress.append((seconds, tokens))
+        peak = max(peak, running)
+    return Batch(np.sort(np.array(done)), tuple(progress), peak)
+
+
+def _run_server(
+    server: Server, prompt: float, lengths: NDArray[np.int64], slots: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[float], int]:
+    """Simulates one server with the lengths of its groups.
+
+    Returns:
+        Seconds and tokens at the end of each response, the seconds after which each group is complete, and the largest
+        number of requests that run.
+    """
+    groups, size = lengths.shape
+    waiting = [(int(length), group) for group in range(groups) for length in lengths[group]]
     waiting.reverse()  # popped from the end
     running: list[tuple[int, int, int]] = []  # the step in which it finishes, its length and its group
-    prompt, step, context = lengths.prompt, 0, 0.0
-    seconds = groups * lengths.prompt * server.prefill
-    tokens, peak = 0.0, 0
-    left = [size] * groups
-    done: list[tuple[float, float]] = []
+    step, context, tokens, peak = 0, 0.0, 0.0, 0
+    seconds = groups * prompt * server.prefill
+    left, finished = [size] * groups, []
+    times, sampled = [0.0], [0.0]
     while waiting or running:
         while waiting and len(running) < slots:
             length, group = waiting.pop()
             heapq.heappush(running, (step + length, length, group))
             context += prompt
-        peak = max(peak, len(running))
+        count = len(running)
+        peak = max(peak, count)
         steps = running[0][0] - step
-        seconds += steps * server.step(len(running), context + len(running) * steps / 2)
-        tokens += steps * len(running)
-        context += steps * len(running)
+        seconds += steps * server.step(count, context + count * steps / 2)
+        tokens += steps * count
+        context += steps * count
         step += steps
         while running and running[0][0] == step:
             _, length, group = heapq.heappop(running)
             context -= prompt + length
             left[group] -= 1
             if not left[group]:
-                done.append((seconds, tokens))
-    times, sampled = np.array(done).T
-    return Drain(times, sampled, peak)
+                finished.append(seconds)
+        times.append(seconds)
+        sampled.append(tokens)
+    return np.array(times), np.array(sampled), finished, peak
 
 
 @dataclass(frozen=True)
@@ -236,18 +255,15 @@ def generate(server: Server, lengths: ResponseLengths, sampling: Sampling) -> Ge
     missing, tokens, running = float(sampling.groups), 0.0, 0
     while missing >= 0.5 and len(rounds) < sampling.max_rounds:
         wanted = math.ceil(missing * sampling.over_sampling)
-        found = min(wanted * sampling.kept_fraction, wanted)
-        share = -(-wanted // sampling.servers)
-        used = min(sampling.servers, wanted)
-        longest = lengths.quantile(1 - 0.5 / (wanted * sampling.size))
-        batch = drain(server, lengths, share, sampling.size, sampling.slots, longest)
+        found = wanted * sampling.kept_fraction
+        batch = run_batch(server, lengths, wanted, sampling.size, sampling.servers, sampling.slots)
         part = min(1.0, missing / found)
-        seconds, sampled = batch.until(part * share)
+        seconds, sampled = batch.until(part * wanted)
         if part < 1 and sampling.carries:  # what is aborted is sampled once, over two steps
-            needed = part * share * sampling.size * lengths.mean
+            needed = part * wanted * sampling.size * lengths.mean
             seconds, sampled = seconds * min(1.0, needed / sampled), min(sampled, needed)
         rounds.append(seconds)
-        tokens += sampled * used * (wanted / (share * used))
+        tokens += sampled
         running = max(running, batch.peak)
         missing -= min(found, missing)
     return Generation(tuple(rounds), tokens, sampling.groups - missing, running)

@@ -19,7 +19,11 @@ SPREAD = 0.6
 """Default standard deviation of the logarithm of the length (assumed): the longest of 8,192 responses is 9 times the
 median if nothing is cut."""
 
+BETWEEN = 0.5
+"""Default fraction of the variance of the logarithm of the length that lies between prompts (assumed)."""
+
 _NORMAL = NormalDist()
+_SEED = 0
 
 
 @lru_cache(maxsize=256)
@@ -36,12 +40,14 @@ class ResponseLengths:
         spread: Standard deviation of the logarithm of the length.
         limit: Length at which responses are cut off.
         prompt: Mean length of a prompt.
+        between: Fraction of ``spread`` squared that lies between prompts: hard problems have long responses.
     """
 
     median: float
     spread: float
     limit: int
     prompt: float = 150.0
+    between: float = BETWEEN
 
     def __post_init__(self) -> None:
         """Raises ValueError if a value is out of range."""
@@ -50,6 +56,8 @@ class ResponseLengths:
                 raise ValueError(f"{name}: must be > 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.spread < math.inf:
             raise ValueError(f"spread: must be >= 0 and finite, got {self.spread}")
+        if not 0 <= self.between <= 1:
+            raise ValueError(f"between: must be in [0, 1], got {self.between}")
 
     @classmethod
     def from_mean(cls, mean: float, limit: int, spread: float = SPREAD, prompt: float = 150.0) -> ResponseLengths:
@@ -101,10 +109,16 @@ class ResponseLengths:
         values = self.median * np.exp(self.spread * _normal_quantiles(count))
         return np.clip(np.rint(values), 1, self.limit).astype(np.int64)
 
-    def quantile(self, fraction: float) -> int:
-        """Returns the length, after the cut, that this fraction of responses does not exceed."""
-        value = self.median * math.exp(self.spread * _NORMAL.inv_cdf(fraction))
-        return max(1, min(round(value), self.limit))
+    def sample_groups(self, groups: int, size: int) -> NDArray[np.int64]:
+        """Returns lengths of the responses of some prompts in random order, ``[groups, size]``; always the same.
+
+        Quantiles of the prompts' means are combined with quantiles of the deviations from them.
+        """
+        random = np.random.default_rng(_SEED)
+        of_prompt = random.permutation(_normal_quantiles(groups))
+        deviation = random.permuted(np.tile(_normal_quantiles(size), (groups, 1)), axis=1)
+        z = math.sqrt(self.between) * of_prompt[:, None] + math.sqrt(1 - self.between) * deviation
+        return np.clip(np.rint(self.median * np.exp(self.spread * z)), 1, self.limit).astype(np.int64)
 
     @property
     def mean_while_running(self) -> float:
@@ -121,4 +135,5 @@ class ResponseLengths:
             "prompt": self.prompt,
             "mean_after_cut": self.mean,
             "cut_fraction": self.cut_fraction,
+            "between": self.between,
         }

@@ -88,8 +88,8 @@ class Phase:
     """A phase of a step.
 
     Attributes:
-        name: ``generate``, ``log_probs``, ``update``, ``sync`` or ``offload``; the first four as in ``time/*`` of a
-            run, where ``sync`` includes ``offload``.
+        name: ``generate``, ``log_probs``, ``update``, ``sync``, ``offload`` or ``other``; the first four as in
+            ``time/*`` of a run, where ``sync`` includes ``offload``.
         pieces: Parts; their seconds add up.
     """
 
@@ -247,6 +247,11 @@ class _Estimate:
         sampling = seconds.get("generate", 0.0)
         overlaps = config.rollout.overlap and sampling > 0
         total = (max(sampling, training) if overlaps else sampling + training) + other
+        rates = Rates(self._table)
+        share = rates.read("other", "other")
+        phases.append(Phase("other", (Piece("data, scatter, metrics", total * share, rates.basis("other")),)))
+        other += total * share
+        total *= 1 + share
         colocated = config.rollout.servers.colocated or config.rollout.engine == "embedded"
         if sampling and not colocated:
             figures["trainer_idle_seconds"] = total - training - other

@@ -326,10 +326,12 @@ class ActorTime:
             seconds = seconds + exchange * self._rates.read("context_exposed", "communication") * (2 if backward else 1)
         if parallel.expert_parallel > 1 and self._architecture.mixture is not None:
             mixture = self._architecture.mixture
-            share = sum(mixture.layers) / self._architecture.layers * (1 - 1 / parallel.expert_parallel)
+            share = sum(mixture.layers) / self._architecture.layers
             copies = self._local(packing.tokens) / parallel.tensor_parallel * mixture.top_k * self._architecture.hidden
             size = parallel.expert_parallel * parallel.expert_tensor_size
-            seconds = seconds + 2 * share * copies * _BYTES / self._link(size)
+            # Tokens spread evenly over the ranks: those of the own node do not take the network.
+            kept = min(self._node, size) / size if size > self._node else 1 / parallel.expert_parallel
+            seconds = seconds + 2 * share * copies * (1 - kept) * _BYTES / self._link(size)
         return seconds
 
     def _tensor_collectives(self, packing: Packing, count: int) -> Array:
