@@ -53,7 +53,9 @@ _BRIDGE_30B = (
     "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/067f987df03b8355b03192d88d70f1709fedf51a/docs/"
     "performance-summary-archive.md: Qwen3-30B-A3B in FP8 on 16 H100 (EP8, PP2), 9,058 tokens/s per GPU; 9,125 here"
 )
-_NEMO_RL_OTHER = "https://github.com/NVIDIA-NeMo/RL/pull/1052: a step of 66.6 s has 4.0 s beside sampling, log-probs, training and sync"
+_NEMO_RL_OTHER = (
+    "https://github.com/NVIDIA-NeMo/RL/pull/1052: 4.0 of 66.6 s are none of sampling, log-probs, training and sync"
+)
 _SLIME = "https://hebiao064.github.io/rl-weight-sync: 61 GB of Qwen3-30B-A3B in 7 s on 8 H100, in buckets of 512 MiB"
 
 TABLE: Mapping[str, Efficiency] = MappingProxyType(
@@ -103,11 +105,14 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
         "decode_weights": Efficiency(0.85, "of memory bandwidth", "published", _QWEN_72B),
         "decode_kv": Efficiency(0.7, "of memory bandwidth", "published", _GPUSTACK_14B),
         "decode_matmul": Efficiency(0.6, "of bf16 peak", "published", _GPUSTACK_14B),
-        "decode_layer": Efficiency(65e-6, "seconds per layer and token", "published", _QWEN_72B),
-        "decode_step": Efficiency(1e-3, "seconds per token", "assumed", "sampling, log-probs and the scheduler"),
+        "decode_layer": Efficiency(67e-6, "seconds per layer and token", "published", _QWEN_72B),
         "prefill_matmul": Efficiency(0.5, "of bf16 peak", "assumed", "chunked prefill beside decoding"),
-        "engine_memory": Efficiency(
-            0.85, "of a GPU's memory", "assumed", "SGLang's mem_fraction_static if rollout.sglang does not set it"
+        "engine_reserve": Efficiency(
+            14,
+            "GiB per GPU",
+            "published",
+            "SGLang 0.5.23, srt/arg_groups/memory_hook.py: 1.5 MiB per token of a prefill chunk of 8,192, 2 MiB per "
+            "captured request, and more; if rollout.sglang.mem_fraction_static is not set",
         ),
         "decode_experts": Efficiency(
             0.5, "of memory bandwidth", "assumed", "a few tokens per expert: products of 8 to 16 rows"
@@ -137,6 +142,10 @@ class Rates:
     def __init__(self, table: Mapping[str, Efficiency] = TABLE) -> None:
         self._table = table
         self._used: dict[str, set[str]] = {}
+
+    def peek(self, name: str) -> float:
+        """Returns the value of an entry without remembering it."""
+        return self._table[name].value
 
     def read(self, name: str, purpose: str) -> float:
         """Returns the value of an entry that a purpose rests on."""

@@ -52,7 +52,10 @@ class Server:
 
     @classmethod
     def build(cls, architecture: Architecture, device: Device, tensor: int, rates: Rates) -> Server:
-        """Returns the coefficients of a server of some GPUs with weights and cache in bfloat16."""
+        """Returns the coefficients of a server of some GPUs with weights and cache in bfloat16.
+
+        Exchange and prefill are a few per cent of the time; ``rates`` keeps them apart under purposes of their own.
+        """
         memory = device.memory_bandwidth
         active, read = matrix_parameters(architecture), float(_read_parameters(architecture))
         experts, share = 0.0, 0.0
@@ -68,9 +71,9 @@ class Server:
             expert_share=share,
             product=2.0 * active / (device.bf16_flops * rates.read("decode_matmul", "sampling") * tensor),
             context=kv_bytes(architecture, tensor) / (memory * rates.read("decode_kv", "sampling")),
-            exchange=exchanged / (device.nvlink * rates.read("nvlink", "sampling")) if tensor > 1 else 0.0,
-            overhead=layers * rates.read("decode_layer", "sampling") + rates.read("decode_step", "sampling"),
-            prefill=2.0 * active / (device.bf16_flops * rates.read("prefill_matmul", "sampling") * tensor),
+            exchange=exchanged / (device.nvlink * rates.read("nvlink", "exchange")) if tensor > 1 else 0.0,
+            overhead=layers * rates.read("decode_layer", "sampling"),
+            prefill=2.0 * active / (device.bf16_flops * rates.read("prefill_matmul", "prefill") * tensor),
         )
 
     def step(self, running: float, context: float) -> float:
@@ -96,20 +99,17 @@ def _read_parameters(architecture: Architecture) -> int:
     return tables.parameter_count(architecture) - architecture.vocab * architecture.hidden * (not architecture.tied)
 
 
-def full_length_responses(
-    architecture: Architecture, device: Device, tensor: int, memory_fraction: float, tokens: int
-) -> int:
+def full_length_responses(architecture: Architecture, tensor: int, memory_gib: float, tokens: int) -> int:
     """Returns how many requests of this many tokens, prompt included, fit into a server's KV cache; may be 0.
 
     Args:
         architecture: Architecture of the model.
-        device: The GPUs.
         tensor: GPUs of the server.
-        memory_fraction: Fraction of a GPU's memory for weights and cache (SGLang's ``mem_fraction_static``).
+        memory_gib: Memory of a GPU for weights and cache, in GiB.
         tokens: Tokens of a request.
     """
     weights = tables.parameter_count(architecture) * _BYTES / tensor
-    free = device.memory_gib * 2**30 * memory_fraction - weights
+    free = memory_gib * 2**30 - weights
     return max(0, int(free // (kv_bytes(architecture, tensor) * tokens)))
 
 

@@ -352,8 +352,12 @@ class _Estimate:
             )
         longest = self._config.data.max_prompt_tokens + rollout.max_response_tokens
         if kv_concurrency is None:
-            fraction = rollout.sglang.get("mem_fraction_static") or rates.read("engine_memory", "memory")
-            kv_concurrency = full_length_responses(self._architecture, self._device, tensor, float(fraction), longest)
+            memory = self._device.memory_gib
+            if (fraction := rollout.sglang.get("mem_fraction_static")) is not None:
+                memory *= float(fraction)
+            else:
+                memory -= rates.read("engine_reserve", "sampling")
+            kv_concurrency = full_length_responses(self._architecture, tensor, memory, longest)
         if not embedded and kv_concurrency < 1:
             raise ValueError(
                 f"rollout.sglang.tp_size = {tensor}: the KV cache of a server has no room for a response of "

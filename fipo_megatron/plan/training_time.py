@@ -20,7 +20,7 @@ from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
 from fipo_megatron.data.context_parallel import CpLayout
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.observe.devices import Device
-from fipo_megatron.plan.efficiencies import TABLE, Rates
+from fipo_megatron.plan.efficiencies import Rates
 from fipo_megatron.plan.response_lengths import ResponseLengths
 from fipo_megatron.weights.architecture import Architecture
 
@@ -281,7 +281,7 @@ class ActorTime:
         count += costs.other_elements / (tensor if parallel.sequence_parallel else 1)
         elements = tokens * count * factor * self._seconds_per_element()
         busy = products + attention + elements
-        if busy.min() < TABLE["layer_launch"].value:  # the device waits for the next kernel
+        if busy.min() < rates.peek("layer_launch"):  # the device waits for the next kernel
             elements = elements + np.maximum(rates.read("layer_launch", "elementwise") - busy, 0.0)
         return products, attention, elements
 
