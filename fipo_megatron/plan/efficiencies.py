@@ -106,6 +106,7 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
         "decode_kv": Efficiency(0.7, "of memory bandwidth", "published", _GPUSTACK_14B),
         "decode_matmul": Efficiency(0.6, "of bf16 peak", "published", _GPUSTACK_14B),
         "decode_layer": Efficiency(67e-6, "seconds per layer and token", "published", _QWEN_72B),
+        "decode_step": Efficiency(1e-3, "seconds per token", "assumed", "sampling, log-probs and the scheduler"),
         "prefill_matmul": Efficiency(0.5, "of bf16 peak", "assumed", "chunked prefill beside decoding"),
         "engine_reserve": Efficiency(
             14,

@@ -54,7 +54,7 @@ class Server:
     def build(cls, architecture: Architecture, device: Device, tensor: int, rates: Rates) -> Server:
         """Returns the coefficients of a server of some GPUs with weights and cache in bfloat16.
 
-        Exchange and prefill are a few per cent of the time; ``rates`` keeps them apart under purposes of their own.
+        Exchange, prefill and scheduler take a few per cent of the time and are purposes of their own in ``rates``.
         """
         memory = device.memory_bandwidth
         active, read = matrix_parameters(architecture), float(_read_parameters(architecture))
@@ -72,7 +72,7 @@ class Server:
             product=2.0 * active / (device.bf16_flops * rates.read("decode_matmul", "sampling") * tensor),
             context=kv_bytes(architecture, tensor) / (memory * rates.read("decode_kv", "sampling")),
             exchange=exchanged / (device.nvlink * rates.read("nvlink", "exchange")) if tensor > 1 else 0.0,
-            overhead=layers * rates.read("decode_layer", "sampling"),
+            overhead=layers * rates.read("decode_layer", "sampling") + rates.read("decode_step", "scheduler"),
             prefill=2.0 * active / (device.bf16_flops * rates.read("prefill_matmul", "prefill") * tensor),
         )
 

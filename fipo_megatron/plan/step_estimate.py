@@ -230,38 +230,40 @@ class _Estimate:
 
     def step(self, kv_concurrency: int | None) -> StepTime:
         """Returns the whole estimate."""
-        config = self._config
+        run, rollout, sft = self._config.run, self._config.rollout, self._config.algorithm.kind == "sft"
         phases: list[Phase] = []
         figures: dict[str, float] = {}
-        packing = self._packing()
-        if config.algorithm.kind != "sft":
-            if not config.run.replay:
-                phases.append(self._generate(kv_concurrency, figures))
-            phases.append(self._log_probs(packing))
-        phases.append(self._update(packing, figures))
-        if config.algorithm.kind != "sft" and not config.run.replay:
-            phases += self._between(figures)
+        samples = not sft and not run.replay
+        if samples:
+            phases += [self._generate(kv_concurrency, figures), *self._between(figures)]
+        if not run.rollout_only:
+            packing = self._packing()
+            if not sft:
+                phases.append(self._log_probs(packing))
+            phases.append(self._update(packing, figures))
         seconds = {phase.name: phase.seconds for phase in phases}
-        training = seconds.get("log_probs", 0.0) + seconds["update"]
-        other = seconds.get("sync", 0.0) + seconds.get("offload", 0.0)
         sampling = seconds.get("generate", 0.0)
-        overlaps = config.rollout.overlap and sampling > 0
-        total = (max(sampling, training) if overlaps else sampling + training) + other
+        training = seconds.get("log_probs", 0.0) + seconds.get("update", 0.0)
+        between = seconds.get("sync", 0.0) + seconds.get("offload", 0.0)
+        both = max(sampling, training) if rollout.overlap else sampling + training
+        phases.append(self._other(both + between))
+        total = both + between + phases[-1].seconds
+        shared = not samples or rollout.servers.colocated or rollout.engine == "embedded"
+        gpus = self._shape.trainer_gpus + (0 if shared else self._shape.rollout_gpus)
+        if not shared:
+            figures["trainer_idle_seconds"], figures["rollout_idle_seconds"] = both - training, both - sampling
+        if samples:
+            figures["generated_tokens_per_second"] = figures["generated_tokens"] / sampling
+        if training:
+            figures["trained_tokens_per_second"] = figures["trained_tokens"] / training
+            figures["tokens_per_second_per_gpu"] = figures["trained_tokens"] / total / gpus
+        return StepTime(tuple(phases), total, gpus, run.steps, figures, self._workload)
+
+    def _other(self, seconds: float) -> Phase:
+        """Returns what a step does beside its phases, as a share of them."""
         rates = Rates(self._table)
         share = rates.read("other", "other")
-        phases.append(Phase("other", (Piece("data, scatter, metrics", total * share, rates.basis("other")),)))
-        other += total * share
-        total *= 1 + share
-        colocated = config.rollout.servers.colocated or config.rollout.engine == "embedded"
-        if sampling and not colocated:
-            figures["trainer_idle_seconds"] = total - training - other
-            figures["rollout_idle_seconds"] = total - sampling - other
-        gpus = self._shape.trainer_gpus + (0 if colocated or not sampling else self._shape.rollout_gpus)
-        if tokens := figures.get("generated_tokens"):
-            figures["generated_tokens_per_second"] = tokens / sampling
-        figures["trained_tokens_per_second"] = figures["trained_tokens"] / training
-        figures["tokens_per_second_per_gpu"] = figures["trained_tokens"] / total / gpus
-        return StepTime(tuple(phases), total, gpus, config.run.steps, figures, self._workload)
+        return Phase("other", (Piece("data, scatter, metrics", seconds * share, rates.basis("other")),))
 
     def _packing(self) -> Packing:
         actor = self._config.actor
