@@ -29,15 +29,24 @@ def matrix_parameters(architecture: Architecture) -> int:
 
 
 def model_flops(architecture: Architecture, lengths: Sequence[int]) -> float:
-    """Returns the model FLOPs of a forward pass over packed sequences: 2 per weight and token, plus attention.
+    """Returns the model FLOPs of a forward pass over packed sequences of these lengths (:func:`pass_flops`)."""
+    return pass_flops(architecture, sum(lengths), sum(length * length / 2 for length in lengths))
+
+
+def pass_flops(architecture: Architecture, tokens: float, pairs: float) -> float:
+    """Returns the model FLOPs of a forward pass: 2 per weight and token, plus attention.
 
     As in Kaplan et al. (arXiv 2001.08361, Sec. 2.1) with the output layer. Causal attention has ``L² / 2`` pairs of
     positions, each with two products of ``heads × head_dim`` numbers: as in PaLM (arXiv 2204.02311, App. B) except for
     the half. Recomputation is no part of it.
+
+    Args:
+        architecture: Architecture of the model.
+        tokens: Tokens of all sequences.
+        pairs: Half the sum of their squared lengths.
     """
-    pairs = sum(length * length / 2 for length in lengths)
     attention = 4 * architecture.layers * architecture.heads * architecture.head_dim * pairs
-    return 2.0 * matrix_parameters(architecture) * sum(lengths) + attention
+    return 2.0 * matrix_parameters(architecture) * tokens + attention
 
 
 def throughput(

@@ -253,7 +253,7 @@ def generate(server: Server, lengths: ResponseLengths, sampling: Sampling) -> Ge
     """
     rounds: list[float] = []
     missing, tokens, running = float(sampling.groups), 0.0, 0
-    while missing >= 0.5 and len(rounds) < sampling.max_rounds:
+    while missing > 0.5 and len(rounds) < sampling.max_rounds:
         wanted = math.ceil(missing * sampling.over_sampling)
         found = wanted * sampling.kept_fraction
         batch = run_batch(server, lengths, wanted, sampling.size, sampling.servers, sampling.slots)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fipo_megatron.config import Config, layout_conflicts
 from fipo_megatron.observe.devices import Device
-from fipo_megatron.observe.throughput import TRAINING, matrix_parameters
+from fipo_megatron.observe.throughput import TRAINING, pass_flops
 from fipo_megatron.plan.efficiencies import TABLE, Efficiency, Kind, Rates, weakest
 from fipo_megatron.plan.generation_time import Generation, Sampling, Server, full_length_responses, generate
 from fipo_megatron.plan.response_lengths import MEAN_FRACTION, ResponseLengths
@@ -314,11 +314,8 @@ class _Estimate:
 
     def _mfu(self, packing: Packing, seconds: float) -> float:
         """Returns the model FLOPs of a training step over the peak of the trainer's GPUs."""
-        architecture = self._architecture
-        linear = 2.0 * matrix_parameters(architecture) * packing.real_tokens
-        attention = 4.0 * architecture.layers * architecture.heads * architecture.head_dim * packing.real_pairs
-        peak = self._device.bf16_flops * self._shape.trainer_gpus
-        return TRAINING * (linear + attention) / seconds / peak
+        flops = TRAINING * pass_flops(self._architecture, packing.real_tokens, packing.real_pairs)
+        return flops / seconds / (self._device.bf16_flops * self._shape.trainer_gpus)
 
     def _generate(self, kv_concurrency: int | None, figures: dict[str, float]) -> Phase:
         rates, config = Rates(self._table), self._config
