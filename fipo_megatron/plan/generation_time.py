@@ -245,6 +245,7 @@ class Generation:
         return sum(self.rounds)
 
 
+@lru_cache(maxsize=1024)
 def generate(server: Server, lengths: ResponseLengths, sampling: Sampling) -> Generation:
     """Simulates the rounds of dynamic sampling.
 

@@ -60,6 +60,7 @@ class ResponseLengths:
             raise ValueError(f"between: must be in [0, 1], got {self.between}")
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_mean(cls, mean: float, limit: int, spread: float = SPREAD, prompt: float = 150.0) -> ResponseLengths:
         """Returns the distribution whose mean after the cut is given.
 
@@ -123,8 +124,7 @@ class ResponseLengths:
     @property
     def mean_while_running(self) -> float:
         """Mean number of response tokens so far of a response that runs at a random time: E[X²] / 2 E[X]."""
-        sample = self.sample(1024).astype(np.float64)
-        return float((sample**2).mean() / (2 * sample.mean()))
+        return _mean_while_running(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the values as plain data."""
@@ -137,3 +137,9 @@ class ResponseLengths:
             "cut_fraction": self.cut_fraction,
             "between": self.between,
         }
+
+
+@lru_cache(maxsize=256)
+def _mean_while_running(lengths: ResponseLengths) -> float:
+    sample = lengths.sample(1024).astype(np.float64)
+    return float((sample**2).mean() / (2 * sample.mean()))

@@ -1,6 +1,8 @@
 """Estimates of whole steps: phases, overlap, monotony, GPU-hours, errors and published runs."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,12 @@ def estimate(*overrides, layout="fipo_qwen2.5_32b_16_nodes", shape=BOTH, gpu=H10
 
 def names(found):
     return [phase.name for phase in found.phases]
+
+
+def test_estimates_need_neither_torch_nor_megatron():
+    """A login node estimates at once, and a search thousands of layouts."""
+    code = "import sys, fipo_megatron.plan.step_estimate; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_overlapping_sides_take_the_time_of_the_slower():
