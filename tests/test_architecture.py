@@ -19,6 +19,7 @@ ENTRY_POINTS = frozenset({"train", "evaluate", "convert", "cli"})
 LAYERS = (
     ("report",),
     ("trainer",),
+    ("plan",),
     ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint"),
     ("data", "weights", "config"),
     ("algorithm", "storage", "testing"),
