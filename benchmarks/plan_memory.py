@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from typing import Any
 
@@ -26,7 +25,7 @@ _GIB = 2**30
 
 def trace(case: Case) -> RankMemory:
     """Traces a case on one fake rank."""
-    from fipo_megatron.plan.trace import trace_rank
+    from fipo_megatron.plan.trace import Layers, trace_rank
 
     settings: dict[str, Any] = {"dtype": "bfloat16", "distributed_optimizer": True}
     settings |= (LAYERS | WITH_TRANSFORMER_ENGINE)[case.layers] | case.changes
@@ -36,7 +35,7 @@ def trace(case: Case) -> RankMemory:
         rollout=RolloutConfig(max_response_tokens=case.tokens - 8),
         reward=RewardConfig(overlong_buffer_tokens=0),
     )
-    layers = "torch" if case.layers == "torch" else "transformer_engine"
+    layers: Layers = "torch" if case.layers == "torch" else "transformer_engine"
     return trace_rank(config, case.shape.architecture(), 0, 1, 1, layers)
 
 
@@ -77,4 +76,4 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

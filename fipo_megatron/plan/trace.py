@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,10 +10,12 @@ from typing import Any, Literal
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
+from fipo_megatron.actor.hf_weights import local_parameters
 from fipo_megatron.config import Config
 from fipo_megatron.config.padding import micro_batch_multiple
 from fipo_megatron.plan import fake_world, stand_ins
-from fipo_megatron.plan.rank_memory import RankMemory, longest_mini_batch, measure
+from fipo_megatron.plan.memory_count import longest_mini_batch, measure
+from fipo_megatron.plan.rank_memory import RankMemory
 from fipo_megatron.weights.architecture import Architecture
 
 Layers = Literal["transformer_engine", "torch", "cpu"]
@@ -41,6 +44,7 @@ def trace_rank(
 
     Raises:
         ValueError: see :class:`.MegatronActor` and :func:`.parallel.initialize`.
+        RuntimeError: the table of weights does not fit the model (:func:`.hf_weights.local_parameters`).
     """
     _adapt(layers)
     layout = parallel.initialize(
@@ -51,7 +55,13 @@ def trace_rank(
     )
     try:
         with fake_world.fake_tensors():
-            actor = MegatronActor(_traced_config(config, layers), architecture, layout, lambda chunks: None)
+            actor = MegatronActor(
+                _traced_config(config, layers),
+                architecture,
+                layout,
+                # Raises where a parameter has no tensor of the Hugging Face model, or another shape.
+                lambda chunks: deque(local_parameters(chunks, architecture, layout), maxlen=0).clear(),
+            )
             copies = []
             if layers == "transformer_engine":
                 copies = stand_ins.replace_layers(actor.chunks, _fp8_layers(config, architecture))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fipo_megatron.actor import parallel
 from fipo_megatron.actor.actor import MegatronActor
-from fipo_megatron.plan.rank_memory import measure
+from fipo_megatron.plan.memory_count import measure
 from tests.plan.memory_cases import CASES, configuration, real_mini_batch
 
 

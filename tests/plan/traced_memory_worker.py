@@ -15,9 +15,7 @@ def main(world_size: str, out: str) -> None:
     warnings.simplefilter("ignore")
     ranks = range(world := int(world_size))
     found = {
-        name: [
-            asdict(trace_rank(*configuration(*case), rank, world, micro_batches(case[0]), "cpu")) for rank in ranks
-        ]
+        name: [asdict(trace_rank(*configuration(*case), rank, world, micro_batches(case[0]), "cpu")) for rank in ranks]
         for name, case in CASES[world].items()
     }
     Path(out).write_text(json.dumps(found))
