@@ -40,6 +40,19 @@ class ClusterShape:
     rollout_gpus: int
     gpus_per_node: int = 8
 
+    @classmethod
+    def of_run(cls, config: Config, gpus: int, gpus_per_node: int = 8) -> ClusterShape:
+        """Returns the split of some GPUs: all for both if there are no servers or they are colocated, else half each.
+
+        With several nodes, whole nodes sample; an odd one trains.
+        """
+        no_servers = config.algorithm.kind == "sft" or config.run.replay or config.rollout.engine == "embedded"
+        if no_servers or config.rollout.servers.colocated:
+            return cls(gpus, gpus, gpus_per_node)
+        unit = gpus_per_node if gpus > gpus_per_node else 1
+        rollout = gpus // unit // 2 * unit
+        return cls(gpus - rollout, rollout, gpus_per_node)
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -51,6 +51,8 @@ def test_the_time_of_a_token():
     context = 4 * (100 + 1000 / 2)
     step = max(3e-3, 4 * 1e-3) + context * 1e-6 + 4 * 1e-4
     assert batch.group_seconds[-1] == pytest.approx(100 * 1e-5 + 1000 * step)
+    twice = run_batch(terms, SAME, groups=2, size=4, servers=1, slots=4)  # the second wave starts with no context
+    assert twice.group_seconds[-1] == pytest.approx(2 * batch.group_seconds[-1])
     small = replace(terms, product=1e-5)
     assert small.step(4, 0) == pytest.approx(3e-3 + 4e-4)  # bound by reading the weights
 

@@ -106,6 +106,20 @@ def test_fewer_kept_groups_cost_more_rounds():
     assert drawn.phase("generate") < kept[1].phase("generate")
 
 
+@pytest.mark.parametrize(
+    ("layout", "gpus", "trainer", "rollout"),
+    [
+        ("fipo_qwen2.5_32b_16_nodes", 128, 64, 64),
+        ("fipo_qwen2.5_32b_16_nodes", 24, 16, 8),
+        ("fipo_qwen2.5_32b_16_nodes", 8, 4, 4),
+        ("fipo_qwen2.5_32b_8_nodes", 64, 64, 64),
+    ],
+)
+def test_gpus_are_split(layout, gpus, trainer, rollout):
+    config = load_config(str(LAYOUTS / f"{layout}.yaml"), [])
+    assert ClusterShape.of_run(config, gpus) == ClusterShape(trainer, rollout)
+
+
 def test_the_default_workload():
     config = load_config(str(LAYOUTS / "fipo_qwen2.5_32b_16_nodes.yaml"), [])
     workload = Workload.default(config)
