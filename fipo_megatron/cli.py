@@ -18,6 +18,11 @@ COMMANDS = {
     "train": ("fipo_megatron.train", "CONFIG [key=value ...]", "train a policy, or resume its run"),
     "evaluate": ("fipo_megatron.evaluate", "CONFIG [key=value ...]", "compute avg@k, cons@k and pass@k of a model"),
     "config": ("fipo_megatron.config.__main__", "CONFIG [key=value ...]", "check and print the complete configuration"),
+    "plan": (
+        "fipo_megatron.plan.command",
+        "CONFIG [key=value ...]",
+        "plan memory and time of a run before it is queued",
+    ),
     "convert": (
         "fipo_megatron.convert",
         "hf-to-megatron|megatron-to-hf ...",

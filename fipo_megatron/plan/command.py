@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fipo_megatron.config import Config, layout_conflicts, load_config
-from fipo_megatron.storage.atomic import write_atomically
+from fipo_megatron.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
-    from fipo_megatron.plan.layout_search import Candidate
-    from fipo_megatron.plan.plan import Plan, Request
+    from fipo_megatron.plan.plan import Plan, Report, Request
+    from fipo_megatron.plan.step_estimate import ClusterShape, Workload
     from fipo_megatron.plan.tracing import Tracer
     from fipo_megatron.weights.architecture import Architecture
 
@@ -30,6 +33,7 @@ FITS, TOO_LARGE, NOT_VALID = 0, 1, 2
 
 _UNITS = {"": 2**30, "GiB": 2**30, "GB": 10**9}
 _PROPOSED, _SEARCHED = 3, 10
+_MOST_GPUS = 2**16
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,8 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        request = _request(options)
-        return _plan(request, options)
+        return _run(_request(options), options)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return NOT_VALID
@@ -98,8 +101,8 @@ def _request(options: argparse.Namespace) -> Request:
         ValueError: Something is not valid: the same sentences as of ``fipo train``.
     """
     from fipo_megatron.observe.devices import device
-    from fipo_megatron.plan.plan import GIB, Request
-    from fipo_megatron.plan.step_estimate import Workload
+    from fipo_megatron.plan.gpu_memory import GIB
+    from fipo_megatron.plan.plan import Request
     from fipo_megatron.rollout.engine_factory import context_problem
 
     config = load_config(options.config, options.overrides)
@@ -112,11 +115,45 @@ def _request(options: argparse.Namespace) -> Request:
         problems.append(problem)
     if problems:
         raise ValueError("\n".join(problems))
-    workload = Workload.default(config)
-    if options.mean_response or options.kept_groups is not None:
-        workload = workload.changed(config, options.mean_response, options.kept_groups)
     memory = options.gpu_memory or int(kind.memory_gib * GIB)
-    return Request(config, architecture, shape, kind, memory, options.layers, workload)
+    return Request(config, architecture, shape, kind, memory, options.layers, _workload(options, config))
+
+
+def _shape(options: argparse.Namespace, config: Config) -> ClusterShape:
+    """Returns the GPUs of trainer and servers, by default the fewest whole nodes over which the layout can be set up.
+
+    Raises:
+        ValueError: The servers would leave no GPU to the trainer.
+    """
+    from fipo_megatron.plan.step_estimate import ClusterShape
+
+    nodes = options.gpus_per_node
+    if options.gpus is None:
+        for gpus in range(nodes, _MOST_GPUS, nodes):
+            shape = ClusterShape.of_run(config, gpus, nodes)
+            if not layout_conflicts(config.actor.parallel, shape.trainer_gpus):
+                break
+        return shape
+    shape = ClusterShape.of_run(config, options.gpus, nodes)
+    if options.rollout_gpus is not None and shape.trainer_gpus < options.gpus:
+        shape = ClusterShape(options.gpus - options.rollout_gpus, options.rollout_gpus, nodes)
+    if shape.trainer_gpus < 1:
+        raise ValueError(f"--rollout-gpus {options.rollout_gpus}: must be below --gpus {options.gpus}")
+    return shape
+
+
+def _workload(options: argparse.Namespace, config: Config) -> Workload:
+    from fipo_megatron.plan.response_lengths import ResponseLengths
+    from fipo_megatron.plan.step_estimate import Workload
+
+    workload = Workload.default(config)
+    if (mean := options.mean_response) is not None:
+        lengths = workload.lengths
+        limit = config.rollout.max_response_tokens
+        workload = replace(workload, lengths=ResponseLengths.from_mean(mean, limit, prompt=lengths.prompt))
+    if options.kept_groups is not None:
+        workload = replace(workload, kept_fraction=options.kept_groups)
+    return workload
 
 
 def _architecture(config: Config) -> Architecture:
@@ -133,3 +170,57 @@ def _architecture(config: Config) -> Architecture:
         return Architecture.from_hf(read_json_object(file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _run(request: Request, options: argparse.Namespace) -> int:
+    """Plans, prints, writes the files; returns the exit code."""
+    from fipo_megatron.plan import tables
+    from fipo_megatron.plan.plan import make_plan
+    from fipo_megatron.plan.tracing import Tracer
+
+    start = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - start:4.0f} s] {line}", file=sys.stderr, flush=True)
+
+    report("building the actor on fake tensors")
+    with Tracer() as tracer:
+        plan = make_plan(request, tracer, report)
+        print(tables.plan_text(plan))
+        if options.output is not None:
+            _write(plan, options.output)
+        if options.search or plan.problems:
+            _propose(request, plan, options.search, tracer, report)
+    return TOO_LARGE if plan.problems else FITS
+
+
+def _propose(request: Request, plan: Plan, search: bool, tracer: Tracer, report: Report) -> None:
+    """Prints the fastest layouts of all, or the changes that would make the run fit."""
+    from fipo_megatron.plan import tables
+    from fipo_megatron.plan.layout_search import confirmed, fitting_layouts, nearest, with_fitting_servers
+
+    changed, servers = with_fitting_servers(request)
+    candidates = fitting_layouts(changed, tracer, report)
+    title = f"The {_SEARCHED} fastest of {len(candidates)} layouts that fit" if search else "Changes that fit"
+    ordered = candidates if search else nearest(candidates)
+    found = confirmed(ordered, _SEARCHED if search else _PROPOSED, tracer, report)
+    if found:
+        print(tables.candidates_text(title, found, servers))
+    else:
+        print("No layout of these GPUs fits; more GPUs, or shorter sequences, are needed.")
+
+
+def _write(plan: Plan, directory: Path) -> None:
+    """Writes plan.json and, if matplotlib is installed, plan.png."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / "plan.json", json.dumps(plan.as_dict(), indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plan.png: not drawn, matplotlib is not installed (pip install 'fipo-megatron[report]')", file=sys.stderr)
+        return
+    from fipo_megatron.plan.picture import draw
+
+    write_atomic(directory / "plan.png", draw(plan))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

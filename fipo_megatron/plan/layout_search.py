@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from fipo_megatron.checkpoint.disk_space import OPTIMIZER_BYTES
 from fipo_megatron.config import ActorConfig, ParallelConfig, layout_conflicts
 from fipo_megatron.config.padding import micro_batch_multiple
-from fipo_megatron.plan.gpu_memory import trainer_memory
+from fipo_megatron.plan.gpu_memory import GIB, has_engine, responses_per_server, trainer_memory
 from fipo_megatron.plan.plan import Plan, Report, Request, data_parallel_size, make_plan, step_time
 from fipo_megatron.plan.rank_memory import PassMemory, RankMemory
 from fipo_megatron.plan.tracing import LayerCost, Tracer
@@ -67,15 +67,44 @@ def fitting_layouts(request: Request, tracer: Tracer, report: Report = lambda li
             config = replace(request.config, actor=actor)
             costs[key] = tracer.layer(config, request.architecture, request.layers)
     report(f"{len(variants)} layouts from {len(costs)} traced layers")
+    responses = None
+    if has_engine(request.config) and request.config.rollout.engine == "sglang":
+        responses = responses_per_server(request.config, request.architecture, request.gpu_bytes / GIB)
     found = []
     for actor in variants:
         changed = replace(request, config=replace(request.config, actor=actor))
         peak = _peak_bytes(changed, costs[_cost_key(actor)].result())
         if peak > _TIGHT * request.gpu_bytes:
             continue
-        if (time := step_time(changed, None)) is not None:
+        if (time := step_time(changed, responses)) is not None:
             found.append(Candidate(changed, _changes(request.config.actor, actor), peak, time.step_seconds))
     return sorted(found, key=lambda candidate: (candidate.seconds, len(candidate.changes)))
+
+
+def with_fitting_servers(request: Request) -> tuple[Request, tuple[str, ...]]:
+    """Returns the request with servers that hold a response of full length, and the override that it takes.
+
+    The fastest tensor-parallel size is chosen, if that of the request is too small.
+    """
+    config = request.config
+    if not has_engine(config) or config.rollout.engine != "sglang":
+        return request, ()
+    found: list[tuple[float, int, Request]] = []
+    given = int(config.rollout.sglang.get("tp_size", 1))
+    for size in (given, *_SIZES):
+        rollout = replace(config.rollout, sglang=config.rollout.sglang | {"tp_size": size})
+        changed = replace(request, config=replace(config, rollout=rollout))
+        responses = responses_per_server(changed.config, request.architecture, request.gpu_bytes / GIB)
+        if not responses or request.shape.rollout_gpus % size:
+            continue
+        if size == given:
+            return request, ()
+        if (time := step_time(changed, responses)) is not None:
+            found.append((time.step_seconds, size, changed))
+    if not found:
+        return request, ()
+    _, size, changed = min(found, key=lambda entry: entry[:2])
+    return changed, (f"rollout.sglang.tp_size={size}",)
 
 
 def nearest(candidates: Sequence[Candidate]) -> list[Candidate]:
