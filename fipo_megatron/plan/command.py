@@ -39,7 +39,7 @@ _MOST_GPUS = 2**16
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         return _run(_request(options), options)
     except (ValueError, OSError) as error:
@@ -174,7 +174,7 @@ def _architecture(config: Config) -> Architecture:
 
 def _run(request: Request, options: argparse.Namespace) -> int:
     """Plans, prints, writes the files; returns the exit code."""
-    from fipo_megatron.plan import tables
+    from fipo_megatron.plan import plan_text
     from fipo_megatron.plan.plan import make_plan
     from fipo_megatron.plan.tracing import Tracer
 
@@ -186,7 +186,7 @@ def _run(request: Request, options: argparse.Namespace) -> int:
     report("building the actor on fake tensors")
     with Tracer() as tracer:
         plan = make_plan(request, tracer, report)
-        print(tables.plan_text(plan))
+        print(plan_text.plan_text(plan))
         if options.output is not None:
             _write(plan, options.output)
         if options.search or plan.problems:
@@ -196,7 +196,7 @@ def _run(request: Request, options: argparse.Namespace) -> int:
 
 def _propose(request: Request, plan: Plan, search: bool, tracer: Tracer, report: Report) -> None:
     """Prints the fastest layouts of all, or the changes that would make the run fit."""
-    from fipo_megatron.plan import tables
+    from fipo_megatron.plan import plan_text
     from fipo_megatron.plan.layout_search import confirmed, fitting_layouts, nearest, with_fitting_servers
 
     changed, servers = with_fitting_servers(request)
@@ -205,7 +205,7 @@ def _propose(request: Request, plan: Plan, search: bool, tracer: Tracer, report:
     ordered = candidates if search else nearest(candidates)
     found = confirmed(ordered, _SEARCHED if search else _PROPOSED, tracer, report)
     if found:
-        print(tables.candidates_text(title, found, servers))
+        print(plan_text.candidates_text(title, found, servers))
     else:
         print("No layout of these GPUs fits; more GPUs, or shorter sequences, are needed.")
 
@@ -217,7 +217,7 @@ def _write(plan: Plan, directory: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("plan.png: not drawn, matplotlib is not installed (pip install 'fipo-megatron[report]')", file=sys.stderr)
         return
-    from fipo_megatron.plan.picture import draw
+    from fipo_megatron.plan.memory_picture import draw
 
     write_atomic(directory / "plan.png", draw(plan))
 

@@ -24,6 +24,12 @@ one GPU were 2.6 % below to 5.4 % above the measured ones (benchmarks/results/pl
 SLEEPING_ENGINE_BYTES = 2 * GIB
 """Allowance for what a colocated server keeps while the actor works: context and communication buffers; assumed."""
 
+PARTS = (
+    *("parameters", "gradients", "optimizer", "FP8 copies", "activations", "temporary", "stored log-probs"),
+    *("weights", "KV cache", "reserve", "sleeping server", "allowance"),
+)
+"""Names of the parts of a phase, in the order of tables."""
+
 _WEIGHT_BYTES = 2
 
 
@@ -86,8 +92,8 @@ def trainer_memory(
     stored = {"stored log-probs": _stored_log_probs(config, data_parallel_size)}
 
     def phase(name: str, held: int, peak: int, more: dict[str, int]) -> PhaseMemory:
-        parts = kept | {"activations": held, "temporary": peak - held} | more | sleeping
-        parts = {part: size for part, size in parts.items() if size}
+        found = kept | {"activations": held, "temporary": peak - held} | more | sleeping
+        parts = {part: found[part] for part in PARTS if found.get(part)}
         allowance = CONTEXT_BYTES + _groups(config, data_parallel_size) * GROUP_BYTES
         return PhaseMemory(name, parts | {"allowance": allowance + int(FRAGMENTED * sum(parts.values()))})
 

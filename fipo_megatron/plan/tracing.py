@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +27,9 @@ _ENVIRONMENT: Mapping[str, str] = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
+
+_ABSENT = ("transformer_engine", "apex", "amp_C", "flash_attn", "flash_attn_3")
+"""Packages that Megatron-Core would use and that compute on a GPU only. A trace is the same with and without them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Tracer:
 
 def _start() -> None:
     os.environ.update(_ENVIRONMENT)
+    for name in _ABSENT:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it raises ImportError
     warnings.simplefilter("ignore")  # Megatron-Core warns when it is imported
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fipo_megatron.plan.gpu_memory import GIB
+from fipo_megatron.plan.gpu_memory import GIB, PARTS
 from fipo_megatron.plan.layout_search import Candidate
 from fipo_megatron.plan.plan import Plan, data_parallel_size
 from fipo_megatron.weights import tables as weight_tables
@@ -88,7 +88,8 @@ def _head(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     """Returns a row for each kind of GPU and phase, in GiB."""
-    names = list(dict.fromkeys(part for gpu in plan.gpus for phase in gpu.phases for part in phase.parts))
+    found = {part for gpu in plan.gpus for phase in gpu.phases for part in phase.parts}
+    names = [part for part in PARTS if part in found]
     rows = []
     for gpu in plan.gpus:
         for number, phase in enumerate(gpu.phases):
