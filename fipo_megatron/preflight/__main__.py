@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, problem = _config(given)
         if launch.rank:
             return _other_node(gathering, launch, name, config, problem)
-        if config is None:
+        problem = problem or _path_problem(given)
+        if config is None or problem:
             print(problem, file=sys.stderr)
             gathering.announce("shared", "")
             return gathering.finish(REFUSED)
@@ -72,7 +73,7 @@ def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config,
     """Examines node 0, gathers the reports of all nodes, prints the table and returns the exit code."""
     shared = SharedDirectory.choose(config, secrets.token_hex(8))
     gathering.announce("shared", json.dumps(asdict(shared)))
-    with Greeter(name) as greeter:
+    with Greeter(name) as greeter, shared.cleaned(0):
         own = examine(config, launch, name, shared=shared, greeter_port=greeter.port, tell=gathering.tell)
         gathering.report("node", own.to_json())
         nodes, absent = gathering.collect("node", range(launch.world_size), NodeFacts.from_json)
@@ -81,7 +82,6 @@ def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config,
         gathering.report("neighbours", examine_neighbours(own, usable, shared.token).to_json())
         present = [node.rank for node in usable]
         neighbours, lost = gathering.collect("neighbours", present, NeighbourFacts.from_json)
-    shared.remove(0)
     absent |= {rank: Absent(nodes[rank].name, "the other nodes") for rank in lost}
     plan = _all_reduce_plan(gathering, nodes, neighbours, absent, given)
     gathering.announce("all_reduce", plan.to_json() if plan else "")
@@ -104,7 +104,7 @@ def _other_node(gathering: Gathering, launch: Launch, name: str, config: Config 
     if not announced:
         return gathering.finish(REFUSED)
     shared = SharedDirectory(**json.loads(announced))
-    with Greeter(name) as greeter:
+    with Greeter(name) as greeter, shared.cleaned(launch.rank):
         if config is None:
             gathering.report("node", NodeFacts(launch.rank, name, name, config_problem=problem).to_json())
             return gathering.finish(BAD)
@@ -113,7 +113,6 @@ def _other_node(gathering: Gathering, launch: Launch, name: str, config: Config 
         everyone = _NODES.validate_json(gathering.announced("nodes"))
         gathering.report("neighbours", examine_neighbours(own, everyone, shared.token).to_json())
         plan = gathering.announced("all_reduce")  # all nodes are examined by then
-    shared.remove(launch.rank)
     if plan:
         gathering.report("all_reduce", measure(AllReducePlan.from_json(plan), launch.rank).to_json())
     return gathering.finish(BAD)
@@ -175,6 +174,16 @@ def _names(count: int, nodes: Mapping[int, NodeFacts], absent: Mapping[int, Abse
     own = {rank: node.name for rank, node in nodes.items()}
     own |= {rank: one.started for rank, one in absent.items() if one.started}
     return {rank: own.get(rank) or listed.get(rank) or f"rank-{rank}" for rank in range(count)}
+
+
+def _path_problem(given: argparse.Namespace) -> str:
+    """Returns why the files that the arguments name cannot be written."""
+    for option, path in (("--json", given.json), ("--exclude-file", given.exclude_file)):
+        if path is not None and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            return (
+                f"fipo preflight: {option} {path}: there is no directory {path.absolute().parent} that can be written"
+            )
+    return ""
 
 
 def _write_lists(given: argparse.Namespace, verdict: Verdict | None, bad: Sequence[str]) -> None:

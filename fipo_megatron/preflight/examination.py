@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,14 @@ class SharedDirectory:
             return f"{self.path}: cannot be written: {error.strerror}"
         return ""
 
-    def remove(self, rank: int) -> None:
-        """Removes the file of a node, if it is there."""
-        with suppress(OSError):
-            self.file(rank).unlink()
+    @contextmanager
+    def cleaned(self, rank: int) -> Iterator[None]:
+        """Removes the file of a node at the end of the block, if it is there."""
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                self.file(rank).unlink()
 
 
 def examine(

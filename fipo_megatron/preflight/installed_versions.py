@@ -50,13 +50,18 @@ def trainer_versions() -> dict[str, str]:
 
 
 def server_versions(config: Config) -> tuple[dict[str, str], str]:
-    """Returns the versions in SGLang's environment, and why it cannot be used; nothing if the run starts no servers."""
+    """Returns the versions in SGLang's environment, and why it cannot be used.
+
+    With ``rollout.servers.urls`` the servers may run on other nodes and from another environment, so that
+    ``rollout.servers.python`` is asked only if it exists.
+    """
     if config.algorithm.kind == "sft" or config.rollout.engine != "sglang":
         return {}, ""
     problem = nccl_problem(config) or ""
-    if config.rollout.servers.urls:
+    python = Path(config.rollout.servers.python)
+    if config.rollout.servers.urls and not python.exists():
         return {}, problem
-    spec = ServerSpec(Path(config.rollout.servers.python), Path(config.model.path), Path("/dev/null"))
+    spec = ServerSpec(python, Path(config.model.path), Path("/dev/null"))
     try:
         answer = run_python(spec, _PROGRAM.replace("NAMES", repr(SERVERS)), "the list of packages")
         versions: dict[str, str] = json.loads(answer)
