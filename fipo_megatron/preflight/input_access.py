@@ -57,8 +57,8 @@ def existing_directory(output: Path) -> Path:
 
 
 def _model_files(path: Path) -> Iterator[Path]:
-    yield path / "config.json"
-    yield from sorted(one for one in path.iterdir() if one.suffix in (".json", ".safetensors") and one.is_file())
+    present = {one for one in path.iterdir() if one.suffix in (".json", ".safetensors") and one.is_file()}
+    yield from sorted(present | {path / "config.json"})
 
 
 def _fact(field: str, root: Path, files: Iterator[Path]) -> InputFact:
