@@ -60,10 +60,12 @@ test-browser: setup ## The report's page in a real chromium
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
 
-lint: setup ## ruff (format and lint) and mypy
+lint: setup ## ruff (format and lint), mypy, shellcheck and hadolint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x tools/install/*.sh .ci/run
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can
 	$(VENV)/bin/ruff format .

@@ -16,6 +16,9 @@ pytestmark = pytest.mark.processes
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
 """Makes the directory $0 read-only for one process; the permissions of a directory do not stop root."""
 
+PRIVATE = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+"""Puts an empty file system of its own in place of the directory $0."""
+
 
 def works(*command: str) -> bool:
     return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -49,7 +52,7 @@ def test_good_nodes(tmp_path):
 @needs_mounts
 @needs_faketime
 def test_each_broken_node_is_named(tmp_path):
-    """Of six nodes, the second and third are good; each of the others has a fault of its own."""
+    """Of seven nodes, the second and third are good; each of the others has faults of its own."""
     config = write_inputs(tmp_path)
     other = tmp_path / "other" / "transformers-4.0.0.dist-info"
     other.mkdir(parents=True)
@@ -60,16 +63,17 @@ def test_each_broken_node_is_named(tmp_path):
         Node(1),
         Node(2),
         Node(3, before=["unshare", "-rm", "sh", "-c", READ_ONLY, str(tmp_path / "shared")], environment=path),
-        Node(4, before=["faketime", "-f", "+90s"], environment={"FAKETIME_DONT_FAKE_MONOTONIC": "1"}),
+        Node(4, before=["faketime", "-m", "-f", "+90s"]),
+        Node(5, before=["unshare", "-rm", "sh", "-c", PRIVATE, str(tmp_path / "shared")]),
     ]
     files = ("--json", str(tmp_path / "result.json"), "--exclude-file", str(tmp_path / "bad"), "--timeout", "20")
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        ended = run_nodes(config, *files, nodes=nodes, count=6, master_port=port)
-    assert {rank: one.returncode for rank, one in ended.items()} == dict.fromkeys(range(5), 1), ended
-    assert (tmp_path / "bad").read_text() == "n1,n4,n5,n6\n"
+        ended = run_nodes(config, *files, nodes=nodes, count=7, master_port=port)
+    assert {rank: one.returncode for rank, one in ended.items()} == dict.fromkeys(range(6), 1), ended
+    assert (tmp_path / "bad").read_text() == "n1,n4,n5,n6,n7\n"
     lines = ended[0].stdout.splitlines()
-    assert lines[-1] == "preflight: 2 of 6 nodes are good; bad: n1,n4,n5,n6"
+    assert lines[-1] == "preflight: 2 of 7 nodes are good; bad: n1,n4,n5,n6,n7"
     said = [line for line in lines if line.startswith("n") and ": " in line]
     versions = json.loads((tmp_path / "result.json").read_text())["nodes"][0]["facts"]["versions"]
     assert said[:3] == [
@@ -81,7 +85,9 @@ def test_each_broken_node_is_named(tmp_path):
     assert said[3].startswith("n5: clock: its clock is ")
     assert 89 < float(said[3].split()[5]) < 91
     assert said[3].endswith("s ahead of the others; at most 1 s are allowed (--max-clock-skew)")
-    assert said[4:] == ["n6: report: has not started; must report within 20 s (--timeout)"]
+    assert said[4].startswith(f"n6: shared: does not see the file of n1: {tmp_path}/shared/.fipo-preflight-")
+    assert said[4].endswith("; run.output must be on a file system that all nodes share")
+    assert said[5:] == ["n7: report: has not started; must report within 20 s (--timeout)"]
 
 
 NETWORK = """
