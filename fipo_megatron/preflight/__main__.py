@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -173,7 +174,9 @@ def _names(count: int, nodes: Mapping[int, NodeFacts], absent: Mapping[int, Abse
     listed = names_of_ranks(os.environ, count)
     own = {rank: node.name for rank, node in nodes.items()}
     own |= {rank: one.started for rank, one in absent.items() if one.started}
-    return {rank: own.get(rank) or listed.get(rank) or f"rank-{rank}" for rank in range(count)}
+    names = {rank: own.get(rank) or listed.get(rank) or f"rank-{rank}" for rank in range(count)}
+    often = {name for name, number in Counter(names.values()).items() if number > 1}  # without Slurm, on one host
+    return {rank: f"{name}-rank-{rank}" if name in often else name for rank, name in names.items()}
 
 
 def _path_problem(given: argparse.Namespace) -> str:

@@ -145,7 +145,7 @@ def all_reduce_problems(job: Job) -> list[str]:
         return []
     return [
         f"the all-reduce over all nodes reaches {min(measured):.3g} GB/s; it must reach "
-        f"{job.expected.min_bandwidth:g} GB/s (--min-bandwidth), and no node is slower than the others"
+        f"{job.expected.min_bandwidth:g} GB/s (--min-bandwidth), and no node was found to be slower than the others"
     ]
 
 

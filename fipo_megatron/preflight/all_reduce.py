@@ -74,27 +74,28 @@ def measure(plan: AllReducePlan, node: int) -> AllReduceFacts:
         )
         for local in range(count)
     ]
-    problem, answer = "", ""
+    problem, answers = "", []
     try:
         for local, process in enumerate(started):
             try:
                 output, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 problem = problem or f"had not ended after {plan.seconds:g} s"
-                break
-            if process.returncode:
-                last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-                problem = problem or f"failed: {one_line(last[0])}"
-            elif local == 0:
-                answer = output.strip().splitlines()[-1]
+                process.kill()
+                output, _ = process.communicate()
+            else:
+                if process.returncode:
+                    last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+                    problem = problem or f"failed: {one_line(last[0])}"
+            if local == 0:
+                answers = output.strip().splitlines()
     finally:
         for process in started:
             process.kill()
             process.wait()
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
-    return AllReduceFacts(problem=problem) if problem else AllReduceFacts.from_json(answer.encode())
+    if answers:  # the bandwidth of the whole job is known, even if that of its parts took too long
+        return AllReduceFacts.from_json(answers[-1].encode())
+    return AllReduceFacts(problem=problem)
 
 
 def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

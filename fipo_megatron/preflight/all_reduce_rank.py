@@ -22,7 +22,7 @@ _ROUNDS = 5
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures and prints the result as JSON; returns the exit code."""
+    """Measures and prints what is known so far as JSON, once or twice; returns the exit code."""
     plan, node, local = AllReducePlan.from_json(arguments[0]), int(arguments[1]), int(arguments[2])
     if plan.cuda:
         torch.cuda.set_device(local)
@@ -39,13 +39,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     data = torch.zeros((_CUDA_BYTES if plan.cuda else _CPU_BYTES) // 4, device=device)
     everywhere = _bandwidth(data, dist.group.WORLD)
-    own: float | None = None
-    pairs: dict[int, float] = {}
+    _print(AllReduceFacts(everywhere))
     if everywhere < plan.minimum:  # the same value on all ranks, hence the same decision
-        own, pairs = _parts(data, plan, node)
-    print(AllReduceFacts(everywhere, own, pairs).to_json().decode())
+        _print(AllReduceFacts(everywhere, *_parts(data, plan, node)))
     dist.destroy_process_group()
     return 0
+
+
+def _print(facts: AllReduceFacts) -> None:
+    print(facts.to_json().decode(), flush=True)
 
 
 def _parts(data: torch.Tensor, plan: AllReducePlan, node: int) -> tuple[float | None, dict[int, float]]:
@@ -60,12 +62,14 @@ def _parts(data: torch.Tensor, plan: AllReducePlan, node: int) -> tuple[float | 
         if one == node and count > 1:
             own = _bandwidth(data, group)
     nodes = list(plan.processes)
-    if len(nodes) > 2:
-        for one, other in pairwise([*nodes, nodes[0]]):
-            group = _group(plan, (one, other))
+    if len(nodes) == 2:
+        return own, pairs
+    ring = [(pair, _group(plan, pair)) for pair in pairwise([*nodes, nodes[0]])]
+    for neighbours in (ring[0::2], ring[1::2]):  # no node is in two pairs of a half at the same time
+        for (one, other), group in neighbours:
             if node in (one, other):
                 pairs[other if node == one else one] = _bandwidth(data, group)
-            dist.barrier()
+        dist.barrier()
     return own, pairs
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,24 @@ def test_an_all_reduce_that_does_not_end_is_killed():
     assert facts.everywhere is None
     assert facts.problem
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.processes
+def test_a_slow_all_reduce_is_repeated_in_parts():
+    """Three nodes of one process each; the bandwidth that is asked for cannot be reached."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    plan = AllReducePlan({0: 1, 1: 1, 2: 1}, 1e9, "127.0.0.1", store.port, cuda=False, seconds=120.0)
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda node: measure(plan, node), range(3)))
+    assert [facts.problem for facts in found] == [""] * 3
+    assert len({facts.everywhere for facts in found}) == 1
+    assert [sorted(facts.pairs) for facts in found] == [[1, 2], [0, 2], [0, 1]]
+    assert found[0].pairs[1] == found[1].pairs[0] > 0
+
+
+def test_nodes_of_one_name_are_told_apart():
+    nodes = {0: NodeFacts(0, "vm", "vm"), 1: NodeFacts(1, "vm", "vm"), 2: NodeFacts(2, "n3", "n3")}
+    assert program._names(3, nodes, {}) == {0: "vm-rank-0", 1: "vm-rank-1", 2: "n3"}
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,8 @@ def test_no_node_is_blamed_for_what_all_share():
     verdict = measured(**{f"r{rank}": AllReduceFacts(3.0, 300.0, same) for rank in range(3)})
     assert (verdict.code, verdict.bad_nodes) == (1, [])
     assert said(verdict) == [
-        "job: the all-reduce over all nodes reaches 3 GB/s; it must reach 20 GB/s (--min-bandwidth), and no node is "
-        "slower than the others"
+        "job: the all-reduce over all nodes reaches 3 GB/s; it must reach 20 GB/s (--min-bandwidth), and no node was "
+        "found to be slower than the others"
     ]
     failed = {f"r{rank}": AllReduceFacts(problem="had not ended after 60 s") for rank in range(3)}
     assert said(measured(**failed)) == ["job: the all-reduce had not ended after 60 s, on every node; it must succeed"]
