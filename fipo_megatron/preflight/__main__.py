@@ -43,10 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_intermixed_args(arguments)
     try:
         launch = Launch.from_environment(os.environ)
-        if launch.local_rank:
-            raise ValueError(
-                f"local rank {launch.local_rank}: a preflight has one task per node; use srun --ntasks-per-node=1"
-            )
+        _check_one_task_per_node(launch, os.environ)
     except ValueError as error:
         print(f"fipo preflight: {error}", file=sys.stderr)
         return REFUSED
@@ -117,6 +114,14 @@ def _other_node(gathering: Gathering, launch: Launch, name: str, config: Config 
     if plan:
         gathering.report("all_reduce", measure(AllReducePlan.from_json(plan), launch.rank).to_json())
     return gathering.finish(BAD)
+
+
+def _check_one_task_per_node(launch: Launch, environment: Mapping[str, str]) -> None:
+    """Raises ValueError if there are several tasks on a node."""
+    tasks, nodes = environment.get("SLURM_STEP_NUM_TASKS"), environment.get("SLURM_STEP_NUM_NODES")
+    if launch.local_rank or ("RANK" not in environment and nodes is not None and tasks != nodes):
+        found = f"{tasks} tasks on {nodes} nodes" if nodes is not None else f"local rank {launch.local_rank}"
+        raise ValueError(f"{found}: a preflight has one task per node; use srun --ntasks-per-node=1")
 
 
 def _config(given: argparse.Namespace) -> tuple[Config | None, str]:

@@ -6,6 +6,7 @@ No process groups are involved, so that a node that is missing or hangs cannot k
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,6 +68,15 @@ class Gathering:
         self.host = launch.address or "127.0.0.1"
         first = launch.rank == 0
         try:
+            socket.getaddrinfo(self.host, port)
+        except OSError as error:
+            raise GatheringError(
+                f"MASTER_ADDR = {self.host}: cannot be resolved ({error.strerror}); it must be a name or an address of "
+                "node 0 that every node knows"
+            ) from None
+        try:
+            if not first:
+                _wait_for_listener(self.host, port, seconds)
             self._store = dist.TCPStore(
                 self.host,
                 port,
@@ -156,6 +166,23 @@ class Gathering:
 
     def _text(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+def _wait_for_listener(host: str, port: int, seconds: float) -> None:
+    """Waits until something listens; torch's own wait prints its stack several times.
+
+    Raises:
+        OSError: Nothing listens in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(4 * _POLL_SECONDS)
 
 
 def _first_line(error: BaseException) -> str:

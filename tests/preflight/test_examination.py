@@ -143,6 +143,9 @@ def test_inputs_are_compared_by_names_and_sizes(config_file, tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
     assert input_facts(config)[0].digest != model.digest
     (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "data.jsonl").symlink_to("/proc/self/mem")  # can be opened, but not read
+    assert input_facts(config)[1].problem == f"{tmp_path}/data.jsonl cannot be read: Input/output error"
+    (tmp_path / "data.jsonl").unlink()
     assert input_facts(config)[1].problem == f"{tmp_path}/data.jsonl cannot be read: No such file or directory"
     (tmp_path / "model" / "config.json").unlink()
     assert "config.json cannot be read" in input_facts(config)[0].problem
@@ -331,6 +334,45 @@ def test_wrong_arguments_are_refused(arguments, environment, said, config_file, 
         monkeypatch.setenv(name, value)
     assert program.main([str(config_file) if one == "CONFIG" else one for one in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+TASK = {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1"}
+
+
+def test_several_tasks_per_node_are_refused_on_all_of_them(config_file, monkeypatch, capsys):
+    for name, value in {**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert program.main([str(config_file)]) == 2
+    assert "2 tasks on 1 nodes: a preflight has one task per node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "said"),
+    [
+        ("0", "no-such-host.invalid", "MASTER_ADDR = no-such-host.invalid: cannot be resolved ("),
+        ("1", "127.0.0.1", "node 0 could not be reached at 127.0.0.1, port "),
+    ],
+)
+def test_a_node_0_that_cannot_be_reached(rank, address, said, config_file, tmp_path, monkeypatch, capfd):
+    variables = {"SLURM_PROCID": rank, "SLURMD_NODENAME": "n7", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    for name, value in {**TASK, **variables}.items():
+        monkeypatch.setenv(name, value)
+    given = ["--timeout", "1", "--port", str(free_port()), "--exclude-file", str(tmp_path / "bad")]
+    assert program.main([str(config_file), *given]) == 1
+    (line,) = capfd.readouterr().err.splitlines()  # no stack of torch
+    assert line.startswith(f"fipo preflight: n7: {said}")
+    assert (tmp_path / "bad").exists() == (rank == "0")
+
+
+def test_a_port_of_the_reports_that_is_taken(config_file, tmp_path, monkeypatch, capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {**TASK, "SLURM_PROCID": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        assert program.main([str(config_file), "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert f"port {port}, at which node 0 gathers the reports, cannot be used: " in said
+    assert "choose another one with --port" in said
 
 
 def test_one_machine_alone(config_file, tmp_path, capsys):
