@@ -39,7 +39,7 @@ FAULTS = {
     140: "an unrecovered memory error",
     143: "the GPU could not be initialised",
 }
-"""Xid errors after which NVIDIA's catalogue asks for a reset or for service. Others are often those of a program."""
+"""Xid errors of the hardware or its firmware, which a restart of the program does not mend."""
 
 LOG_HOURS = 24.0
 """Age in hours up to which an Xid error counts; a GPU has most likely been reset after an older one."""
