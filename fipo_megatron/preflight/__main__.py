@@ -25,6 +25,7 @@ from fipo_megatron.preflight.neighbours import examine_neighbours
 from fipo_megatron.preflight.node_facts import AllReduceFacts, NeighbourFacts, NodeFacts
 from fipo_megatron.preflight.node_names import names_of_ranks, own_name
 from fipo_megatron.preflight.port_state import unresolved_urls
+from fipo_megatron.preflight.time_limit import finished_in_time
 from fipo_megatron.preflight.verdict_table import BAD, Verdict
 from fipo_megatron.storage.atomic import write_atomic
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gathering.start(name)
         config, problem = _config(given)
         if launch.rank:
-            return _other_node(gathering, launch, name, config, problem)
+            return _other_node(gathering, launch, name, config or problem, given)
         problem = problem or _path_problem(given)
         if config is None or problem:
             print(problem, file=sys.stderr)
@@ -69,15 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config, given: argparse.Namespace) -> int:
     """Examines node 0, gathers the reports of all nodes, prints the table and returns the exit code."""
-    shared = SharedDirectory.choose(config, secrets.token_hex(8))
-    gathering.announce("shared", json.dumps(asdict(shared)))
+    shared = finished_in_time(lambda: SharedDirectory.choose(config, secrets.token_hex(8)), given.timeout)
+    gathering.announce("shared", json.dumps(asdict(shared)) if shared else "")
+    if shared is None:
+        raise GatheringError(
+            f"run.output = {config.run.output}: the file system has not answered in {given.timeout:g} s"
+        )
     with Greeter(name) as greeter, shared.cleaned(0):
-        own = examine(config, launch, name, shared=shared, greeter_port=greeter.port, tell=gathering.tell)
-        gathering.report("node", own.to_json())
-        nodes, absent = gathering.collect("node", range(launch.world_size), NodeFacts.from_json)
+        own = _examine(gathering, launch, name, config, shared, greeter, given)
+        others = range(0 if own else 1, launch.world_size)
+        nodes, absent = gathering.collect("node", others, NodeFacts.from_json)
+        absent |= {} if own else {0: gathering.absent(0)}
         usable = [nodes[rank] for rank in sorted(nodes) if not nodes[rank].config_problem]
         gathering.announce("nodes", _NODES.dump_json(usable).decode())
-        gathering.report("neighbours", examine_neighbours(own, usable, shared.token).to_json())
+        if own:
+            _examine_neighbours(gathering, own, usable, shared, given)
         present = [node.rank for node in usable]
         neighbours, lost = gathering.collect("neighbours", present, NeighbourFacts.from_json)
     absent |= {rank: Absent(nodes[rank].name, "the other nodes") for rank in lost}
@@ -96,24 +103,58 @@ def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config,
     return verdict.code
 
 
-def _other_node(gathering: Gathering, launch: Launch, name: str, config: Config | None, problem: str) -> int:
-    """Examines another node and returns the exit code that node 0 has decided."""
+def _other_node(
+    gathering: Gathering, launch: Launch, name: str, config: Config | str, given: argparse.Namespace
+) -> int:
+    """Examines another node, or reports why it has no configuration; returns the exit code that node 0 has decided."""
     announced = gathering.announced("shared")
     if not announced:
         return gathering.finish(REFUSED)
     shared = SharedDirectory(**json.loads(announced))
     with Greeter(name) as greeter, shared.cleaned(launch.rank):
-        if config is None:
-            gathering.report("node", NodeFacts(launch.rank, name, name, config_problem=problem).to_json())
+        if isinstance(config, str):
+            gathering.report("node", NodeFacts(launch.rank, name, name, config_problem=config).to_json())
             return gathering.finish(BAD)
-        own = examine(config, launch, name, shared=shared, greeter_port=greeter.port, tell=gathering.tell)
-        gathering.report("node", own.to_json())
+        own = _examine(gathering, launch, name, config, shared, greeter, given)
         everyone = _NODES.validate_json(gathering.announced("nodes"))
-        gathering.report("neighbours", examine_neighbours(own, everyone, shared.token).to_json())
+        if own:
+            _examine_neighbours(gathering, own, everyone, shared, given)
         plan = gathering.announced("all_reduce")  # all nodes are examined by then
     if plan:
         gathering.report("all_reduce", measure(AllReducePlan.from_json(plan), launch.rank).to_json())
     return gathering.finish(BAD)
+
+
+def _examine(
+    gathering: Gathering,
+    launch: Launch,
+    name: str,
+    config: Config,
+    shared: SharedDirectory,
+    greeter: Greeter,
+    given: argparse.Namespace,
+) -> NodeFacts | None:
+    """Examines this node and reports; returns None if that has not ended in time, and reports nothing."""
+    own = finished_in_time(
+        lambda: examine(config, launch, name, shared=shared, greeter_port=greeter.port, tell=gathering.tell),
+        given.timeout,
+    )
+    if own:
+        gathering.report("node", own.to_json())
+    return own
+
+
+def _examine_neighbours(
+    gathering: Gathering,
+    own: NodeFacts,
+    everyone: Sequence[NodeFacts],
+    shared: SharedDirectory,
+    given: argparse.Namespace,
+) -> None:
+    """Examines the other nodes and reports, unless that has not ended in time."""
+    facts = finished_in_time(lambda: examine_neighbours(own, everyone, shared.token), given.timeout)
+    if facts:
+        gathering.report("neighbours", facts.to_json())
 
 
 def _check_one_task_per_node(launch: Launch, environment: Mapping[str, str]) -> None:

@@ -16,9 +16,12 @@ from fipo_megatron.preflight.input_access import existing_directory, free_bytes,
 from fipo_megatron.preflight.installed_versions import server_versions, trainer_versions
 from fipo_megatron.preflight.node_facts import NodeFacts
 from fipo_megatron.preflight.port_state import port_states
+from fipo_megatron.preflight.time_limit import finished_in_time
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.host_address import host_address, is_loopback
 from fipo_megatron.storage.output_directory import output_problems
+
+_REMOVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ class SharedDirectory:
 
     @contextmanager
     def cleaned(self, rank: int) -> Iterator[None]:
-        """Removes the file of a node at the end of the block, if it is there."""
+        """Removes the file of a node at the end of the block, if it is there and the file system answers."""
+
+        def remove() -> bool:
+            with suppress(OSError):
+                self.file(rank).unlink()
+            return True
+
         try:
             yield
         finally:
-            with suppress(OSError):
-                self.file(rank).unlink()
+            finished_in_time(remove, _REMOVE_SECONDS)
 
 
 def examine(

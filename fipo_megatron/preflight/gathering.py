@@ -148,7 +148,11 @@ class Gathering:
                 break
             if missing:
                 time.sleep(_POLL_SECONDS)
-        return found, {rank: Absent(self._text(f"started/{rank}"), self._text(f"part/{rank}")) for rank in missing}
+        return found, {rank: self.absent(rank) for rank in missing}
+
+    def absent(self, rank: int) -> Absent:
+        """Returns what is known on node 0 about a node that has not reported."""
+        return Absent(self._text(f"started/{rank}"), self._text(f"part/{rank}"))
 
     def finish(self, code: int) -> int:
         """Ends the preflight on all nodes with the same exit code, which node 0 decides; returns it.

@@ -27,6 +27,7 @@ from fipo_megatron.preflight.neighbours import examine_neighbours
 from fipo_megatron.preflight.node_facts import NodeFacts
 from fipo_megatron.preflight.node_names import expand, names_of_ranks
 from fipo_megatron.preflight.port_state import port_states, unresolved_urls
+from fipo_megatron.preflight.time_limit import finished_in_time
 from tests.preflight.nodes import free_port, write_inputs
 
 
@@ -334,6 +335,25 @@ def test_wrong_arguments_are_refused(arguments, environment, said, config_file, 
         monkeypatch.setenv(name, value)
     assert program.main([str(config_file) if one == "CONFIG" else one for one in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_system_that_does_not_answer_is_named(config_file, tmp_path, capsys):
+    """A pipe that nobody writes: opening it never ends."""
+    (tmp_path / "data.jsonl").unlink()
+    os.mkfifo(tmp_path / "data.jsonl")
+    assert program.main([str(config_file), "--timeout", "1"]) == 1
+    assert capsys.readouterr().out.splitlines()[3] == (
+        f"{socket.gethostname()}: report: has started but not reported, it was examining model and data "
+        f"({tmp_path}/model); must report within 1 s (--timeout)"
+    )
+    os.close(os.open(tmp_path / "data.jsonl", os.O_WRONLY | os.O_NONBLOCK))  # the thread ends
+
+
+def test_a_time_limit():
+    assert finished_in_time(lambda: 3, 10.0) == 3
+    assert finished_in_time(threading.Event().wait, 0.01) is None
+    with pytest.raises(ZeroDivisionError):
+        finished_in_time(lambda: 1 // 0, 10.0)
 
 
 TASK = {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1"}
