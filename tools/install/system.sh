@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck source=tools/install/common.sh
 source "$(dirname "$0")/common.sh"
 
-packages="python3 python3-dev python3-venv build-essential git ca-certificates libnuma1 libibverbs1 ibverbs-providers librdmacm1"
+packages="python3 python3-dev python3-venv build-essential git ca-certificates libnuma1 libibverbs1 ibverbs-providers"
 read_options "packages" "$@"
 
 read -ra wanted <<<"$packages"
