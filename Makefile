@@ -29,16 +29,13 @@ help: ## What there is to run
 setup: $(VENV)/.ready ## Virtual environment in .venv with everything pinned in constraints/
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; choose another with PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	tools/install/trainer.sh --python $(PYTHON) --venv $(VENV) --constraints $(CONSTRAINTS) --extras "$(EXTRAS)"
 	@touch $@
 
 sglang-env: $(SGLANG_VENV)/.ready ## The rollout server's own environment in .venv-sglang (1.6 GB)
 
 $(SGLANG_VENV)/.ready: constraints/sglang-cpu.txt
-	$(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/sglang-cpu.txt
+	tools/install/sglang.sh --python $(PYTHON) --venv $(SGLANG_VENV)
 	@touch $@
 
 quickstart: setup ## Trains a tiny model with FIPO: two minutes, no GPU, no download
@@ -63,10 +60,12 @@ test-browser: setup ## The report's page in a real chromium
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
 
-lint: setup ## ruff (format and lint) and mypy
+lint: setup ## ruff (format and lint), mypy, shellcheck and hadolint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x tools/install/*.sh .ci/run
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can
 	$(VENV)/bin/ruff format .

@@ -28,6 +28,11 @@ COMMANDS = {
         "hf-to-megatron|megatron-to-hf ...",
         "convert weights between Hugging Face and Megatron",
     ),
+    "preflight": (
+        "fipo_megatron.preflight.__main__",
+        "CONFIG [key=value ...]",
+        "examine the nodes of a job before it starts",
+    ),
     "report": ("fipo_megatron.report.__main__", "RUN [RUN ...]", "draw the curves of one or several runs"),
 }
 """Module, arguments and summary of each command. The module has ``main(arguments) -> int``."""
