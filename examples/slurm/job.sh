@@ -8,7 +8,6 @@
 #   FIPO_RANKS       ranks on each trainer node (the node's GPUs; 1 without)
 #   FIPO_SRUN        further options of every srun, such as --cpu-bind=none
 #   FIPO_STARTS      starts of the job without a newly finished step between them, after which it ends (3)
-#   FIPO_WAIT        seconds to wait for the engines (1800)
 
 if [[ -n "${FIPO_SETUP:-}" ]]; then
   # shellcheck source=/dev/null

@@ -22,6 +22,9 @@ class RunConfig:
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
         replay: Directory of recorded responses to train on instead of sampling.
         rollout_only: Sample and score responses without training.
+        hang_seconds: Seconds without progress on any rank after which the run writes the stacks of all ranks to
+            ``stacks/`` in ``run.output`` and ends. Progress is a phase of a step that begins or ends, a micro-batch, a
+            sampled token, or weights that are sent; it must be longer than the longest pause between two of them.
     """
 
     steps: Positive = 100
@@ -31,6 +34,7 @@ class RunConfig:
     record_rollouts: bool = False
     replay: str | None = None
     rollout_only: bool = False
+    hang_seconds: PositiveNumber = 1800.0
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -78,7 +78,7 @@ def _read_inputs(arguments: Sequence[str], launch: Launch, monitor: RankMonitor)
         ValueError: Something is not valid.
     """
     config = load_config(arguments[0], arguments[1:])
-    monitor.silence_seconds = config.rollout.silence_seconds
+    monitor.silence_seconds, monitor.hang_seconds = config.rollout.silence_seconds, config.run.hang_seconds
     from fipo_megatron.observe.console import set_up_logging, silence_libraries
     from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
 
