@@ -25,6 +25,7 @@ trainer_count=${SLURM_JOB_NUM_NODES_HET_GROUP_0:-$SLURM_JOB_NUM_NODES}
 if [[ -n "${SLURM_HET_SIZE:-}" ]]; then run_step+=(--het-group=0); fi
 ranks=${FIPO_RANKS:-${SLURM_GPUS_ON_NODE:-1}}
 stopping="" # the signal that asked the job to end
+trainer=""  # process of the trainer's srun
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
@@ -77,20 +78,25 @@ set_master() {
 # Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption with
 # PreemptParameters=send_user_signal. The trainer finishes its step and saves. TERM reaches the ranks without this
 # script, and a second signal would end them at once.
-pass_signals() {
-  trap 'stopping=USR1; say "USR1: the run ends after its step"; kill -USR1 "$trainer"' USR1
-  trap 'stopping=TERM; say "TERM: the run ends after its step"' TERM
+stop_run() { # SIGNAL
+  stopping=$1
+  say "$1: the run ends after its step"
+  if [[ $1 = USR1 && -n $trainer ]]; then kill -USR1 "$trainer"; fi
 }
+trap 'stop_run USR1' USR1
+trap 'stop_run TERM' TERM
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the
 # first one is killed.
 run_trainer() { # CONFIG [key=value ...]
+  code=1
+  if [[ -n $stopping ]]; then return; fi
   set_master
+  rm -f "$output/outcome.json" # of an earlier start
   "${run_step[@]}" --nodes="$trainer_count" --ntasks="$((trainer_count * ranks))" --ntasks-per-node="$ranks" \
     --kill-on-bad-exit=0 --wait=60 --output="$logs/rank-%4t.log" \
     "$python" -m fipo_megatron.train "$@" &
   trainer=$!
-  pass_signals
   await "$trainer"
   code=$?
 }
@@ -102,12 +108,12 @@ finish() {
   local how
   how=$(outcome)
   say "the trainer has ended with exit code $code after $(finished_steps) steps: ${how:-killed}${stopping:+ ($stopping)}"
-  if ((code != 0)); then tail -n 20 "$logs/rank-0000.log"; fi
+  if [[ $code != 0 && -f $logs/rank-0000.log ]]; then tail -n 20 "$logs/rank-0000.log"; fi
   if [[ $code = 0 && $how = complete ]]; then exit 0; fi
   if [[ $code = 2 || $code = 3 ]]; then exit "$code"; fi # not valid, or collapsed: another start would not help
   # A job that was cancelled, or that Slurm requeues itself, is not running any more.
   if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1) != RUNNING ]]; then exit "$code"; fi
-  if [[ $how != stopped ]] && (($(starts_in_vain) >= ${FIPO_STARTS:-3})); then
+  if [[ $how != stopped && -z $stopping ]] && (($(starts_in_vain) >= ${FIPO_STARTS:-3})); then
     say "ends: ${FIPO_STARTS:-3} starts without a newly finished step; see $logs"
     exit 1
   fi
