@@ -24,13 +24,14 @@ trainer_nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}
 trainer_count=${SLURM_JOB_NUM_NODES_HET_GROUP_0:-$SLURM_JOB_NUM_NODES}
 if [[ -n "${SLURM_HET_SIZE:-}" ]]; then run_step+=(--het-group=0); fi
 ranks=${FIPO_RANKS:-${SLURM_GPUS_ON_NODE:-1}}
+# Without --cpus-per-task, Slurm may bind a task to one core.
+cpus=${SLURM_CPUS_ON_NODE:-1}
 stopping="" # the signal that asked the job to end
-trainer=""  # process of the trainer's srun
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
-# Runs a command once, on the first trainer node.
-once() { "${run_step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "$@"; }
+# Runs a command once, on the first trainer node, with all of its cores and GPUs.
+once() { "${run_step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" "$@"; }
 
 # Waits for a process of this shell, also if a signal interrupts the wait; returns its exit code.
 await() {
@@ -65,6 +66,9 @@ count_start() {
   fi
   echo "$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes" \
     >>"$output/slurm/starts"
+  rm -f "$output/stop" "$output/outcome.json" # of an earlier start
+  trap 'stop_run USR1' USR1
+  trap 'stop_run TERM' TERM
 }
 
 # Ranks find each other at the address of the first node.
@@ -76,28 +80,24 @@ set_master() {
 }
 
 # Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption with
-# PreemptParameters=send_user_signal. The trainer finishes its step and saves. TERM reaches the ranks without this
-# script, and a second signal would end them at once.
+# PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of a
+# job without this script.
 stop_run() { # SIGNAL
   stopping=$1
   say "$1: the run ends after its step"
-  if [[ $1 = USR1 && -n $trainer ]]; then kill -USR1 "$trainer"; fi
+  if [[ $1 = USR1 ]]; then touch "$output/stop"; fi
 }
-trap 'stop_run USR1' USR1
-trap 'stop_run TERM' TERM
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the
 # first one is killed.
 run_trainer() { # CONFIG [key=value ...]
   code=1
-  if [[ -n $stopping ]]; then return; fi
+  if [[ -n $stopping ]]; then return; fi # before the trainer was started
   set_master
-  rm -f "$output/outcome.json" # of an earlier start
   "${run_step[@]}" --nodes="$trainer_count" --ntasks="$((trainer_count * ranks))" --ntasks-per-node="$ranks" \
-    --kill-on-bad-exit=0 --wait=60 --output="$logs/rank-%4t.log" \
+    --cpus-per-task="$((cpus / ranks))" --kill-on-bad-exit=0 --wait=60 --output="$logs/rank-%4t.log" \
     "$python" -m fipo_megatron.train "$@" &
-  trainer=$!
-  await "$trainer"
+  await $!
   code=$?
 }
 
@@ -118,9 +118,11 @@ finish() {
     exit 1
   fi
   say "is requeued and resumes"
+  trap 'exit 0' TERM # Slurm ends this script
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     say "cannot be requeued; submit it again to resume"
     exit 1
   fi
-  sleep 60 # Slurm ends this script
+  sleep 60 &
+  wait
 }

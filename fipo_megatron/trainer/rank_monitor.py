@@ -133,7 +133,15 @@ class RankMonitor:
         for thread in self._threads:
             thread.join(timeout=5 * _BEAT_SECONDS)
 
-    def report(self, text: str, code: int, tell: Callable[[str], None], error: BaseException | None = None) -> None:
+    def report(
+        self,
+        text: str,
+        code: int,
+        tell: Callable[[str], None],
+        error: BaseException | None = None,
+        *,
+        hangs: bool = False,
+    ) -> None:
         """Tells an error of this rank, unless another rank has told one already.
 
         Args:
@@ -141,6 +149,7 @@ class RankMonitor:
             code: Exit code of the run.
             tell: Prints or logs a text.
             error: The exception, which is told once only.
+            hangs: Whether all ranks write their stacks.
         """
         if error is not None and self._reported is error:
             return
@@ -148,7 +157,9 @@ class RankMonitor:
         if self._store is None:
             tell(text)
             return
-        own, first = self.announce(text, code)
+        if hangs:
+            stacks.write_stacks(text)
+        own, first = self.announce(text, code, hangs=hangs)
         if own or (self._launch.rank == 0 and first.host != self._own.host):
             tell(first.text)
 
@@ -157,10 +168,10 @@ class RankMonitor:
         if self._store is not None:
             self.report(f"{type(error).__name__}: {error}", 1, lambda text: logger.error("%s", text), error)
 
-    def announce(self, text: str, code: int) -> tuple[bool, RunEnd]:
+    def announce(self, text: str, code: int, *, hangs: bool = False) -> tuple[bool, RunEnd]:
         """Announces an error of this rank to the others; returns whether it is the first of the run, and the first."""
         named = f"rank {self._launch.rank} on {self._own.host}: {text}"
-        mine = RunEnd(named, code, self._launch.rank, self._own.host)
+        mine = RunEnd(named, code, self._launch.rank, self._own.host, hangs=hangs)
         self._leaving = code
         if self._store is None:
             return True, mine  # there is one rank

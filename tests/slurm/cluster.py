@@ -87,7 +87,9 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """Kills the daemon of a node with SIGKILL, as when its host dies; its processes stay."""
-        self._daemons.pop(node).kill()
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
 
     def idle_nodes(self) -> set[str]:
         """Returns the nodes on which a job could start."""

@@ -107,6 +107,17 @@ def test_sigterm_saves_and_the_next_start_resumes(data, tmp_path):
     assert file.read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+def test_a_file_asks_a_run_to_end_after_its_step(data, tmp_path):
+    """It may be there before the run has started; the run removes it, so that the next start goes on."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    said = train(data, tmp_path / "run", "run.steps=2")
+    assert "ended after step 0, as asked" in said
+    assert outcome(tmp_path / "run") == {"outcome": "stopped", "step": 1, "exit_code": 0}
+    train(data, tmp_path / "run", "run.steps=2")
+    assert outcome(tmp_path / "run") == {"outcome": "complete", "step": 2, "exit_code": 0}
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(data, recorded, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(recorded, run)
