@@ -165,6 +165,8 @@ class Cluster:
     def _configuration(self) -> str:
         host = socket.gethostname().partition(".")[0]
         controller, *ports = _free_ports(1 + len(self.nodes))
+        # Ranks derive their port from the number of the job; two clusters may run on this host.
+        first_job = 1 + 50 * secrets.randbelow(200)
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus}"
             for name, port in zip(self.nodes, ports, strict=True)
@@ -192,7 +194,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=1,sched_min
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-KillWait=20
+KillWait=10
 InactiveLimit=0
 MinJobAge=300
 SlurmdTimeout=10
@@ -201,6 +203,7 @@ BatchStartTimeout=30
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobRequeue=1
+FirstJobId={first_job}
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=all Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO

@@ -15,7 +15,12 @@ from tests.slurm.jobs import ROOT, Job
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     found = Cluster(tmp_path_factory.mktemp("slurm"), nodes=8)
-    found.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FIPO_PYTHON": sys.executable}
+    found.environment |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "FIPO_PYTHON": sys.executable,
+        "REAL_PYTHON": sys.executable,
+    }
     found.environment |= {"HOME": str(tmp_path_factory.mktemp("home"))}
     found.environment |= {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))}
     try:
