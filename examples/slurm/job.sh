@@ -69,6 +69,7 @@ count_start() {
   rm -f "$output/stop" "$output/outcome.json" # of an earlier start
   trap 'stop_run USR1' USR1
   trap 'stop_run TERM' TERM
+  trap 'stop_run INT' INT
 }
 
 # Ranks find each other at the address of the first node.
@@ -79,13 +80,13 @@ set_master() {
   export MASTER_ADDR=${MASTER_ADDR:-$first}
 }
 
-# Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption with
-# PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of a
-# job without this script.
+# Ends the run after its step. Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption
+# with PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
+# a job without this script. INT comes from the user (scancel --batch --signal=INT JOB): nothing is requeued.
 stop_run() { # SIGNAL
   stopping=$1
   say "$1: the run ends after its step"
-  if [[ $1 = USR1 ]]; then touch "$output/stop"; fi
+  if [[ $1 != TERM ]]; then touch "$output/stop"; fi
 }
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the
@@ -111,6 +112,7 @@ finish() {
   if [[ $code != 0 && -f $logs/rank-0000.log ]]; then tail -n 20 "$logs/rank-0000.log"; fi
   if [[ $code = 0 && $how = complete ]]; then exit 0; fi
   if [[ $code = 2 || $code = 3 ]]; then exit "$code"; fi # not valid, or collapsed: another start would not help
+  if [[ $stopping = INT && $how = stopped ]]; then exit 0; fi
   # A job that was cancelled, or that Slurm requeues itself, is not running any more.
   if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1) != RUNNING ]]; then exit "$code"; fi
   if [[ $how != stopped && -z $stopping ]] && (($(starts_in_vain) >= ${FIPO_STARTS:-3})); then

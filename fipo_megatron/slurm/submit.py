@@ -117,11 +117,11 @@ def _script(name: str) -> str:
 
 
 def _shown(command: Sequence[str], environment: dict[str, str]) -> list[str]:
-    """Returns the command as it can be typed, in lines of readable length."""
+    """Returns the command as it can be typed, in lines of readable length; components and the script begin lines."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     line = ""
     for word in _words(command):
-        if line and len(line) + len(word) > _WIDTH:
+        if line and (len(line) + len(word) > _WIDTH or word == ":" or word.endswith(".sbatch")):
             lines.append(line + " \\")
             line = "  "
         line += word if not line.strip() else f" {word}"

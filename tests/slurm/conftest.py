@@ -45,6 +45,6 @@ def whole(cluster, data, tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    if os.geteuid():
-        for item in items:
+    for item in items:
+        if os.geteuid() and item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.skip(reason="Slurm's daemons need root"))

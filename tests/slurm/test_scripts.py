@@ -64,6 +64,15 @@ def test_a_cancelled_job_is_not_requeued(cluster, data, tmp_path):
     assert job.starts == 1
 
 
+def test_a_job_is_ended_by_its_user_after_a_step(cluster, data, tmp_path):
+    job = Job.train(cluster, data, tmp_path)
+    job.wait_for(lambda: job.starts == 1, "start")
+    cluster.run("scancel", "--batch", "--signal=INT", job.number)
+    job.wait()
+    assert len(job.rows()) == 1
+    assert (job.run / "checkpoints" / "step-000001").is_dir()
+
+
 def test_a_model_is_converted_by_ranks_on_both_nodes(cluster, data, tmp_path):
     arguments = ["hf-to-megatron", data / "model", tmp_path / "checkpoint", "--verify"]
     job = Job.submit(cluster, tmp_path, "convert.sbatch", *arguments, options=["--nodes=2"])
