@@ -27,6 +27,7 @@ ranks=${FIPO_RANKS:-${SLURM_GPUS_ON_NODE:-1}}
 # Without --cpus-per-task, Slurm may bind a task to one core.
 cpus=${SLURM_CPUS_ON_NODE:-1}
 stopping="" # the signal that asked the job to end
+output=""
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
@@ -67,9 +68,6 @@ count_start() {
   echo "$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes" \
     >>"$output/slurm/starts"
   rm -f "$output/stop" "$output/outcome.json" # of an earlier start
-  trap 'stop_run USR1' USR1
-  trap 'stop_run TERM' TERM
-  trap 'stop_run INT' INT
 }
 
 # Ranks find each other at the address of the first node.
@@ -84,9 +82,15 @@ set_master() {
 # with PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
 # a job without this script. INT comes from the user (scancel --batch --signal=INT JOB): nothing is requeued.
 stop_run() { # SIGNAL
-  stopping=$1
+  if [[ $stopping != INT ]]; then stopping=$1; fi
   say "$1: the run ends after its step"
-  if [[ $1 != TERM ]]; then touch "$output/stop"; fi
+  if [[ $1 != TERM && -n $output ]]; then touch "$output/stop"; fi
+}
+
+catch_signals() {
+  trap 'stop_run USR1' USR1
+  trap 'stop_run TERM' TERM
+  trap 'stop_run INT' INT
 }
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the

@@ -165,8 +165,9 @@ class Cluster:
     def _configuration(self) -> str:
         host = socket.gethostname().partition(".")[0]
         controller, *ports = _free_ports(1 + len(self.nodes))
-        # Ranks derive their port from the number of the job; two clusters may run on this host.
-        first_job = 1 + 50 * secrets.randbelow(200)
+        # Ranks derive their port from the number of the job, and each worker of pytest has a cluster.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        first_job = 1 + 1000 * secrets.randbelow(9) + 100 * worker
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus}"
             for name, port in zip(self.nodes, ports, strict=True)
@@ -196,7 +197,7 @@ SwitchType=switch/none
 ReturnToService=2
 KillWait=10
 InactiveLimit=0
-MinJobAge=300
+MinJobAge=86400
 SlurmdTimeout=10
 MessageTimeout=10
 BatchStartTimeout=30

@@ -64,13 +64,17 @@ def test_a_cancelled_job_is_not_requeued(cluster, data, tmp_path):
     assert job.starts == 1
 
 
-def test_a_job_is_ended_by_its_user_after_a_step(cluster, data, tmp_path):
-    job = Job.train(cluster, data, tmp_path)
-    job.wait_for(lambda: job.starts == 1, "start")
+def test_a_job_saves_before_its_time_limit_and_is_ended_by_its_user(cluster, data, tmp_path):
+    """Slurm signals the script 100 s before the limit of 2 minutes, give or take half a minute; later the user does."""
+    job = Job.train(cluster, data, tmp_path, options=["--time=2", "--signal=B:USR1@100"])
+    with job.held():
+        job.wait_for(lambda: "USR1: the run ends after its step" in job.log, "signal before the time limit")
+    job.wait_for(lambda: job.starts == 2, "start after the time limit")
+    assert "after 1 steps: stopped (USR1)" in job.log
     cluster.run("scancel", "--batch", "--signal=INT", job.number)
     job.wait()
-    assert len(job.rows()) == 1
-    assert (job.run / "checkpoints" / "step-000001").is_dir()
+    assert len(job.rows()) == 2
+    assert (job.run / "checkpoints" / "step-000002").is_dir()
 
 
 def test_a_model_is_converted_by_ranks_on_both_nodes(cluster, data, tmp_path):

@@ -1,6 +1,6 @@
 """Serves the model of a configuration with SGLang on one node of a Slurm job, as a step of its own.
 
-python -m fipo_megatron.slurm.serve DIRECTORY CONFIG.yaml [key=value ...]
+python -m fipo_megatron.slurm.rollout_node DIRECTORY CONFIG.yaml [key=value ...]
 
 Writes the URLs of its servers to DIRECTORY/NODE.urls as soon as they answer, and on GPUs the version of their NCCL to
 DIRECTORY/NODE.nccl: the job script gives both to the trainer. Servers that end are restarted
