@@ -7,6 +7,7 @@
 #   FIPO_CONTAINER   image for pyxis (srun --container-image); FIPO_MOUNTS is its --container-mounts
 #   FIPO_RANKS       ranks on each trainer node (the node's GPUs; 1 without)
 #   FIPO_SRUN        further options of every srun, such as --cpu-bind=none
+#   FIPO_SCRIPTS     directory of these scripts (examples/slurm below the directory of sbatch)
 #   FIPO_STARTS      starts of the job without a newly finished step between them, after which it ends (3)
 
 if [[ -n "${FIPO_SETUP:-}" ]]; then
@@ -84,7 +85,7 @@ set_master() {
 stop_run() { # SIGNAL
   if [[ $stopping != INT ]]; then stopping=$1; fi
   say "$1: the run ends after its step"
-  if [[ $1 != TERM && -n $output ]]; then touch "$output/stop"; fi
+  if [[ $1 != TERM && -d $output ]]; then touch "$output/stop"; fi
 }
 
 catch_signals() {

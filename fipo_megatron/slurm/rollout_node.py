@@ -6,7 +6,7 @@ Writes the URLs of its servers to DIRECTORY/NODE.urls as soon as they answer, an
 DIRECTORY/NODE.nccl: the job script gives both to the trainer. Servers that end are restarted
 (rollout.servers.restarts). A node that is started again serves under the same URLs.
 
-Runs until the file DIRECTORY/stop exists. SIGTERM and SIGUSR1 do not end it: Slurm sends them to all steps of a job,
+Runs until the file DIRECTORY/stop exists. SIGTERM, SIGUSR1 and SIGUSR2 do not end it: Slurm sends them to all steps,
 and the trainer needs the servers to finish its step. Exit code 1: a server did not start, or ended too often; 2: the
 configuration is not valid.
 """
@@ -88,7 +88,7 @@ async def serve(config: Config, directory: Path, node: str) -> None:
         EngineError: A server did not start, or ended more often than ``rollout.servers.restarts``.
         ValueError: The installed SGLang does not have an argument of ``rollout.sglang``.
     """
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         asyncio.get_running_loop().add_signal_handler(signum, logger.warning, "%s: serves on", signum.name)
     if torch.cuda.is_available() and config.rollout.servers.sync == "distributed":
         write_atomic(directory / f"{node}.nccl", server_version(config) + "\n")
