@@ -60,7 +60,8 @@ test-browser: setup ## The report's page in a real chromium
 		{ echo "test-browser: there is no $$program; Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
 	$(RUN) -m pytest -m browser
 
-# Two workers, each with a Slurm of its own: much of the time is waiting for Slurm.
+# Two workers, each with a Slurm of its own: much of the time is waiting for Slurm. Without groups of tests, loadgroup hands
+# out one test at a time: the two that take minutes come first and go to different workers.
 test-slurm: setup sglang-env ## The job scripts in a local Slurm of several nodes; root on Debian
 	@for program in slurmctld slurmd munged srun shellcheck; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || \
 		{ echo "test-slurm: there is no $$program; Debian: apt-get install slurmctld slurmd slurm-client munge shellcheck" >&2; exit 1; }; done

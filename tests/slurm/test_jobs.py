@@ -7,7 +7,7 @@ import pytest
 from tests.runs import weights
 from tests.slurm.jobs import STEPS, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("jobs"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 
 def test_a_disturbed_job_ends_as_one_that_was_not(cluster, data, whole, tmp_path):

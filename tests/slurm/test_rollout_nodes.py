@@ -10,7 +10,7 @@ from fipo_megatron.rollout import rollout_dump
 from tests.runs import arguments
 from tests.slurm.jobs import ROOT, SETTINGS, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("nodes"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 STEPS = 6
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.slurm.jobs import ROOT, SCRIPTS, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("nodes"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.sbatch"))
 
