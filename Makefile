@@ -16,12 +16,12 @@ OUT ?= build
 # Processes of `make test`.
 WORKERS ?= 2
 # Markers of the tests that need more than this environment.
-ELSEWHERE := pretrained or sglang or browser
+ELSEWHERE := pretrained or sglang or browser or slurm
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-wheels gpu-check verify clean
+.PHONY: help setup quickstart test test-fast test-browser test-pretrained test-slurm sglang-env test-sglang lint format docs docs-serve bench gpu-wheels gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -56,6 +56,14 @@ test-browser: setup ## The report's page in a real chromium
 	@for program in chromium chromedriver; do command -v $$program >/dev/null || \
 		{ echo "test-browser: there is no $$program; Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
 	$(RUN) -m pytest -m browser
+
+# Two workers, each with a Slurm of its own: much of the time is waiting for Slurm. Without groups of tests, loadgroup hands
+# out one test at a time: the two that take minutes come first and go to different workers.
+test-slurm: setup sglang-env ## The job scripts in a local Slurm of several nodes; root on Debian
+	@for program in slurmctld slurmd munged srun shellcheck; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || \
+		{ echo "test-slurm: there is no $$program; Debian: apt-get install slurmctld slurmd slurm-client munge shellcheck" >&2; exit 1; }; done
+	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons need root" >&2; exit 1; }
+	$(RUN) -m pytest -m slurm -n $(WORKERS) --dist loadgroup tests/slurm
 
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
