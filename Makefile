@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
-CONSTRAINTS ?= constraints/cpu.txt
+# megatron-core 0.16.1 with Python 3.11, else 0.19.2. Another Python needs another VENV.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS ?= constraints/python$(if $(filter 3.11,$(PYTHON_VERSION)),3.11,3.12).txt
+READY := $(VENV)/.ready-$(PYTHON_VERSION)
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
 # Where CUDA is, torch often comes with the machine: no virtual environment of ours. What such an image lacks is
@@ -26,10 +29,11 @@ export OMP_NUM_THREADS ?= 1
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
-setup: $(VENV)/.ready ## Virtual environment in .venv with everything pinned in constraints/
+setup: $(READY) ## Virtual environment in .venv with everything pinned in constraints/
 
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml $(CONSTRAINTS) constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; choose another with PYTHON=...")'
+	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; found == "$(PYTHON_VERSION)" or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
