@@ -68,7 +68,7 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
         resources.callback(parallel.destroy)
         _lock_output(Path(config.run.output), layout, resources)
         samples = config.algorithm.kind != "sft" and not config.run.replay
-        host = describe_host(config, inputs, layout) if samples else None
+        host = describe_host(config, layout) if samples else None
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
         if host is not None:
