@@ -62,7 +62,7 @@ def test_others_see_torch_as_it_is():
     assert tensor.type() == "torch.FloatTensor"
     assert tensor.type(torch.float64).dtype == torch.float64
     for needs_cuda in (tensor.cuda, torch.cuda.current_device, lambda: torch.zeros(1, device="cuda")):
-        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA driver"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA driver"):
             needs_cuda()
 
 

@@ -1,4 +1,4 @@
-"""The child process that renders a chat template, apart from the templates that tests/trainer/test_input_errors.py tries."""
+"""The child process that renders a chat template; tests/trainer/test_input_errors.py tries hostile templates."""
 
 import gc
 import os
