@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
-CONSTRAINTS ?= constraints/cpu.txt
+# megatron-core 0.16.1 with Python 3.11, else 0.19.2. Another Python needs another VENV.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS ?= constraints/python$(if $(filter 3.11,$(PYTHON_VERSION)),3.11,3.12).txt
+READY := $(VENV)/.ready-$(PYTHON_VERSION)
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
 # Where CUDA is, torch often comes with the machine: no virtual environment of ours. What such an image lacks is
@@ -26,9 +29,10 @@ export OMP_NUM_THREADS ?= 1
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
-setup: $(VENV)/.ready ## Virtual environment in .venv with everything pinned in constraints/
+setup: $(READY) ## Virtual environment in .venv with everything pinned in constraints/
 
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml $(CONSTRAINTS) constraints/cpu.txt
+	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; found == "$(PYTHON_VERSION)" or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
 	tools/install/trainer.sh --python $(PYTHON) --venv $(VENV) --constraints $(CONSTRAINTS) --extras "$(EXTRAS)"
 	@touch $@
 
@@ -60,8 +64,8 @@ test-browser: setup ## The report's page in a real chromium
 # Two workers, each with a Slurm of its own: much of the time is waiting for Slurm. Without groups of tests, loadgroup hands
 # out one test at a time: the two that take minutes come first and go to different workers.
 test-slurm: setup sglang-env ## The job scripts in a local Slurm of several nodes; root on Debian
-	@for program in slurmctld slurmd munged srun shellcheck; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || \
-		{ echo "test-slurm: there is no $$program; Debian: apt-get install slurmctld slurmd slurm-client munge shellcheck" >&2; exit 1; }; done
+	@for program in slurmctld slurmd munged srun; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || \
+		{ echo "test-slurm: there is no $$program; Debian: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }; done
 	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons need root" >&2; exit 1; }
 	$(RUN) -m pytest -m slurm -n $(WORKERS) --dist loadgroup tests/slurm
 
@@ -72,7 +76,7 @@ lint: setup ## ruff (format and lint), mypy, shellcheck and hadolint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck -x tools/install/*.sh .ci/run
+	$(VENV)/bin/shellcheck -x tools/install/*.sh examples/slurm/* .ci/run
 	$(VENV)/bin/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can

@@ -84,6 +84,14 @@ def rank_and_world_size(environment: Mapping[str, str]) -> tuple[int, int]:
     return rank, world_size
 
 
+def ranks_on_host(environment: Mapping[str, str]) -> int | None:
+    """Returns the number of ranks on this host, which torchrun gives the same environment; None under Slurm."""
+    if "RANK" not in environment:
+        return None if _variable_names(environment) else 1
+    ranks = environment.get("LOCAL_WORLD_SIZE", "")
+    return int(ranks) if ranks.isascii() and ranks.isdecimal() else None
+
+
 def first_host(node_list: str) -> str:
     """Returns the first host of a Slurm node list: ``node003`` of ``node[003-007,9],gpu1``; empty for an empty list."""
     first_of_each_range = re.sub(r"\[(\w+)[^\]]*\]", r"\1", node_list)

@@ -7,7 +7,7 @@ pipeline-parallel sizes cannot change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,6 +20,10 @@ from fipo_megatron.actor.actor import MegatronActor
 
 Sharding = Literal["fully_reshardable", "dp_reshardable"]
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+_GROUP_NAME = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells the parameter groups of an optimizer apart, in every version of Megatron-Core."""
+_OF_THE_STATE = ("params", "step")
+"""The entries of a parameter group that are no hyper-parameters."""
 
 
 def content(sharding: Sharding) -> dict[str, Any]:
@@ -54,9 +58,10 @@ def optimizer_shards(actor: MegatronActor, sharding: Sharding, *, loading: bool)
 def fill_optimizer(actor: MegatronActor, state: ShardedStateDict) -> None:
     """Restores the state loaded into :func:`optimizer_shards`; hyper-parameters remain as configured. A collective."""
     configured = [
-        [{name: value for name, value in group.items() if name not in ("params", "step")} for group in groups]
+        [{name: value for name, value in group.items() if name not in _OF_THE_STATE} for group in groups]
         for groups in (inner.optimizer.param_groups for inner in _inner(actor))
     ]
+    _configure_groups(state, [group for groups in configured for group in groups])
     if any(isinstance(inner.optimizer, _TORCH_ADAM) for inner in _inner(actor)):
         _add_step_zero(state)
     with _torch_adam(actor):
@@ -93,6 +98,19 @@ def _initialise_state(actor: MegatronActor) -> None:
                     state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
                     if isinstance(inner.optimizer, _TORCH_ADAM):
                         state["step"] = torch.tensor(0.0)
+
+
+def _configure_groups(state: Any, configured: Sequence[dict[str, Any]]) -> None:
+    """Replaces the hyper-parameters of the loaded parameter groups, by which Megatron-Core 0.19 looks for a group."""
+    if isinstance(state, dict) and isinstance(groups := state.get("param_groups"), list):
+        for group in groups:
+            for own in configured:
+                if all(group.get(name) == own.get(name) for name in _GROUP_NAME):
+                    group.update(own)
+                    break
+    elif isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            _configure_groups(part, configured)
 
 
 def _add_step_zero(state: Any) -> None:

@@ -6,6 +6,7 @@ time nor memory.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -98,6 +99,7 @@ def _render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]], sender: Connection
 ) -> None:
     """Renders and sends each conversation; SIGPROF ends the process at the limit of CPU time."""
+    gc.freeze()  # garbage of the parent stays: a process group, for one, would wait for threads that are not here
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/statm", encoding="ascii") as statm:

@@ -145,6 +145,14 @@ def describe(now: ProgressSnapshot, seconds: float) -> str:
     )
 
 
+_TELL_DEVELOPERS = (
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.distributed.distributed_data_parallel",
+)
+"""Loggers whose warnings in Megatron-Core 0.19 tell of coming changes to its interface."""
+
+
 def silence_libraries() -> None:
     """Silences warnings, log lines below WARNING and progress bars of Megatron, torch and transformers."""
     import transformers
@@ -152,4 +160,6 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     for name in ("megatron", "nvidia", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _TELL_DEVELOPERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # untyped in transformers

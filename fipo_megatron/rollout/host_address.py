@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from fipo_megatron.config.rollout_sections import ServersConfig
 from fipo_megatron.rollout.engine import EngineError
 
 LOOPBACK = "127.0.0.1"
@@ -56,6 +57,18 @@ def is_loopback(host: str) -> bool:
 def all_local(urls: Iterable[str]) -> bool:
     """Returns whether all URLs have a loopback address, so that this host is reached at one as well."""
     return all(is_loopback(urlsplit(url).hostname or "") for url in urls)
+
+
+def is_asked_for(servers: ServersConfig, hosts: int = 1) -> bool:
+    """Returns whether something outside of this host must reach it, or an interface is given.
+
+    Args:
+        servers: Section of the configuration.
+        hosts: Number of hosts of the trainer; without effect on running servers.
+    """
+    if servers.interface is not None:
+        return True
+    return not all_local(servers.urls) and servers.sync == "distributed" if servers.urls else hosts > 1
 
 
 def _address_of(interface: str) -> str:

@@ -70,7 +70,7 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
         _lock_output(Path(config.run.output), layout, resources)
         resources.enter_context(stacks_to_file(Path(config.run.output), layout.rank))
         samples = config.algorithm.kind != "sft" and not config.run.replay
-        host = describe_host(config, inputs, layout) if samples else None
+        host = describe_host(config, layout) if samples else None
         trainer = _build(config, inputs, console, layout, resources)
         restored = _resume(trainer)
         if host is not None:

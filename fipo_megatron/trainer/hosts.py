@@ -1,8 +1,7 @@
-"""Checks the hosts of a run before anything is built: their addresses, the GPUs of servers, and running servers."""
+"""Checks the hosts of a run before anything is built: their addresses and the GPUs of servers."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from dataclasses import dataclass
@@ -12,14 +11,12 @@ import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.collectives import broadcast_from_first_rank
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.config import Config
 from fipo_megatron.rollout.engine import EngineError
-from fipo_megatron.rollout.engine_factory import HostInfo, check_running_servers
-from fipo_megatron.rollout.host_address import LOOPBACK, all_local, host_address
+from fipo_megatron.rollout.engine_factory import HostInfo
+from fipo_megatron.rollout.host_address import LOOPBACK, host_address, is_asked_for
 from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, RankGpu, ServerGpus, place_servers
-from fipo_megatron.trainer.training_inputs import TrainingInputs
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,11 @@ class RankPlace:
     problem: str = ""
 
 
-def describe_host(config: Config, inputs: TrainingInputs, layout: RankLayout) -> HostInfo:
-    """Returns this rank's host, and checks addresses, GPUs and running servers. A collective of all ranks.
+def describe_host(config: Config, layout: RankLayout) -> HostInfo:
+    """Returns this rank's host, and checks addresses and GPUs. A collective of all ranks.
 
     Raises:
-        EngineError: Other hosts cannot reach this one, the servers to start have no GPUs of their own, or running
-            servers do not serve the model; on all ranks.
+        EngineError: Other hosts cannot reach this one, or the servers to start have no GPUs of their own; on all ranks.
     """
     own = _own_place(config, layout)
     everyone: list[RankPlace] = [own] * layout.world_size
@@ -55,7 +51,7 @@ def describe_host(config: Config, inputs: TrainingInputs, layout: RankLayout) ->
     placement = _server_gpus(config, everyone)
     directory = Path(config.run.output) / "rollout"
     directory.mkdir(exist_ok=True)
-    host = HostInfo(
+    return HostInfo(
         rank=layout.rank,
         local_rank=own.local_rank,
         starters=starters,
@@ -64,9 +60,6 @@ def describe_host(config: Config, inputs: TrainingInputs, layout: RankLayout) ->
         address=_address(config, own, everyone, hosts=len(starters)),
         gpus=placement.get(own.host),
     )
-    if config.rollout.engine == "sglang" and config.rollout.servers.urls:
-        _check_running_servers(config, inputs, layout)
-    return host
 
 
 def _own_place(config: Config, layout: RankLayout) -> RankPlace:
@@ -106,24 +99,9 @@ def _server_gpus(config: Config, everyone: list[RankPlace]) -> dict[str, ServerG
 
 def _address(config: Config, own: RankPlace, everyone: list[RankPlace], hosts: int) -> str:
     """Returns the address of this host: a loopback address if nothing outside of it takes part."""
-    servers = config.rollout.servers
-    if config.rollout.engine != "sglang":
-        return LOOPBACK
-    distant = not all_local(servers.urls) and servers.sync == "distributed" if servers.urls else hosts > 1
-    if not distant and servers.interface is None:
+    if config.rollout.engine != "sglang" or not is_asked_for(config.rollout.servers, hosts):
         return LOOPBACK
     for place in everyone:
         if place.problem:
             raise EngineError(f"host {place.host}: {place.problem}")
     return own.address
-
-
-def _check_running_servers(config: Config, inputs: TrainingInputs, layout: RankLayout) -> None:
-    problem = ""
-    if layout.rank == 0:
-        try:
-            asyncio.run(check_running_servers(config, inputs.tokenizer, inputs.architecture.vocab))
-        except EngineError as error:
-            problem = str(error)
-    if problem := broadcast_from_first_rank(problem, layout.device):
-        raise EngineError(problem)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fipo_megatron.actor.launch import Launch
 from fipo_megatron.config import load_config, notices
 from fipo_megatron.observe.collapse_alarm import CollapseError
+from fipo_megatron.rollout.engine import EngineError
 
 # torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def run_program(arguments: Sequence[str], run: Callable[[Trainer], bool]) -> int
         except ValueError as error:
             monitor.report(str(error), NOT_VALID, _print)
             return NOT_VALID
+        except EngineError as error:
+            monitor.report(f"EngineError: {error}", FAILED, _log, error)
+            return FAILED
         return _train(inputs, run, monitor)
 
 
@@ -76,6 +80,7 @@ def _read_inputs(arguments: Sequence[str], launch: Launch, monitor: RankMonitor)
 
     Raises:
         ValueError: Something is not valid.
+        EngineError: Running servers do not serve the model.
     """
     config = load_config(arguments[0], arguments[1:])
     monitor.silence_seconds, monitor.hang_seconds = config.rollout.silence_seconds, config.run.hang_seconds

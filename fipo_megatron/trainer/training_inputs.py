@@ -27,6 +27,7 @@ from fipo_megatron.rollout.engine_factory import context_problem
 from fipo_megatron.rollout.sglang.nccl_version import nccl_problem
 from fipo_megatron.rollout.weight_sync.tensor_sender import size_problem
 from fipo_megatron.storage.output_directory import output_problems
+from fipo_megatron.trainer.server_inputs import check_running_servers, gpu_problem
 from fipo_megatron.weights.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -57,12 +58,15 @@ def read_training_inputs(config: Config) -> TrainingInputs:
 
     Raises:
         InputError: With every problem found.
+        EngineError: Running servers do not serve the model; see :func:`.server_inputs.check_running_servers`.
     """
     sft = config.algorithm.kind == "sft"
     model = read_model_directory(Path(config.model.path), config.data, weights=True, needs_eos=sft)
     problems = [*_environment_problems(config, model.architecture), *model.problems]
     if problems or model.tokenizer is None:  # told at once: millions of rows take a minute to read
         raise InputError("\n".join(problems))
+    if _samples(config):
+        check_running_servers(config, model.tokenizer, model.architecture.vocab)
     prompts = PromptTable(())
     evaluation_prompts: Sequence[Prompt] = ()
     try:
@@ -106,7 +110,7 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
         except ValueError as error:
             problems.append(str(error))
     problems += _launch_problems(config)
-    problems += _weight_sync_problems(config, architecture)
+    problems += _server_problems(config, architecture)
     problems += tracker_problems(
         config.observe, writes=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     )
@@ -122,11 +126,17 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
     return problems
 
 
-def _weight_sync_problems(config: Config, architecture: Architecture) -> list[str]:
-    """Lists why weights could not be sent to the servers of a run that has an engine."""
-    if config.algorithm.kind == "sft" or config.run.replay:
+def _samples(config: Config) -> bool:
+    """Returns whether the run has an engine."""
+    return config.algorithm.kind != "sft" and not config.run.replay
+
+
+def _server_problems(config: Config, architecture: Architecture) -> list[str]:
+    """Lists why servers could not be started, or weights not be sent to them."""
+    if not _samples(config):
         return []
-    return [problem for problem in (size_problem(config, architecture), nccl_problem(config)) if problem]
+    found = (gpu_problem(config), size_problem(config, architecture), nccl_problem(config))
+    return [problem for problem in found if problem]
 
 
 def _launch_problems(config: Config) -> list[str]:

@@ -2,18 +2,19 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel import random
 
-from fipo_megatron.actor import parallel
+from fipo_megatron.actor import noise_floor, parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
 from fipo_megatron.actor.micro_batches import local_micro_batches
-from fipo_megatron.actor.update_metrics import NoiseError
-from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
+from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor
+from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, ModelConfig, OptimizerConfig, RolloutConfig
 from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.weights.architecture import Architecture
 from tests.actor import hf_reference
@@ -140,6 +141,23 @@ def test_gate_refuses_to_start(build, plan, trajectories, monkeypatch):
         NoiseError, match=r"actor.max_noise_shift = 0.01: the log-prob pass and the training pass differ"
     ):
         actor.check_noise_floor(plan[0], trajectories)
+
+
+@pytest.mark.parametrize(
+    ("tensor_size", "device", "names_it"), [(2, "cuda", True), (1, "cuda", False), (2, "cpu", False)]
+)
+def test_a_gate_that_trips_under_tensor_parallelism_names_nvls(tensor_size, device, names_it, monkeypatch):
+    """NVLink switches add in an order of their own; only NCCL has them."""
+    monkeypatch.setattr(noise_floor, "measure", lambda *inputs: NoiseFloor(0.5, 0.0))
+    actor = SimpleNamespace(
+        config=Config(model=ModelConfig("model")),
+        layout=SimpleNamespace(tensor_size=tensor_size, device=torch.device(device)),
+        log_probs=lambda plan, trajectories: [{}],
+    )
+    with pytest.raises(NoiseError, match=r"actor.max_noise_shift = \S+: .* differ by 0.5 at equal weights") as raised:
+        noise_floor.check(actor, None, {})
+    hint = "NCCL's all-reduce in NVLink switches, which NCCL_NVLS_ENABLE=0 turns off"
+    assert (hint in str(raised.value)) == names_it
 
 
 def test_non_finite_loss_changes_nothing_and_is_counted(build, plan, trajectories):

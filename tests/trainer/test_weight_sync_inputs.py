@@ -108,13 +108,17 @@ def test_servers_that_are_started_must_have_the_trainers_nccl(tmp_path, cuda, py
     assert nccl_problem_of(other, "rollout.engine=embedded") is None
 
 
-def test_a_python_without_nccl_is_named(cuda):
+def test_a_python_without_nccl_is_named(cuda, monkeypatch):
     found = nccl_problem_of("rollout.servers.python=/nowhere/python")
     assert found.startswith("rollout.servers.python = /nowhere/python: its NCCL must be 2.28.9, and cannot be asked: ")
     assert "No such file or directory" in found
-    found = nccl_problem_of(f"rollout.servers.python={sys.executable}")  # its torch is a build for the CPU
-    assert "must be 2.28.9, and cannot be asked" in found
-    assert "_nccl_version" in found
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (1, 0, 0))
+    found = nccl_problem_of(f"rollout.servers.python={sys.executable}")
+    if torch.version.cuda is None:
+        assert "must be 1.0.0, and cannot be asked" in found
+        assert "_nccl_version" in found
+    else:  # a CUDA build tells its NCCL without a GPU
+        assert "the trainer's is 1.0.0" in found
 
 
 def test_the_nccl_of_other_servers_must_be_given(cuda):

@@ -10,16 +10,23 @@
 #   --python       interpreter that makes it (default: python3)
 #   --package      editable (default): the package is this checkout; none: only its dependencies are installed
 #   --extras       extras of pyproject.toml (default: none)
-#   --constraints  file of exact versions (default: constraints/cpu.txt)
+#   --constraints  file of exact versions beside constraints/cpu.txt (default: constraints/python3.12.txt on CPU with
+#                  Python 3.12 or newer, else constraints/python3.11.txt)
 set -euo pipefail
 # shellcheck source=tools/install/common.sh
 source "$(dirname "$0")/common.sh"
 
-device=cpu venv=$ROOT/.venv python=python3 package=editable extras='' constraints=$ROOT/constraints/cpu.txt
+device=cpu venv=$ROOT/.venv python=python3 package=editable extras='' constraints=''
 read_options "device venv python package extras constraints" "$@"
 check_device "$device"
 
-files=("$constraints")
+if [ -z "$constraints" ]; then
+  constraints=$ROOT/constraints/python3.11.txt
+  if [ "$device" = cpu ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    constraints=$ROOT/constraints/python3.12.txt
+  fi
+fi
+files=("$ROOT/constraints/cpu.txt" "$constraints")
 requirements=()
 if [ "$device" = gpu ]; then
   files+=("$ROOT/constraints/gpu.txt")
