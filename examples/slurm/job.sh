@@ -8,6 +8,7 @@
 #   FIPO_RANKS       ranks on each trainer node (the node's GPUs; 1 without)
 #   FIPO_SRUN        further options of every srun, such as --cpu-bind=none
 #   FIPO_SCRIPTS     directory of these scripts (examples/slurm below the directory of sbatch)
+#   FIPO_PREFLIGHT   off: the trainer's nodes are not examined before it starts
 #   FIPO_STARTS      starts of the job without a newly finished step between them, after which it ends (3)
 
 if [[ -n "${FIPO_SETUP:-}" ]]; then
@@ -92,6 +93,20 @@ catch_signals() {
   trap 'stop_run USR1' USR1
   trap 'stop_run TERM' TERM
   trap 'stop_run INT' INT
+}
+
+# Examines the trainer's nodes (docs/preflight.md). A bad one ends the job before a rank starts; it is not requeued.
+examine_nodes() { # CONFIG [key=value ...]
+  if [[ ${FIPO_PREFLIGHT:-on} = off || -n $stopping ]]; then return; fi
+  set_master
+  "${run_step[@]}" --nodes="$trainer_count" --ntasks="$trainer_count" --ntasks-per-node=1 --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=0 "$python" -m fipo_megatron.preflight "$@" --exclude-file "$logs/bad-nodes" &
+  await $!
+  code=$?
+  if [[ $code != 0 && -z $stopping ]]; then
+    say "the preflight has failed with exit code $code; sbatch --exclude=$(cat "$logs/bad-nodes" 2>/dev/null) avoids bad nodes"
+    exit "$code"
+  fi
 }
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the

@@ -18,6 +18,7 @@ def cluster(tmp_path_factory):
     found.environment |= {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "FIPO_PREFLIGHT": "off",
         "FIPO_PYTHON": sys.executable,
         "REAL_PYTHON": sys.executable,
     }

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import ROOT, SCRIPTS, Job
+from tests.runs import arguments
+from tests.slurm.jobs import ROOT, SCRIPTS, SETTINGS, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -35,6 +36,36 @@ def test_a_wrong_configuration_ends_the_job_before_a_rank_starts(cluster, tmp_pa
     job.wait("FAILED")
     assert "run.stps = 1: unknown key; did you mean run.steps?" in job.log
     assert "ExitCode=2:0" in cluster.run("scontrol", "show", "job", job.number).stdout
+
+
+def test_a_bad_node_ends_the_job_before_a_rank_starts(cluster, data, tmp_path):
+    """The second node has another version of a package."""
+    other = tmp_path / "other" / "transformers-4.0.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nif [ "$SLURM_NODEID" = 1 ]; then export PYTHONPATH="' + str(other.parent) + ':$PYTHONPATH"; fi\n'
+        'exec "$REAL_PYTHON" "$@"\n'
+    )
+    python.chmod(0o755)
+    job = Job.train(cluster, data, tmp_path, options=[f"--export=ALL,FIPO_PREFLIGHT=on,FIPO_PYTHON={python}"])
+    job.wait("FAILED")
+    bad = job.nodes()[1]
+    assert f"{bad}: torch: transformers is 4.0.0" in job.log
+    assert f"sbatch --exclude={bad} avoids bad nodes" in job.log
+    assert not job.rows()
+    assert not list(job.logs.glob("rank-*.log"))
+
+
+def test_the_plan_and_the_nodes_are_checked_without_training(cluster, data, tmp_path):
+    given = arguments(data, tmp_path / "run", *SETTINGS)
+    options = ["--nodes=2", "--export=ALL,FIPO_PREFLIGHT=on"]
+    job = Job.submit(cluster, tmp_path, "preflight.sbatch", *given, options=options)
+    job.wait()
+    assert "Fits: at most " in job.log
+    assert "preflight: 2 of 2 nodes are good" in job.log
+    assert not job.rows()
 
 
 def test_starts_that_finish_no_step_are_limited(cluster, data, tmp_path):

@@ -20,9 +20,10 @@ device=cpu venv=$ROOT/.venv python=python3 package=editable extras='' constraint
 read_options "device venv python package extras constraints" "$@"
 check_device "$device"
 
+make_venv "$python" "$venv"
 if [ -z "$constraints" ]; then
   constraints=$ROOT/constraints/python3.11.txt
-  if [ "$device" = cpu ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+  if [ "$device" = cpu ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
     constraints=$ROOT/constraints/python3.12.txt
   fi
 fi
@@ -37,7 +38,6 @@ exact=$(mktemp)
 trap 'rm -f "$exact"' EXIT
 merged_constraints "${files[@]}" >"$exact"
 
-make_venv "$python" "$venv"
 case $package in
   editable) requirements+=(-e "$ROOT${extras:+[$extras]}") ;;
   none)
