@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 # megatron-core 0.16.1 with Python 3.11, else 0.19.2. Another Python needs another VENV.
-PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-CONSTRAINTS ?= constraints/python$(if $(filter 3.11,$(PYTHON_VERSION)),3.11,3.12).txt
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS ?= constraints/cpu.txt
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
@@ -31,18 +31,15 @@ help: ## What there is to run
 
 setup: $(READY) ## Virtual environment in .venv with everything pinned in constraints/
 
-$(READY): pyproject.toml $(CONSTRAINTS) constraints/cpu.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; choose another with PYTHON=...")'
-	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; found == "$(PYTHON_VERSION)" or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+$(READY): pyproject.toml $(CONSTRAINTS) constraints/python3.12.txt
+	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; "$(PYTHON_VERSION)" in (found, "") or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
+	tools/install/trainer.sh --python $(PYTHON) --venv $(VENV) --constraints $(CONSTRAINTS) --extras "$(EXTRAS)"
 	@touch $@
 
 sglang-env: $(SGLANG_VENV)/.ready ## The rollout server's own environment in .venv-sglang (1.6 GB)
 
 $(SGLANG_VENV)/.ready: constraints/sglang-cpu.txt
-	$(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/sglang-cpu.txt
+	tools/install/sglang.sh --python $(PYTHON) --venv $(SGLANG_VENV)
 	@touch $@
 
 quickstart: setup ## Trains a tiny model with FIPO: two minutes, no GPU, no download
@@ -67,10 +64,12 @@ test-browser: setup ## The report's page in a real chromium
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
 
-lint: setup ## ruff (format and lint) and mypy
+lint: setup ## ruff (format and lint), mypy, shellcheck and hadolint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x tools/install/*.sh .ci/run
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can
 	$(VENV)/bin/ruff format .

@@ -7,11 +7,8 @@ torch's and, if Transformer Engine is installed, its own, also in FP8. The loss 
 too: the output layer in the shape of Qwen2.5-32B under 8-way tensor parallelism, where its floor is four matrix
 products.
 
-Model FLOPs exclude recomputation. Forward takes 2 · N · T for the N weights in matrix products (with the output layer,
-without the embedding) and T tokens, as in Kaplan et al. (arXiv 2001.08361, Sec. 2.1), plus per layer 4 · ℓ² · heads ·
-head dimension for the scores and weighted values of a sequence of ℓ tokens, halved since attention is causal. Backward
-is twice forward: 6 · N · T and 12 · L · h · d · ℓ² / 2 in all, as in PaLM (arXiv 2204.02311, App. B) except for the
-half. MFU divides these by the time and by the peak of dense bfloat16, also for FP8.
+Model FLOPs (``observe/throughput.py``) exclude recomputation. Backward is twice forward. MFU divides them by the time
+and by the peak of dense bfloat16 (``observe/devices.py``), also for FP8.
 
     python -m benchmarks.gpu [--limit SECONDS] [--layers KIND] [--results DIRECTORY]
 """
@@ -25,7 +22,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,16 +39,9 @@ from fipo_megatron.algorithm.future_kl import SequenceShards, future_kl
 from fipo_megatron.algorithm.policy_loss import LossInputs, policy_loss
 from fipo_megatron.algorithm.policy_loss_config import loss_config
 from fipo_megatron.config import ParallelConfig
+from fipo_megatron.observe.devices import peak_flops
+from fipo_megatron.observe.throughput import matrix_parameters, model_flops
 from fipo_megatron.weights.architecture import Architecture
-
-PEAK_BF16 = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-}
-"""Dense bfloat16 FLOP/s by the name of the device, from NVIDIA's data sheets (which for Hopper list twice that, "with
-sparsity"). Other devices get no MFU."""
 
 LOCAL, FUSED = {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}
 LAYERS: dict[str, dict[str, Any]] = {"torch": {"transformer": LOCAL}}
@@ -181,19 +171,6 @@ CASES = (
 )
 
 
-def matrix_weights(shape: Architecture) -> int:
-    """Returns N, the number of weights that every token is multiplied with."""
-    width = shape.heads * shape.head_dim
-    attention = shape.hidden * (2 * width + 2 * shape.kv_groups * shape.head_dim)
-    return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.hidden * shape.vocab
-
-
-def forward_flops(shape: Architecture, lengths: Sequence[int]) -> float:
-    """Returns the model FLOPs of one forward pass over packed sequences; a training step takes three times that."""
-    attention = 4 * shape.layers * shape.heads * shape.head_dim * sum(length**2 for length in lengths) / 2
-    return 2.0 * matrix_weights(shape) * sum(lengths) + attention
-
-
 def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     """Measures the median seconds of a few calls, at most ``MEASURE_SECONDS`` in all, and their peak memory."""
     function()
@@ -228,7 +205,7 @@ def passes(setup: Setup, case: Case) -> dict[str, dict[str, float]]:
         "seconds": sum(part["seconds"] for part in found.values()),
         "peak_bytes": max(part["peak_bytes"] for part in found.values()),
     }
-    forward = forward_flops(case.shape.architecture(), case.lengths)
+    forward = model_flops(case.shape.architecture(), case.lengths)
     for name, factor in (("log-probs", 1), ("training step", 3), ("RL step", 4)):
         seconds, flops = found[name]["seconds"], factor * forward
         found[name] |= {"flops": flops, "flops_per_s": flops / seconds, "tokens_per_s": case.tokens / seconds}
@@ -237,7 +214,7 @@ def passes(setup: Setup, case: Case) -> dict[str, dict[str, float]]:
 
 def measure_case(case: Case, layout: parallel.RankLayout, deadline: float) -> dict[str, Any]:
     """Measures a case; if memory or time do not suffice, the reason stands under ``left_out``."""
-    result: dict[str, Any] = case.row() | {"weights_in_products": matrix_weights(case.shape.architecture())}
+    result: dict[str, Any] = case.row() | {"weights_in_products": matrix_parameters(case.shape.architecture())}
     if case.layers not in LAYERS and not transformer_engine_found():
         return result | {"left_out": "no Transformer Engine"}
     if time.perf_counter() > deadline:
@@ -338,7 +315,7 @@ def measure_scan(batch: int, length: int) -> dict[str, float]:
 
 def mfu(flops_per_s: float) -> float | None:
     """Returns the fraction of the device's peak; None if the peak is unknown."""
-    peak = PEAK_BF16.get(torch.cuda.get_device_name())
+    peak = peak_flops(torch.cuda.get_device_name())
     return flops_per_s / peak if peak else None
 
 
@@ -393,10 +370,10 @@ def main() -> int:
         print("measured " + ", ".join(case.row().values()), flush=True)
     parallel.destroy()
     print_table(f"One micro-batch on {device}", rows(results))
-    if device not in PEAK_BF16:
-        print(f"no MFU: the peak of {device} is not in PEAK_BF16")
+    if peak_flops(device) is None:
+        print(f"no MFU: the peak of {device} is not in fipo_megatron/observe/devices.py")
     result = {
-        "peak_bf16_flops_per_s": PEAK_BF16.get(device),
+        "peak_bf16_flops_per_s": peak_flops(device),
         "parts": PARTS,
         "shapes": [asdict(shape) for shape in (QWEN3_06B, QWEN25_7B)],
         "future_kl": scans,

@@ -18,10 +18,20 @@ COMMANDS = {
     "train": ("fipo_megatron.train", "CONFIG [key=value ...]", "train a policy, or resume its run"),
     "evaluate": ("fipo_megatron.evaluate", "CONFIG [key=value ...]", "compute avg@k, cons@k and pass@k of a model"),
     "config": ("fipo_megatron.config.__main__", "CONFIG [key=value ...]", "check and print the complete configuration"),
+    "plan": (
+        "fipo_megatron.plan.command",
+        "CONFIG [key=value ...]",
+        "plan memory and time of a run before it is queued",
+    ),
     "convert": (
         "fipo_megatron.convert",
         "hf-to-megatron|megatron-to-hf ...",
         "convert weights between Hugging Face and Megatron",
+    ),
+    "preflight": (
+        "fipo_megatron.preflight.__main__",
+        "CONFIG [key=value ...]",
+        "examine the nodes of a job before it starts",
     ),
     "report": ("fipo_megatron.report.__main__", "RUN [RUN ...]", "draw the curves of one or several runs"),
 }

@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "fipo_megatron"
 ENTRY_POINTS = frozenset({"train", "evaluate", "convert", "cli"})
 LAYERS = (
     ("report",),
-    ("trainer",),
+    ("trainer", "preflight"),
+    ("plan",),
     ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint"),
     ("data", "weights", "config"),
     ("algorithm", "storage", "testing"),

@@ -1,9 +1,10 @@
-"""Writes the generated reference pages: docs/configuration.md and docs/metrics.md.
+"""Writes the generated reference pages: docs/configuration.md, docs/metrics.md and docs/efficiencies.md.
 
-python -m tools.reference           # writes both
+python -m tools.reference           # writes all
 python -m tools.reference --check   # prints the differences and exits with 1 if a page is out of date
 
-Descriptions of keys come from the ``Attributes:`` of the dataclasses, those of metrics from :mod:`.observe.metrics`.
+Descriptions of keys come from the ``Attributes:`` of the dataclasses, those of metrics from :mod:`.observe.metrics`,
+efficiencies from :mod:`.plan.efficiencies` and devices from :mod:`.observe.devices`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pydantic.fields import FieldInfo
 from fipo_megatron.algorithm.policy_loss_config import KIND_DEFAULTS
 from fipo_megatron.config import Config, load_config
 from fipo_megatron.observe import metrics
+from fipo_megatron.observe.devices import DEVICES
+from fipo_megatron.plan.efficiencies import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "examples" / "configs"
@@ -344,7 +347,58 @@ def metrics_page() -> str:
     return "\n".join(lines)
 
 
-PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration_page, "metrics.md": metrics_page}
+def _rate(value: float | None, unit: float) -> str:
+    return "–" if value is None else f"{value / unit:,.4g}"
+
+
+def efficiencies_page() -> str:
+    """Returns the text of docs/efficiencies.md."""
+    entries = [
+        (f"`{name}`", f"{entry.value:.3g}", entry.unit, entry.kind, markdown(entry.source))
+        for name, entry in TABLE.items()
+    ]
+    rates = ("bf16 TFLOP/s", "FP8 TFLOP/s", "memory GB/s", "NVLink GB/s", "network GB/s", "host GB/s")
+    devices = [
+        (
+            f"[`{one.name}`]({one.source})",
+            f"{one.memory_gib:g}",
+            _rate(one.bf16_flops, 1e12),
+            _rate(one.fp8_flops, 1e12),
+            *(_rate(value, 1e9) for value in (one.memory_bandwidth, one.nvlink, one.network, one.host_link)),
+        )
+        for one in DEVICES
+    ]
+    lines = [
+        MADE_BY,
+        "",
+        "# Efficiencies and devices",
+        "",
+        "The numbers behind the times of [a plan](planning.md#time): what a data sheet promises, and the part of it",
+        "that is reached.",
+        "",
+        "## Efficiencies",
+        "",
+        "`fipo_megatron/plan/efficiencies.py`. An entry is measured on a GPU by this project, published by others, or",
+        "assumed because no figure was found.",
+        "",
+        *table(("name", "value", "unit", "kind", "source"), entries),
+        "",
+        "## Devices",
+        "",
+        "`fipo_megatron/observe/devices.py`. Peaks are those of dense matrices. Bandwidths of links are those of one",
+        "GPU in one direction. The network is that of NVIDIA's own systems. The link of a name leads to the figures.",
+        "",
+        *table(("device", "memory GiB", *rates), devices),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": configuration_page,
+    "metrics.md": metrics_page,
+    "efficiencies.md": efficiencies_page,
+}
 """Text of each page by the name of its file in docs/."""
 
 

@@ -27,6 +27,7 @@ from fipo_megatron.actor.log_probs import TokenLogProbs, megatron_token_log_prob
 from fipo_megatron.actor.megatron_config import check_auxiliary_losses
 from fipo_megatron.actor.micro_batches import LocalMicroBatch, local_micro_batches
 from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
+from fipo_megatron.actor.model_tensors import gradient_buffers, optimizer_state
 from fipo_megatron.actor.offload import Offloaded
 from fipo_megatron.actor.optimizer import build_optimizer, wrap_for_training
 from fipo_megatron.actor.parallel import RankLayout
@@ -207,7 +208,7 @@ class MegatronActor:
 
         Call it on the initial weights, before a checkpoint is loaded.
         """
-        self._reference = ReferencePolicy(self._parameters())
+        self._reference = ReferencePolicy(self.parameters())
 
     def reference_log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
         """Computes :meth:`log_probs` under the reference policy, then restores the current weights.
@@ -217,7 +218,7 @@ class MegatronActor:
         """
         if self._reference is None:
             raise RuntimeError("reference_log_probs: call keep_reference() first")
-        with self._reference.loaded_into(self._parameters()):
+        with self._reference.loaded_into(self.parameters()):
             return self.log_probs(plan, trajectories)
 
     @contextmanager
@@ -228,11 +229,11 @@ class MegatronActor:
         """
         offloaded = []
         if optimizer:
-            offloaded.append(Offloaded(self._optimizer_tensors(), keep=True))
+            offloaded.append(Offloaded(self.optimizer_state(), keep=True))
         if parameters:
-            offloaded.append(Offloaded(self._parameters(), keep=True))
+            offloaded.append(Offloaded(self.parameters(), keep=True))
         if gradients:
-            offloaded.append(Offloaded((buffer.grad_data for buffer in self._gradient_buffers()), keep=False))
+            offloaded.append(Offloaded(self.gradients(), keep=False))
         freed = 0
         if parameters:
             drop_weight_copies(self.chunks)
@@ -441,22 +442,19 @@ class MegatronActor:
 
     def _gradient_is_finite(self) -> bool:
         """Returns whether all gradients of all ranks and their norms are finite, the same value on every rank."""
-        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in self._gradient_buffers()]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients()]
         bad = torch.stack([norm.isfinite().logical_not() for norm in norms]).any().int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bad.item()
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Returns the parameters of all chunks of this rank."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
-    def _gradient_buffers(self) -> list[Any]:
-        return [buffer for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradient buffers (:func:`.model_tensors.gradient_buffers`)."""
+        return gradient_buffers(self.wrapped)
 
-    def _optimizer_tensors(self) -> Iterator[Tensor]:
-        """Yields main parameters and moments that do not share storage with the model's parameters."""
-        model = {parameter.untyped_storage().data_ptr() for parameter in self._parameters()}
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            inner = optimizer.optimizer
-            tensors = [parameter.data for group in inner.param_groups for parameter in group["params"]]
-            tensors += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
-            yield from (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in model)
+    def optimizer_state(self) -> Iterator[Tensor]:
+        """Yields main parameters and moments (:func:`.model_tensors.optimizer_state`)."""
+        return optimizer_state(self.optimizer, self.parameters())

@@ -58,7 +58,8 @@ def transformer_engine_found() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def _transformer_engine_used(actor: ActorConfig) -> bool:
+def transformer_engine_used(actor: ActorConfig) -> bool:
+    """Returns whether the model is built of Transformer Engine's layers."""
     return transformer_engine_found() and actor.transformer.get("transformer_impl") != "local"
 
 
@@ -72,7 +73,7 @@ def check(architecture: Architecture, actor: ActorConfig) -> None:
     ):
         problems += _field_problems(cls, name, getattr(actor, name), derived)
     problems += _function_problems(actor, _derived_transformer(architecture, actor))
-    if architecture.mixture and torch.cuda.is_available() and not _transformer_engine_used(actor):
+    if architecture.mixture and torch.cuda.is_available() and not transformer_engine_used(actor):
         problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
     if architecture.mixture and architecture.mixture.normalised and architecture.mixture.top_k == 1:
         problems.append("config.json: norm_topk_prob = true: with one expert per token its weight has no gradient")
@@ -176,7 +177,7 @@ def _derived_transformer(architecture: Architecture, actor: ActorConfig) -> dict
 
 def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
     """Returns our defaults where they differ from Megatron-Core's; they can be overridden."""
-    parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), _transformer_engine_used(actor)
+    parallel, cuda, fused = actor.parallel, torch.cuda.is_available(), transformer_engine_used(actor)
     interleaved = parallel.virtual_pipeline > 1
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",

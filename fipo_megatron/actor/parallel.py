@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,6 +89,7 @@ def initialize(
     seed: int,
     environment: Mapping[str, str] | None = None,
     timeout: timedelta = _TIMEOUT,
+    start_process_group: Callable[[Launch, timedelta, torch.device], None] | None = None,
 ) -> RankLayout:
     """Initialises process groups, Megatron's parallel state, the device and every random generator.
 
@@ -97,6 +98,7 @@ def initialize(
         seed: Seed, the same on every rank; pipeline stages and Megatron's tracker derive theirs from it.
         environment: Environment variables of the launcher; None: ``os.environ``.
         timeout: Timeout of a collective.
+        start_process_group: Function that creates the default group; None: NCCL or gloo over the store of all ranks.
 
     Raises:
         ValueError: the world size does not fit the layout (before any process group is created), or the launcher's
@@ -113,7 +115,7 @@ def initialize(
         cpu_backend.install()
     from megatron.core import parallel_state
 
-    _start_process_group(launch, timeout, device)
+    (start_process_group or _start_process_group)(launch, timeout, device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,

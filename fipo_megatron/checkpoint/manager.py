@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from fipo_megatron.actor import sharded_checkpoint
@@ -35,6 +34,7 @@ from fipo_megatron.checkpoint.damage import (
     remove,
     remove_unfinished,
 )
+from fipo_megatron.checkpoint.disk_space import checkpoint_bytes
 from fipo_megatron.checkpoint.manifest import Manifest
 from fipo_megatron.checkpoint.random_state import random_state_bytes, read_random_state, restore_random_state
 from fipo_megatron.checkpoint.retention import steps_to_keep
@@ -44,13 +44,10 @@ from fipo_megatron.rollout.carry_over import Carried
 from fipo_megatron.rollout.sampler import SampledGroups
 from fipo_megatron.storage.atomic import set_aside
 from fipo_megatron.testing import fail_points
-from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger(__name__)
-_OPTIMIZER_BYTES = 12
-"""Bytes of optimizer state per parameter: main parameter and two moments in float32."""
 _TIMEOUT = timedelta(hours=2)
 """Time limit of a collective of the writing threads: the fastest rank waits for the slowest to write its part."""
 
@@ -364,8 +361,7 @@ class CheckpointManager:
 
     def _check_space(self) -> None:
         """Raises OSError if the file system has too little free space for a checkpoint."""
-        parameters = sum(math.prod(shape) for shape in tables.hf_tensors(self._architecture).values())
-        needed = parameters * (getattr(torch, self._config.actor.dtype).itemsize + _OPTIMIZER_BYTES)
+        needed = checkpoint_bytes(self._architecture, self._config.actor.dtype)
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(

@@ -22,6 +22,8 @@ class RunConfig:
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
         replay: Directory of recorded responses to train on instead of sampling.
         rollout_only: Sample and score responses without training.
+        preflight: On a GPU, refuse to start if the actor does not fit its memory (``memory``), or start at once
+            (``off``).
     """
 
     steps: Positive = 100
@@ -31,6 +33,7 @@ class RunConfig:
     record_rollouts: bool = False
     replay: str | None = None
     rollout_only: bool = False
+    preflight: Literal["memory", "off"] = "memory"
 
 
 @dataclass(config=STRICT, frozen=True)

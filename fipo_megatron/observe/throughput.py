@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
-
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-}
-"""Dense bfloat16 FLOP/s by substring of the device name, first match, from NVIDIA's data sheets."""
 
 FORWARD, TRAINING = 1, 3
 """Work of a forward pass, and of forward and backward: backward is twice the work of forward."""
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Returns the peak FLOP/s of one device; None if it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
-
-
+@cache
 def matrix_parameters(architecture: Architecture) -> int:
-    """Counts the parameters that a token is multiplied with: no input embedding, and only the top-k experts."""
-    dense = tables.parameter_count(architecture) - architecture.vocab * architecture.hidden * (not architecture.tied)
+    """Counts the weights of the matrix products of a token, N.
+
+    The output layer is among them, the input embedding is not, and of a mixture only the top-k experts are. Biases and
+    norms are no matrices.
+    """
+    matrices = (weight for weight in tables.all_weights(architecture) if len(weight.tensors[0][1]) == 2)
+    count = sum(weight.elements for weight in matrices)
+    count -= architecture.vocab * architecture.hidden * (not architecture.tied)
     mixture = architecture.mixture
     if mixture is not None:
-        idle = mixture.experts - mixture.top_k
-        dense -= sum(mixture.layers) * idle * 3 * architecture.hidden * mixture.ffn
-    return dense
+        count -= sum(mixture.layers) * (mixture.experts - mixture.top_k) * 3 * architecture.hidden * mixture.ffn
+    return count
 
 
 def model_flops(architecture: Architecture, lengths: Sequence[int]) -> float:
-    """Returns the FLOPs of a forward pass over sequences of these lengths: 2 per parameter and token, plus attention.
+    """Returns the model FLOPs of a forward pass over packed sequences of these lengths (:func:`pass_flops`)."""
+    return pass_flops(architecture, sum(lengths), sum(length * length / 2 for length in lengths))
 
-    Causal attention has ``L² / 2`` pairs of positions, each with two products of ``heads × head_dim`` numbers.
+
+def pass_flops(architecture: Architecture, tokens: float, pairs: float) -> float:
+    """Returns the model FLOPs of a forward pass: 2 per weight and token, plus attention.
+
+    As in Kaplan et al. (arXiv 2001.08361, Sec. 2.1) with the output layer. Causal attention has ``L² / 2`` pairs of
+    positions, each with two products of ``heads × head_dim`` numbers: as in PaLM (arXiv 2204.02311, App. B) except for
+    the half. Recomputation is no part of it.
+
+    Args:
+        architecture: Architecture of the model.
+        tokens: Tokens of all sequences.
+        pairs: Half the sum of their squared lengths.
     """
-    pairs = sum(length * length / 2 for length in lengths)
     attention = 4 * architecture.layers * architecture.heads * architecture.head_dim * pairs
-    return 2.0 * matrix_parameters(architecture) * sum(lengths) + attention
+    return 2.0 * matrix_parameters(architecture) * tokens + attention
 
 
 def throughput(

@@ -85,12 +85,14 @@ def _read_inputs(arguments: Sequence[str], launch: Launch, monitor: RankMonitor)
     config = load_config(arguments[0], arguments[1:])
     monitor.silence_seconds = config.rollout.silence_seconds
     from fipo_megatron.observe.console import set_up_logging, silence_libraries
+    from fipo_megatron.trainer.memory_check import check_memory
     from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
 
     silence_libraries()
     console = set_up_logging(launch.rank, plain=config.observe.plain_console)
     inputs = read_training_inputs(config)
     check_megatron_options(config, inputs.architecture)
+    check_memory(config, inputs.architecture, launch)
     for notice in notices(config):
         logger.info("note: %s", notice)
     return config, inputs, console

@@ -14,9 +14,10 @@ from fipo_megatron.config import Config
 from fipo_megatron.data.batch import Batch
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group
+from fipo_megatron.observe.devices import peak_flops
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.observe.step_metrics import noise_metrics, probe_metrics, rollout_metrics, update_metrics
-from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, peak_flops, throughput
+from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
 from fipo_megatron.rollout.sampler import SampledGroups
 from fipo_megatron.rollout.weight_sync.probe import ProbeShift

@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 from fipo_megatron.weights.architecture import Architecture
@@ -393,6 +393,7 @@ def local_weights(
             yield LocalWeight(weight, index, name, weight.shape(placement.padded_vocab, weight.shard(placement)[1]))
 
 
+@cache
 def parameter_count(architecture: Architecture) -> int:
     """Returns the number of weights and biases on disk; a tied embedding counts once."""
     return sum(weight.elements for weight in all_weights(architecture))

@@ -58,7 +58,7 @@ def plan(trajectories):
 
 
 def weights(actor):
-    return [p.detach().clone() for p in actor._parameters()]
+    return [p.detach().clone() for p in actor.parameters()]
 
 
 def equal(left, right):
@@ -84,18 +84,18 @@ def test_noise_floor_is_zero_and_a_perturbed_weight_trips_the_gate(build, plan, 
     assert equal(before, weights(actor))
     old = actor.log_probs(plan[:1], trajectories)
     with torch.no_grad():
-        actor._parameters()[7].view(-1)[3] += 0.05
+        actor.parameters()[7].view(-1)[3] += 0.05
     assert actor.noise_floor(plan[0], trajectories, old).shift > 0
 
 
 def test_the_gate_is_a_real_training_pass_and_leaves_nothing(build, plan, trajectories):
     actor, seen = build(), []
-    hook = actor._parameters()[3].register_hook(lambda gradient: seen.append(float(gradient.norm())))
+    hook = actor.parameters()[3].register_hook(lambda gradient: seen.append(float(gradient.norm())))
     actor.noise_floor(plan[0], trajectories, actor.log_probs(plan[:1], trajectories))
     hook.remove()
     assert len(seen) == len(plan[0].micro_batches[0])
     assert max(seen) > 0
-    assert all(not buffer.grad_data.any() for buffer in actor._gradient_buffers())
+    assert all(not gradient.any() for gradient in actor.gradients())
 
 
 @pytest.mark.parametrize("kind", ["fipo", "dapo"])
@@ -112,7 +112,7 @@ def test_gate_bounds_the_future_kl_too(build, plan, trajectories, monkeypatch):
     def perturbed(*arguments):
         stored = original(*arguments)
         with torch.no_grad():
-            actor._parameters()[7].view(-1)[3] += 1.0
+            actor.parameters()[7].view(-1)[3] += 1.0
         return stored
 
     monkeypatch.setattr(actor, "log_probs", perturbed)
@@ -133,7 +133,7 @@ def test_gate_refuses_to_start(build, plan, trajectories, monkeypatch):
     def perturbed(*arguments):
         stored = original(*arguments)
         with torch.no_grad():
-            actor._parameters()[7].view(-1)[3] += 1.0
+            actor.parameters()[7].view(-1)[3] += 1.0
         return stored
 
     monkeypatch.setattr(actor, "log_probs", perturbed)
@@ -181,7 +181,7 @@ def test_non_finite_loss_changes_nothing_and_is_counted(build, plan, trajectorie
 def test_non_finite_gradient_changes_nothing(build, plan, trajectories):
     actor = build()
     before = weights(actor)
-    hook = actor._parameters()[3].register_hook(lambda gradient: gradient * math.inf)
+    hook = actor.parameters()[3].register_hook(lambda gradient: gradient * math.inf)
     (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
     assert metrics.skipped == "non-finite gradient"
     assert math.isfinite(metrics.loss)
@@ -194,7 +194,7 @@ def test_non_finite_gradient_changes_nothing(build, plan, trajectories):
 def test_a_gradient_whose_norm_overflows_is_no_step(build, plan, trajectories):
     actor = build()
     before = weights(actor)
-    hook = actor._parameters()[3].register_hook(lambda gradient: torch.full_like(gradient, 1e25))
+    hook = actor.parameters()[3].register_hook(lambda gradient: torch.full_like(gradient, 1e25))
     (metrics,) = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
     hook.remove()
     assert metrics.skipped == "non-finite gradient"
@@ -204,14 +204,14 @@ def test_a_gradient_whose_norm_overflows_is_no_step(build, plan, trajectories):
 def test_warm_up_counts_the_steps_taken(build, plan, trajectories, caplog):
     """Rates are lr/4, lr/2, ...; a skipped step uses none and is logged."""
     actor = build(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4))
-    hook = actor._parameters()[3].register_hook(lambda gradient: gradient * math.nan)
+    hook = actor.parameters()[3].register_hook(lambda gradient: gradient * math.nan)
     skipped = actor.update(plan[:1], trajectories, actor.log_probs(plan[:1], trajectories))
     hook.remove()
     taken = actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
     assert math.isnan(skipped[0].learning_rate)
     assert [m.learning_rate for m in taken] == pytest.approx([2.5e-4, 5e-4])
     assert "skipped on all ranks: non-finite gradient (1 so far)" in caplog.text
-    assert all(not buffer.grad_data.any() for buffer in actor._gradient_buffers())
+    assert all(not gradient.any() for gradient in actor.gradients())
 
 
 def test_temperature_is_that_of_the_sampling(build, plan, trajectories, model):
@@ -320,11 +320,11 @@ def test_offload_frees_memory_and_changes_nothing(build, plan, trajectories, dis
         actor = build(distributed_optimizer=distributed_optimizer)
         metrics = actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
         if away:
-            size = sum(p.numel() * p.element_size() for p in actor._parameters())
+            size = sum(p.numel() * p.element_size() for p in actor.parameters())
             with actor.offloaded() as freed:
                 assert freed >= 4 * size  # parameters, gradients, two moments
-                assert all(p.untyped_storage().nbytes() == 0 for p in actor._parameters())
-                assert all(b.grad_data.untyped_storage().nbytes() == 0 for b in actor._gradient_buffers())
+                assert all(p.untyped_storage().nbytes() == 0 for p in actor.parameters())
+                assert all(g.untyped_storage().nbytes() == 0 for g in actor.gradients())
         metrics += actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
         results.append(([m.loss for m in metrics], weights(actor)))
         parallel.destroy()
@@ -343,7 +343,7 @@ def test_bfloat16_trains_float32_main_parameters(build, plan, trajectories):
     actor.update(plan, trajectories, actor.log_probs(plan, trajectories))
     moved = np.mean([not torch.equal(a, b) for a, b in zip(before, main, strict=True)])
     assert {p.dtype for p in main} == {torch.float32}
-    assert {p.dtype for p in actor._parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in actor.parameters()} == {torch.bfloat16}
     assert moved > 0.9
 
 
@@ -354,7 +354,7 @@ def test_recompute_gives_the_same_gradient(build, plan, trajectories, recompute)
         actor = build(recompute=setting)
         old = actor.log_probs(plan, trajectories)
         actor.forward_backward(plan[0], trajectories, old[0])
-        gradients.append([p.main_grad.clone() for p in actor._parameters()])
+        gradients.append([p.main_grad.clone() for p in actor.parameters()])
         parallel.destroy()
     assert equal(*gradients)
 

@@ -28,15 +28,15 @@ LAYOUTS = {
 def check_all_skip_together(case: Case) -> None:
     """Gives one rank an infinite gradient: no rank changes a weight, all report the reason, the next step works."""
     actor, trajectories = case.actor, case.expected.trajectories
-    before = [p.detach().clone() for p in actor._parameters()]
+    before = [p.detach().clone() for p in actor.parameters()]
     hook = None
     if case.layout.rank == 1:
         experts = [p for name, p in case.named_parameters() if "experts" in name]
-        hook = (experts or actor._parameters())[2].register_hook(lambda gradient: gradient * math.inf)
+        hook = (experts or actor.parameters())[2].register_hook(lambda gradient: gradient * math.inf)
     (metrics,) = actor.update(case.plan, trajectories, case.old)
     assert metrics.skipped == "non-finite gradient", metrics
     assert actor.skipped_steps == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, actor._parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, actor.parameters(), strict=True))
     if hook is not None:
         hook.remove()
     (metrics,) = actor.update(case.plan, trajectories, case.old)

@@ -95,7 +95,7 @@ def test_a_perturbed_weight_shows_in_the_noise_floor(build):
     case = build()
     old = case.log_probs()
     with torch.no_grad():
-        case.actor._parameters()[7].view(-1)[3] += 0.5
+        case.actor.parameters()[7].view(-1)[3] += 0.5
     assert case.actor.noise_floor(case.plan[0], case.trajectories, old).shift > 1e-4
 
 
@@ -121,11 +121,11 @@ def test_grad_norm_is_that_of_transformers(build):
 
 def test_non_finite_gradient_changes_nothing(build):
     case = build(**BF16)
-    before = [p.detach().clone() for p in case.actor._parameters()]
-    hook = case.actor._parameters()[3].register_hook(lambda gradient: gradient * math.inf)
+    before = [p.detach().clone() for p in case.actor.parameters()]
+    hook = case.actor.parameters()[3].register_hook(lambda gradient: gradient * math.inf)
     assert case.update(case.log_probs()).skipped == "non-finite gradient"
     hook.remove()
-    assert all(torch.equal(*pair) for pair in zip(before, case.actor._parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, case.actor.parameters(), strict=True))
     assert not case.update(case.log_probs()).skipped
 
 
@@ -134,10 +134,10 @@ def test_offload_frees_device_memory_and_changes_nothing(distributed_optimizer, 
     case = build(dtype="bfloat16", distributed_optimizer=distributed_optimizer)
     case.update(case.log_probs())
     actor = case.actor
-    everything = [*actor._parameters(), *actor._optimizer_tensors()]
+    everything = [*actor.parameters(), *actor.optimizer_state()]
     before = [tensor.detach().cpu() for tensor in everything]
     log_probs = case.response_log_probs()
-    parameters = sum(p.numel() for p in actor._parameters())
+    parameters = sum(p.numel() for p in actor.parameters())
     held = torch.cuda.memory_allocated()
     with actor.offloaded() as freed:
         gone = held - torch.cuda.memory_allocated()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.observe.throughput import PEAKS, matrix_parameters, model_flops, peak_flops, throughput
+from fipo_megatron.observe.throughput import matrix_parameters, model_flops, throughput
 from fipo_megatron.weights.architecture import Architecture
 
 CONFIGS = Path(__file__).parents[1] / "weights" / "configs"
@@ -32,10 +32,13 @@ def test_attention_grows_with_the_square():
     assert model_flops(shape, [100, 200]) == model_flops(shape, [100]) + model_flops(shape, [200])
 
 
-def test_peaks_by_name():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == PEAKS["H100"] == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("") is None
+def test_weights_of_the_matrix_products_by_hand():
+    """Per layer 2·q·h + 2·kv·h + 3·h·ffn, and the output layer; a mixture has a router and k experts instead."""
+    dense, mixture = architecture("Qwen2.5-32B"), architecture("Qwen3-30B-A3B")
+    attention = 2 * 5120 * (40 + 8) * 128
+    assert matrix_parameters(dense) == 64 * (attention + 3 * 5120 * 27648) + 5120 * 152064
+    attention = 2 * 2048 * (32 + 4) * 128
+    assert matrix_parameters(mixture) == 48 * (attention + 128 * 2048 + 8 * 3 * 2048 * 768) + 2048 * 151936
 
 
 def test_rates():

@@ -28,8 +28,8 @@ class EngineMemoryRecord:
         self.check()
 
     def check(self):
-        weights = any(parameter.untyped_storage().nbytes() for parameter in self._actor._parameters())
-        optimizer = any(tensor.untyped_storage().nbytes() for tensor in self._actor._optimizer_tensors())
+        weights = any(parameter.untyped_storage().nbytes() for parameter in self._actor.parameters())
+        optimizer = any(tensor.untyped_storage().nbytes() for tensor in self._actor.optimizer_state())
         if {"kv_cache", "cuda_graph"} & self.held:
             assert not weights, "the actor is offloaded while the engine has its caches"
         if self.held:
