@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 # megatron-core 0.16.1 with Python 3.11, else 0.19.2. Another Python needs another VENV.
-PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-CONSTRAINTS ?= constraints/cpu.txt
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS ?= constraints/python$(if $(filter 3.11,$(PYTHON_VERSION)),3.11,3.12).txt
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 EXTRAS ?= dev
 RUN := $(VENV)/bin/python
@@ -19,20 +19,20 @@ OUT ?= build
 # Processes of `make test`.
 WORKERS ?= 2
 # Markers of the tests that need more than this environment.
-ELSEWHERE := pretrained or sglang or browser
+ELSEWHERE := pretrained or sglang or browser or slurm
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-browser test-pretrained sglang-env test-sglang lint format docs docs-serve bench gpu-wheels gpu-check verify clean
+.PHONY: help setup quickstart test test-fast test-browser test-pretrained test-slurm sglang-env test-sglang lint format docs docs-serve bench gpu-wheels gpu-check verify clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## Virtual environment in .venv with everything pinned in constraints/
 
-$(READY): pyproject.toml $(CONSTRAINTS) constraints/python3.12.txt
-	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; "$(PYTHON_VERSION)" in (found, "") or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
+$(READY): pyproject.toml $(CONSTRAINTS) constraints/cpu.txt
+	@test ! -e $(RUN) || $(RUN) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; found == "$(PYTHON_VERSION)" or sys.exit("VENV=$(VENV) has Python " + found + ", PYTHON=$(PYTHON) is $(PYTHON_VERSION); choose another with VENV=.venv-$(PYTHON_VERSION), or remove it")'
 	tools/install/trainer.sh --python $(PYTHON) --venv $(VENV) --constraints $(CONSTRAINTS) --extras "$(EXTRAS)"
 	@touch $@
 
@@ -61,6 +61,14 @@ test-browser: setup ## The report's page in a real chromium
 		{ echo "test-browser: there is no $$program; Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
 	$(RUN) -m pytest -m browser
 
+# Two workers, each with a Slurm of its own: much of the time is waiting for Slurm. Without groups of tests, loadgroup hands
+# out one test at a time: the two that take minutes come first and go to different workers.
+test-slurm: setup sglang-env ## The job scripts in a local Slurm of several nodes; root on Debian
+	@for program in slurmctld slurmd munged srun; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || \
+		{ echo "test-slurm: there is no $$program; Debian: apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }; done
+	@[ "$$(id -u)" = 0 ] || { echo "test-slurm: Slurm's daemons need root" >&2; exit 1; }
+	$(RUN) -m pytest -m slurm -n $(WORKERS) --dist loadgroup tests/slurm
+
 test-pretrained: setup ## A real model (SmolLM2-135M, a download of 93 MB) to Megatron and back
 	$(RUN) -m pytest -m pretrained tests/pretrained
 
@@ -68,7 +76,7 @@ lint: setup ## ruff (format and lint), mypy, shellcheck and hadolint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck -x tools/install/*.sh .ci/run
+	$(VENV)/bin/shellcheck -x tools/install/*.sh examples/slurm/* .ci/run
 	$(VENV)/bin/hadolint Dockerfile
 
 format: setup ## Let ruff rewrite what it can

@@ -306,7 +306,7 @@ def configuration_page() -> str:
     return "\n".join(lines)
 
 
-FILES = {"evaluation": "evaluation.jsonl", "time": "timing.jsonl", "throughput": "timing.jsonl"}
+FILES = {"evaluation": "evaluation.jsonl", "time": "timing.jsonl", "throughput": "timing.jsonl", "run": "timing.jsonl"}
 """File of a group of metrics if it is not metrics.jsonl."""
 
 

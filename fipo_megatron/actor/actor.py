@@ -49,6 +49,7 @@ from fipo_megatron.config import Config
 from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
 from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
+from fipo_megatron.observe import progress
 from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
@@ -381,6 +382,7 @@ class MegatronActor:
             iterator: Iterator[tuple[int, LocalMicroBatch]], chunk: torch.nn.Module
         ) -> tuple[Tensor, Callable[[Tensor], Any]]:
             index, micro = next(iterator)
+            progress.sign()
             padding = {"padding_mask": micro.padding} if self._routers else {}
             hidden = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **padding)
 

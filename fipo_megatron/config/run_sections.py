@@ -24,6 +24,9 @@ class RunConfig:
         rollout_only: Sample and score responses without training.
         preflight: On a GPU, refuse to start if the actor does not fit its memory (``memory``), or start at once
             (``off``).
+        hang_seconds: Seconds without progress on any rank after which the run writes the stacks of all ranks to
+            ``stacks/`` in ``run.output`` and ends. Progress is a phase of a step that begins or ends, a micro-batch, a
+            sampled token, or weights that are sent; it must be longer than the longest pause between two of them.
     """
 
     steps: Positive = 100
@@ -34,6 +37,7 @@ class RunConfig:
     replay: str | None = None
     rollout_only: bool = False
     preflight: Literal["memory", "off"] = "memory"
+    hang_seconds: PositiveNumber = 1800.0
 
 
 @dataclass(config=STRICT, frozen=True)

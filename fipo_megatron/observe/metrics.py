@@ -24,6 +24,7 @@ GROUPS = {
     "evaluation": "Results on held-out problems with the weights at the beginning of the step.",
     "time": "Seconds per step on rank 0.",
     "throughput": "Rates of all ranks together.",
+    "run": "The run as a whole.",
 }
 """Description of each group of tags."""
 
@@ -362,6 +363,7 @@ _TIME = [
     ),
     Metric("throughput/tokens_per_second", "Tokens trained on, prompts included, over time/step.", "1/s"),
     Metric("throughput/mfu", "Model FLOP/s of log_probs and update over the GPUs' bf16 peak.", "", PEAK),
+    Metric("run/restarts", "Earlier starts of the run in `run.output`, after which it was resumed.", ""),
 ]
 
 METRICS: tuple[Metric, ...] = (

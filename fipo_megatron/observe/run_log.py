@@ -62,6 +62,7 @@ class RunLog:
         self._lines = StepLines()
         self._values: Mapping[str, Any] = {}
         self._seconds = 0.0
+        self._restarts = 0
 
     def open(self, first_step: int) -> None:
         """Removes the rows of ``first_step`` and later from the files, and opens the trackers."""
@@ -132,6 +133,7 @@ class RunLog:
             rest = parts["step"] - sum(value for name, value in parts.items() if name not in ("step", "reward"))
             parts["idle"] = max(0.0, rest)
             values = {f"time/{name}": round(value, 4) for name, value in parts.items()} | dict(rates)
+            values["run/restarts"] = self._restarts
             self._append("timing.jsonl", {"step": step} | values)
             self._report_scalars(step, values)
             shown = {name: parts[name] for name in parts if name not in ("idle", "observe", "reward")}
@@ -161,6 +163,8 @@ class RunLog:
 
     def started(self, step: int) -> None:
         """Writes to ``phases.jsonl`` the time from the start of this process to its first step."""
+        if self._writes:
+            self._restarts = sum(row.get("phase") == "start" for row in read_rows(self._output / _PHASES, no_check))
         self._write_phase("start", step, _process_seconds())
 
     def _write_phase(self, name: str, step: int, seconds: float) -> None:

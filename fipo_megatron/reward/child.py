@@ -24,6 +24,8 @@ from typing import Any
 from fipo_megatron.reward import answers
 
 Check = Callable[[str, str], tuple[bool, str | None]]
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that Slurm sends to every process of a step: the trainer finishes its step, and needs its verdicts."""
 _OPEN_FILES = 64
 _PR_SET_PDEATHSIG = 1
 _LIFE_SECONDS = 60.0
@@ -34,6 +36,8 @@ _DETAIL_CHARACTERS = 300
 def main(verifier: str, seconds: str, mebibytes: str, parent: str, *thinking_end: str) -> None:
     """Checks requests until they end."""
     _die_with(int(parent))
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     check = load(verifier, thinking_end)
     if verifier == "math":
         answers.math("Answer: $x+1$", "$1+x$")  # imports SymPy, which takes half a second

@@ -13,6 +13,7 @@ import numpy as np
 
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.trajectory import FinishReason, Group, Score, TokenSpan, Trajectory
+from fipo_megatron.observe import progress
 from fipo_megatron.rollout.carry_over import PartialGroup, PartialResponse
 from fipo_megatron.rollout.engine import (
     GenerationRequest,
@@ -137,6 +138,7 @@ class GroupSampler:
             request_id = request.id
             generation = await self._engine.generate(request)
             fail_points.reach("response")
+            progress.sign()
             self._counts["tokens_sampled"] += len(generation.tokens)
             start = len(response.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]

@@ -34,6 +34,7 @@ from fipo_megatron.trainer.hosts import describe_host
 from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.outcome import remove_outcome
 from fipo_megatron.trainer.rollout_session import RolloutSession
+from fipo_megatron.trainer.stacks import stacks_to_file
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
 from fipo_megatron.trainer.trainer import Trainer
@@ -67,6 +68,7 @@ def open_trainer(config: Config, inputs: TrainingInputs, console: Console | None
         layout = parallel.initialize(config.actor.parallel, config.seed)
         resources.callback(parallel.destroy)
         _lock_output(Path(config.run.output), layout, resources)
+        resources.enter_context(stacks_to_file(Path(config.run.output), layout.rank))
         samples = config.algorithm.kind != "sft" and not config.run.replay
         host = describe_host(config, layout) if samples else None
         trainer = _build(config, inputs, console, layout, resources)

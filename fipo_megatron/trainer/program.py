@@ -83,7 +83,7 @@ def _read_inputs(arguments: Sequence[str], launch: Launch, monitor: RankMonitor)
         EngineError: Running servers do not serve the model.
     """
     config = load_config(arguments[0], arguments[1:])
-    monitor.silence_seconds = config.rollout.silence_seconds
+    monitor.silence_seconds, monitor.hang_seconds = config.rollout.silence_seconds, config.run.hang_seconds
     from fipo_megatron.observe.console import set_up_logging, silence_libraries
     from fipo_megatron.trainer.memory_check import check_memory
     from fipo_megatron.trainer.training_inputs import check_megatron_options, read_training_inputs
@@ -128,9 +128,13 @@ def _train(inputs: Inputs, run: Callable[[Trainer], bool], monitor: RankMonitor)
 def _report(error: Exception, monitor: RankMonitor) -> int | None:
     """Tells an error of a run and returns its exit code; returns None for one that is not expected."""
     from fipo_megatron.actor.collectives import OtherRankError
+    from fipo_megatron.rollout.engine import LostRankError
     from fipo_megatron.trainer.factory import EXPECTED
 
     text, code = f"{type(error).__name__}: {error}", FAILED
+    silent = isinstance(error, LostRankError)
+    if silent:
+        monitor.wait_for_cause()  # it names a rank that is stopped, and kills it
     if isinstance(error, CollapseError):
         text, code = str(error), COLLAPSED
     elif isinstance(error, OtherRankError):
@@ -142,7 +146,7 @@ def _report(error: Exception, monitor: RankMonitor) -> int | None:
             monitor.report_unexpected(error)
             return None
         text = f"the connection to another rank is lost; the output of that rank says why: {error}"
-    monitor.report(text, code, _log, error)
+    monitor.report(text, code, _log, error, hangs=silent)
     return code
 
 

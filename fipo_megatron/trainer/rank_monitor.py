@@ -20,7 +20,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fipo_megatron.actor.launch import Launch, agent_serves_store
+from fipo_megatron.observe import progress
 from fipo_megatron.rollout.silence_timer import SilenceTimer
+from fipo_megatron.trainer import stacks
 from fipo_megatron.trainer.rank_process import RankProcess
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class RunEnd:
         told_by: Rank that tells the error.
         host: Host of that rank.
         lost: Process of the rank that is lost; None if a rank has failed with an error.
+        hangs: Whether no rank makes progress.
     """
 
     text: str
@@ -54,6 +57,7 @@ class RunEnd:
     told_by: int
     host: str
     lost: RankProcess | None = None
+    hangs: bool = False
 
     @classmethod
     def from_json(cls, content: bytes) -> RunEnd:
@@ -70,7 +74,7 @@ class RunEnd:
 class RankMonitor:
     """The monitor of one rank, from the start of its block to the end.
 
-    With one rank it watches nothing, and :meth:`report` tells every error.
+    With one rank it watches only whether that makes progress, and :meth:`report` tells every error.
 
     Args:
         launch: Position of this process.
@@ -78,10 +82,12 @@ class RankMonitor:
 
     Attributes:
         silence_seconds: Seconds without a sign of life after which a rank counts as lost.
+        hang_seconds: Seconds without progress on any rank after which the run ends.
     """
 
     def __init__(self, launch: Launch, connect: Callable[[], dist.Store] | None = None) -> None:
         self.silence_seconds = 600.0
+        self.hang_seconds = 1800.0
         self._launch, self._connect = launch, connect
         self._own = RankProcess.own()
         self._next = (launch.rank + 1) % launch.world_size
@@ -92,6 +98,7 @@ class RankMonitor:
         self._leaving: int | None = None  # exit code with which this rank ends by itself
         # Written by the exchanging thread, read by the watching thread:
         self._rounds = self._beats = 0
+        self._signs_sent = self._signs = 0  # of progress, of this rank and of all ranks
         self._broken = False
         self._beat, self._neighbour, self._neighbour_done = b"", self._own, False
         self._arrived = self._counted = False
@@ -108,7 +115,10 @@ class RankMonitor:
                 ("rank-watch", self._watch, ()),
             ):
                 self._threads.append(threading.Thread(target=target, args=arguments, name=name, daemon=True))
-                self._threads[-1].start()
+        else:
+            self._threads.append(threading.Thread(target=self._watch_alone, name="rank-watch", daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -123,7 +133,15 @@ class RankMonitor:
         for thread in self._threads:
             thread.join(timeout=5 * _BEAT_SECONDS)
 
-    def report(self, text: str, code: int, tell: Callable[[str], None], error: BaseException | None = None) -> None:
+    def report(
+        self,
+        text: str,
+        code: int,
+        tell: Callable[[str], None],
+        error: BaseException | None = None,
+        *,
+        hangs: bool = False,
+    ) -> None:
         """Tells an error of this rank, unless another rank has told one already.
 
         Args:
@@ -131,6 +149,7 @@ class RankMonitor:
             code: Exit code of the run.
             tell: Prints or logs a text.
             error: The exception, which is told once only.
+            hangs: Whether all ranks write their stacks.
         """
         if error is not None and self._reported is error:
             return
@@ -138,7 +157,9 @@ class RankMonitor:
         if self._store is None:
             tell(text)
             return
-        own, first = self.announce(text, code)
+        if hangs:
+            stacks.write_stacks(text)
+        own, first = self.announce(text, code, hangs=hangs)
         if own or (self._launch.rank == 0 and first.host != self._own.host):
             tell(first.text)
 
@@ -147,10 +168,10 @@ class RankMonitor:
         if self._store is not None:
             self.report(f"{type(error).__name__}: {error}", 1, lambda text: logger.error("%s", text), error)
 
-    def announce(self, text: str, code: int) -> tuple[bool, RunEnd]:
+    def announce(self, text: str, code: int, *, hangs: bool = False) -> tuple[bool, RunEnd]:
         """Announces an error of this rank to the others; returns whether it is the first of the run, and the first."""
         named = f"rank {self._launch.rank} on {self._own.host}: {text}"
-        mine = RunEnd(named, code, self._launch.rank, self._own.host)
+        mine = RunEnd(named, code, self._launch.rank, self._own.host, hangs=hangs)
         self._leaving = code
         if self._store is None:
             return True, mine  # there is one rank
@@ -178,6 +199,9 @@ class RankMonitor:
     def _exchange_once(self, store: dist.Store) -> None:
         self._beats += 1
         store.set(f"beat/{self._launch.rank}", str(self._beats))
+        signs = progress.signs()
+        self._signs = store.add("signs", signs - self._signs_sent)
+        self._signs_sent = signs
         if not self._arrived and store.check([f"process/{self._next}"]):
             self._neighbour = RankProcess(**json.loads(store.get(f"process/{self._next}")))
             self._arrived = True
@@ -195,8 +219,8 @@ class RankMonitor:
 
     def _watch(self) -> None:
         """Watches the store and the next rank; ends this process if the run cannot go on."""
-        rounds, beat, gone_since = -1, b"", -1
-        store_silence, next_silence, since_end = SilenceTimer(), SilenceTimer(), SilenceTimer()
+        rounds, beat, gone_since, signs = -1, b"", -1, -1
+        store_silence, next_silence, since_end, hang = (SilenceTimer() for _ in range(4))
         started, named = time.monotonic(), False
         while not self._stopped.wait(_LOOK_SECONDS):
             if self._rounds != rounds:
@@ -205,6 +229,9 @@ class RankMonitor:
             if self._beat != beat or not self._arrived:
                 beat = self._beat
                 next_silence.heard()
+            if self._signs != signs or not self._arrived:
+                signs = self._signs
+                hang.heard()
             if self._broken or store_silence.seconds() > self.silence_seconds:
                 self._leave_without_store()
                 return
@@ -212,12 +239,17 @@ class RankMonitor:
                 since_end.heard()
             elif self._end.lost or (self._leaving is None and since_end.seconds() > _GRACE_SECONDS):
                 self._leave(self._end)
-            elif self._found is not None:  # an error of this rank came first, and its end waits for the lost rank
+            elif (
+                self._found is not None and not self._found.hangs
+            ):  # an error of this rank came first, and its end waits for the lost rank
                 self._leave(self._found)
             if not self._arrived and not named and time.monotonic() - started > _LATE_SECONDS:
                 named = True
                 logger.warning("rank %d has not started yet; the other ranks wait for it", self._next)
             if not self._arrived or self._neighbour_done or self._found is not None:
+                continue
+            if hang.seconds() > self.hang_seconds:
+                self._found = self._hang("no rank has made")
                 continue
             gone_since = -1 if not self._neighbour.has_ended() else gone_since if gone_since >= 0 else rounds
             if gone_since >= 0 and rounds >= gone_since + 2:  # what it announced at its end has been read meanwhile
@@ -226,6 +258,23 @@ class RankMonitor:
                 self._found = self._lost(
                     f"has given no sign of life for rollout.silence_seconds = {self.silence_seconds:g} s"
                 )
+
+    def _watch_alone(self) -> None:
+        """Ends this process, the only rank, if it makes no progress."""
+        signs, hang = -1, SilenceTimer()
+        while not self._stopped.wait(_LOOK_SECONDS):
+            if progress.signs() != signs:
+                signs = progress.signs()
+                hang.heard()
+            elif hang.seconds() > self.hang_seconds:
+                self._leave(self._hang("the run has made"))
+
+    def _hang(self, who: str) -> RunEnd:
+        text = (
+            f"{who} progress for run.hang_seconds = {self.hang_seconds:g} s; the run ends. {stacks.DIRECTORY}/ in "
+            "run.output has the stacks of all ranks. Run it again to resume from its last checkpoint"
+        )
+        return RunEnd(text, 1, self._launch.rank, self._own.host, hangs=True)
 
     def _lost(self, what: str) -> RunEnd:
         process = self._neighbour
@@ -244,6 +293,8 @@ class RankMonitor:
                 print(end.text, file=sys.stderr)
             else:
                 logger.error("%s", end.text)
+        if end.lost is not None or end.hangs:
+            stacks.write_stacks(end.text)
         if end.lost is not None:
             end.lost.kill()
         _exit(code)
@@ -261,6 +312,7 @@ class RankMonitor:
             "it again to resume from its last checkpoint",
             *(launch.rank, self._own.host, launch.address, launch.port, what),
         )
+        stacks.write_stacks("the store of the run does not answer")
         if self._server is not None:
             self._server.kill()
         _exit(1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_STACKS_SECONDS = 0.5
 _ENDED = "ZX"
 """States of a process that has ended but was not waited for."""
 
@@ -54,9 +56,15 @@ class RankProcess:
         return state in _ENDED or started != self.started
 
     def kill(self) -> None:
-        """Kills the process if it is on this host; a stopped process would stay for ever."""
+        """Kills the process if it is on this host; a stopped process would stay for ever.
+
+        It has a moment to write its stacks before (:mod:`.trainer.stacks`), for which a stopped process must go on.
+        """
         if self.is_here and not self.has_ended():
             with suppress(OSError):
+                os.kill(self.pid, signal.SIGUSR2)
+                os.kill(self.pid, signal.SIGCONT)
+                time.sleep(_STACKS_SECONDS)
                 os.kill(self.pid, signal.SIGKILL)
 
 

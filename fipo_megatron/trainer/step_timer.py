@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fipo_megatron.observe import progress
 from fipo_megatron.testing import fail_points
 
 
@@ -29,10 +30,12 @@ class StepTimer:
             name: One of :data:`.testing.fail_points.NAMES`.
         """
         fail_points.reach(name)
+        progress.sign()
         start = time.perf_counter()
         try:
             yield
         finally:
+            progress.sign()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the first asks the run to end after its step, the second ends the process at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: the first asks the run to end after its step, the second ends the process at once.
+
+The file :data:`STOP_FILE` in ``run.output`` asks for the same. Unlike a signal, it reaches no other process, and it is
+not lost while the run starts.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ from fipo_megatron.actor.launch import shutdown_seconds
 logger = logging.getLogger(__name__)
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to end; Slurm often sends SIGUSR1 before a time limit."""
+STOP_FILE = "stop"
+"""Name of the file in ``run.output`` that asks a run to end after its step, which removes the file."""
 _TWICE_SECONDS = 5.0
-"""Seconds in which a signal may arrive twice under torchrun: from Slurm, which sends it to all processes of a step, and
-from torchrun, which passes it on."""
+"""Seconds in which a signal may arrive twice under torchrun or Slurm: from Slurm, which sends it to all processes of a
+step, and from torchrun or srun, which passes it on."""
 
 
 class StopSignals:
@@ -30,6 +36,7 @@ class StopSignals:
         self.requested = False
         self._earlier: dict[int, Any] = {}
         self._seconds_left = shutdown_seconds(os.environ)
+        self._may_come_twice = self._seconds_left is not None or "SLURM_STEP_ID" in os.environ
         self._warned = False
         self._requested_at = 0.0
 
@@ -57,7 +64,7 @@ class StopSignals:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
-            if self._seconds_left is not None and time.monotonic() - self._requested_at < _TWICE_SECONDS:
+            if self._may_come_twice and time.monotonic() - self._requested_at < _TWICE_SECONDS:
                 return
             os._exit(128 + signum)
         self.requested, self._requested_at = True, time.monotonic()

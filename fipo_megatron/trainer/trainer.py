@@ -39,7 +39,7 @@ from fipo_megatron.trainer.lr_zero_gate import LrZeroGate
 from fipo_megatron.trainer.rollout_session import RolloutSession
 from fipo_megatron.trainer.step_reporter import StepReporter
 from fipo_megatron.trainer.step_timer import StepTimer
-from fipo_megatron.trainer.stop_signals import StopSignals
+from fipo_megatron.trainer.stop_signals import STOP_FILE, StopSignals
 from fipo_megatron.trainer.training_inputs import TrainingInputs
 
 logger = logging.getLogger(__name__)
@@ -148,14 +148,19 @@ class Trainer:
         """Lets all ranks agree on whether to stop and on the alarm; raises the failure of a finished checkpoint.
 
         Returns:
-            Whether any rank was asked to end, and the first rank's alarm if any rank has one.
+            Whether any rank was asked to end, by a signal or :data:`.stop_signals.STOP_FILE`; and the first rank's
+            alarm if any rank has one.
 
         Raises:
             OSError: A checkpoint could not be written in the background.
         """
+        requested = self.stop.requested
         if self.layout.rank == 0:
             self.stop.check_time(self.timer.seconds()["step"])
-        flags = torch.tensor([self.stop.requested, self.checkpoints.is_writing, alarm is not None], dtype=torch.int32)
+            if (file := self.output / STOP_FILE).exists():
+                requested = True
+                file.unlink(missing_ok=True)
+        flags = torch.tensor([requested, self.checkpoints.is_writing, alarm is not None], dtype=torch.int32)
         flags = flags.to(self.layout.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         stopped, writing, alarmed = flags.tolist()

@@ -15,6 +15,7 @@ from fipo_megatron.config import (
     load_config,
     notices,
 )
+from fipo_megatron.config.__main__ import main
 from fipo_megatron.config.renamed_keys import RENAMED_KEYS
 
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
@@ -358,6 +359,14 @@ def test_command_prints_a_configuration_that_loads_to_the_same(tmp_path):
     assert (failed.returncode, failed.stdout) == (2, "")
     assert "did you mean algorithm.half_life?" in failed.stderr
     assert run("missing.yaml").returncode == 2
+
+
+def test_command_prints_one_value(capsys):
+    assert main([str(FIPO_32B), "--value", "run.output", "run.output=a b"]) == 0
+    assert main([str(FIPO_32B), "rollout.top_p=1", "--value", "rollout.top_p"]) == 0
+    assert capsys.readouterr().out == "a b\n1.0\n"
+    assert main([str(FIPO_32B), "--value", "run.outptu"]) == 2
+    assert "--value run.outptu: no such key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["off", "Off"])

@@ -47,6 +47,8 @@ OF_OTHERS = {
     "TransformerConfig": "Megatron-Core",
     "ServerArgs": "SGLang",
     "RssAnon": "Linux",
+    "NodeAddr": "Slurm",
+    "KillWait": "Slurm",
 }
 """Names of other packages that look like ours. An entry that nothing needs fails a test."""
 

@@ -54,6 +54,22 @@ def test_standard_error_is_drained_and_its_end_is_kept():
     assert len(verdicts[-1].detail) < 2200
 
 
+def test_signals_that_slurm_sends_to_every_process_of_a_step_change_no_verdict():
+    """The trainer finishes its step after them, and a verdict that is missing would change what it learns."""
+
+    async def check():
+        async with asyncio.timeout(30):
+            child = await ChildProcess.start(COMMANDS, 5.0, 2048)
+            await child.receive()
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+                os.kill(child._process.pid, number)
+            verdict = await child.request({"response": "a", "ground_truth": "a"})
+            await child.end()
+            return verdict
+
+    assert asyncio.run(check())["correct"]
+
+
 @pytest.mark.parametrize(("answer", "kind"), [("fork and kill", "crash"), ("fork and hang", "timeout")])
 def test_forked_processes_are_killed_with_their_group(answer, kind, monkeypatch):
     """They hold the child's connection and standard error, so neither is ever closed by itself."""

@@ -197,5 +197,6 @@ def test_a_rank_whose_event_loop_is_blocked_is_not_waited_for(data, tmp_path):
     assert done.code == 1
     silent = f"rank 1 has sent no heartbeat for {SILENCE_SECONDS} s; see its log"
     assert f"LostRankError: {silent}" in done.output
+    assert "rank_faults.py" in (tmp_path / "run" / "stacks" / "rank-0001.txt").read_text()
     assert "what was sampled so far" not in done.output
     assert "Traceback" not in done.output

@@ -49,6 +49,8 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(settings, data, tmp_path):
     assert RANDOM_KILLS or "goes on from" in said
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert all(w.equal(weights(tmp_path / "killed")[name]) for name, w in weights(tmp_path / "whole").items())
+    assert {row["run/restarts"] for row in timing(tmp_path / "whole")} == {0}
+    assert timing(tmp_path / "killed")[-1]["run/restarts"] >= len(FAIL_POINTS)
     rows = metrics(tmp_path / "whole")
     if settings is CARRYING:
         assert any(row["sampler/prompts_carried_in"] for row in rows)
@@ -67,6 +69,10 @@ def test_prefetched_groups_are_dropped_if_staleness_is_not_allowed_any_more(data
     said = train(data, tmp_path / "run", "checkpoint.save_every=2")
     assert "prefetched groups are dropped: they are 1 versions old, rollout.max_staleness is 0" in said
     assert [row["rollout/staleness_max"] for row in metrics(tmp_path / "run")] == [0, 1, 0, 0, 0]
+
+
+def timing(run):
+    return [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
 
 
 def outcome(run):
@@ -99,6 +105,17 @@ def test_sigterm_saves_and_the_next_start_resumes(data, tmp_path):
     train(data, tmp_path / "run")
     assert outcome(tmp_path / "run") == {"outcome": "complete", "step": 5, "exit_code": 0}
     assert file.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_file_asks_a_run_to_end_after_its_step(data, tmp_path):
+    """It may be there before the run has started; the run removes it, so that the next start goes on."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    said = train(data, tmp_path / "run", "run.steps=2")
+    assert "ended after step 0, as asked" in said
+    assert outcome(tmp_path / "run") == {"outcome": "stopped", "step": 1, "exit_code": 0}
+    train(data, tmp_path / "run", "run.steps=2")
+    assert outcome(tmp_path / "run") == {"outcome": "complete", "step": 2, "exit_code": 0}
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(data, recorded, tmp_path):

@@ -25,8 +25,11 @@ def test_a_signal_is_a_request(number, caplog):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("environment", "code"), [({}, 128 + signal.SIGTERM), ({"TORCHELASTIC_RUN_ID": "none"}, 0)])
-def test_a_second_signal_ends_the_process_unless_torchrun_has_passed_it_on(environment, code):
+@pytest.mark.parametrize(
+    ("environment", "code"),
+    [({}, 128 + signal.SIGTERM), ({"TORCHELASTIC_RUN_ID": "none"}, 0), ({"SLURM_STEP_ID": "0"}, 0)],
+)
+def test_a_second_signal_ends_the_process_unless_torchrun_or_srun_has_passed_it_on(environment, code):
     program = (
         "import os, signal\n"
         "from fipo_megatron.trainer.stop_signals import StopSignals\n"

@@ -54,5 +54,5 @@ run_pip() {
 
 # Prints constraints of which later files replace earlier ones: FILE FILE...
 merged_constraints() {
-  awk -F '==' '!/^ *(#|$)/ { name = tolower($1); gsub(/[_.]/, "-", name); line[name] = $0 } END { for (name in line) print line[name] }' "$@" | sort
+  awk -F '==' '!/^ *(#|-|$)/ { name = tolower($1); gsub(/[_.]/, "-", name); line[name] = $0 } END { for (name in line) print line[name] }' "$@" | sort
 }

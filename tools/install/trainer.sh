@@ -10,30 +10,34 @@
 #   --python       interpreter that makes it (default: python3)
 #   --package      editable (default): the package is this checkout; none: only its dependencies are installed
 #   --extras       extras of pyproject.toml (default: none)
-#   --constraints  file of exact versions (default: constraints/cpu.txt); gpu.txt on a GPU, else
-#                  python3.12.txt with such a Python or a newer one, replaces versions of it
+#   --constraints  file of exact versions beside constraints/cpu.txt (default: constraints/python3.12.txt on CPU with
+#                  Python 3.12 or newer, else constraints/python3.11.txt)
 set -euo pipefail
 # shellcheck source=tools/install/common.sh
 source "$(dirname "$0")/common.sh"
 
-device=cpu venv=$ROOT/.venv python=python3 package=editable extras='' constraints=$ROOT/constraints/cpu.txt
+device=cpu venv=$ROOT/.venv python=python3 package=editable extras='' constraints=''
 read_options "device venv python package extras constraints" "$@"
 check_device "$device"
 
-files=("$constraints")
+make_venv "$python" "$venv"
+if [ -z "$constraints" ]; then
+  constraints=$ROOT/constraints/python3.11.txt
+  if [ "$device" = cpu ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    constraints=$ROOT/constraints/python3.12.txt
+  fi
+fi
+files=("$ROOT/constraints/cpu.txt" "$constraints")
 requirements=()
 if [ "$device" = gpu ]; then
   files+=("$ROOT/constraints/gpu.txt")
   # What compiled extensions need at build time and, as they are installed without dependencies, at run time.
   requirements+=(transformer-engine transformer-engine-cu13 einops onnx onnxscript ninja pybind11 psutil setuptools wheel)
-elif "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
-  files+=("$ROOT/constraints/python3.12.txt")
 fi
 exact=$(mktemp)
 trap 'rm -f "$exact"' EXIT
 merged_constraints "${files[@]}" >"$exact"
 
-make_venv "$python" "$venv"
 case $package in
   editable) requirements+=(-e "$ROOT${extras:+[$extras]}") ;;
   none)

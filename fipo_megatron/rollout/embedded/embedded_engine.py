@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fipo_megatron.data.trajectory import FinishReason
+from fipo_megatron.observe import progress
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.slot_model import SlotModel
 from fipo_megatron.rollout.embedded.turn_taking import TurnTaking
@@ -130,6 +131,7 @@ class EmbeddedEngine:
                 self._admit()
                 self._sample()
                 self._decode()
+                progress.sign()
                 await asyncio.sleep(0)  # lets the other tasks of the event loop run between two passes
         except BaseException as error:
             for sequence in self._in_flight():

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import aiohttp
 
+from fipo_megatron.observe import progress
 from fipo_megatron.rollout.engine import EngineError
 from fipo_megatron.rollout.sglang.control import ControlClient
 from fipo_megatron.rollout.sglang.responses import error_text
@@ -80,6 +81,7 @@ class HealthWatcher:
             while not self._pool.paused:
                 status, body = await self._control.exchange(worker.url + "/health_generate", None)
                 if status == 200:
+                    progress.sign()
                     return
                 if status != _NOTHING_SAMPLED:
                     raise EngineError(f"/health_generate: HTTP status {status}: {error_text(body)}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fipo_megatron.observe import progress
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
 from fipo_megatron.rollout.weight_sync.sender_protocol import ActorWeights
 
@@ -60,6 +61,7 @@ class BucketSender:
             if self._actor.sends and tensors and failed is None:
                 try:
                     self._send_bucket(tensors)
+                    progress.sign()
                 except Exception as error:
                     failed = error
         if failed is not None:

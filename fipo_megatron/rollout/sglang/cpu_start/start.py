@@ -34,6 +34,8 @@ def _hide(secrets):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm sends them to every process of a step
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         sys.exit("the process that should watch this server is gone already")

@@ -1,0 +1,51 @@
+"""One Slurm for all tests, and a job that nothing interrupts, with which the others are compared."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from examples.quickstart import task
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import ROOT, Job
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    found = Cluster(tmp_path_factory.mktemp("slurm"), nodes=8)
+    found.environment |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "FIPO_PREFLIGHT": "off",
+        "FIPO_PYTHON": sys.executable,
+        "REAL_PYTHON": sys.executable,
+    }
+    found.environment |= {"HOME": str(tmp_path_factory.mktemp("home"))}
+    found.environment |= {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))}
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The problems of the quickstart, and its model with random weights."""
+    directory = tmp_path_factory.mktemp("data")
+    task.build(directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def whole(cluster, data, tmp_path_factory):
+    """A job with the embedded engine on two nodes, submitted at once; wait for it before looking at its output."""
+    return Job.train(cluster, data, tmp_path_factory.mktemp("whole"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if os.geteuid() and item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason="Slurm's daemons need root"))
