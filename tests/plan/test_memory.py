@@ -42,12 +42,12 @@ def test_what_is_kept_is_equal_to_the_byte(measured):
 @pytest.mark.distributed
 def test_peaks_are_within_five_percent(measured):
     for case, (real, traced) in measured.items():
-        # gloo reduces and scatters a copy of its input, [TOKENS, hidden], and its threads may keep the tensor of a
-        # collective a little longer than the collective lasts.
-        kept_by_gloo = TOKENS * layout_cases._SMALL["hidden_size"] * 4 if "TP2" in case else 0
+        # gloo reduces and scatters a copy of its input, at most [TOKENS, hidden] in float32, and its threads may keep
+        # the tensor of a collective a little longer than the collective lasts: real ranks may need that much more.
+        gloo = 0 if "one rank" in case else TOKENS * layout_cases._SMALL["hidden_size"] * 4
         for part in PASSES:
             for kind in ("held", "peak"):
                 expected, found = real[part][kind], traced[part][kind]
-                slack = 0.05 * expected + (kept_by_gloo if kind == "peak" else 0)
-                assert abs(found - expected) <= slack, f"{part} {kind} of {case}: real {expected}, traced {found}"
+                where = f"{part} {kind} of {case}: real {expected}, traced {found}"
+                assert 0.95 * expected - gloo <= found <= 1.05 * expected, where
         assert real["update"]["peak"] >= real["update"]["held"] > 0, case
