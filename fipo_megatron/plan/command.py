@@ -17,8 +17,10 @@ from fipo_megatron.config import Config, layout_conflicts, load_config
 from fipo_megatron.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
+    from fipo_megatron.observe.devices import Device
     from fipo_megatron.plan.plan import Plan, Report, Request
     from fipo_megatron.plan.step_estimate import ClusterShape, Workload
+    from fipo_megatron.plan.trace import Layers
     from fipo_megatron.plan.tracing import Tracer
     from fipo_megatron.weights.architecture import Architecture
 
@@ -70,8 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--layers",
         choices=("transformer_engine", "torch"),
-        default="transformer_engine",
-        help="layers of the actor (default: transformer_engine)",
+        help="layers of the actor (default: torch if actor.transformer.transformer_impl is local)",
     )
     add("--mean-response", type=_positive, metavar="TOKENS", help="mean response length (default: half the limit)")
     add("--kept-groups", type=float, metavar="FRACTION", help="groups that dynamic sampling keeps (default: 0.6)")
@@ -113,10 +114,27 @@ def _request(options: argparse.Namespace) -> Request:
     problems += layout_conflicts(config.actor.parallel, shape.trainer_gpus)
     if problem := context_problem(config, architecture.max_positions):
         problems.append(problem)
+    local = config.actor.transformer.get("transformer_impl") == "local"
+    layers: Layers = options.layers or ("torch" if local else "transformer_engine")
+    problems += _device_problems(config, architecture, kind, layers)
     if problems:
         raise ValueError("\n".join(problems))
     memory = options.gpu_memory or int(kind.memory_gib * GIB)
-    return Request(config, architecture, shape, kind, memory, options.layers, _workload(options, config))
+    if layers == "torch" and not local:  # the estimate of the time reads it there
+        transformer = config.actor.transformer | {"transformer_impl": "local"}
+        config = replace(config, actor=replace(config.actor, transformer=transformer))
+    return Request(config, architecture, shape, kind, memory, layers, _workload(options, config))
+
+
+def _device_problems(config: Config, architecture: Architecture, device: Device, layers: str) -> list[str]:
+    """Lists what the layers or the device do not have, as the actor would on that device."""
+    problems = []
+    if config.actor.fp8 != "off" and (layers == "torch" or device.fp8_flops is None):
+        missing = "Transformer Engine's layers" if layers == "torch" else f"FP8, which {device.name} does not have"
+        problems.append(f"actor.fp8 = {config.actor.fp8}: needs {missing}; valid: off")
+    if architecture.mixture and layers == "torch":
+        problems.append(f"{architecture.name}: a mixture of experts on CUDA needs Transformer Engine")
+    return problems
 
 
 def _shape(options: argparse.Namespace, config: Config) -> ClusterShape:

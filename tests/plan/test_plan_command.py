@@ -80,6 +80,8 @@ def test_a_run_that_does_not_fit_and_the_changes_that_do(config, capsys):
         (["model.path=/nowhere"], "model.path = /nowhere: there is no such directory"),
         (["--device", "h1000"], "device = h1000: must be one of h100"),
         (["--gpus", "2", "--rollout-gpus", "2"], "--rollout-gpus 2: must be below --gpus 2"),
+        (["actor.fp8=hybrid", "--device", "a100-80"], "actor.fp8 = hybrid: needs FP8, which a100-80 does not have"),
+        (["actor.fp8=hybrid", "--layers", "torch"], "actor.fp8 = hybrid: needs Transformer Engine's layers"),
         (["--kept-groups", "1.5"], "kept_fraction: must be in (0, 1], got 1.5"),
     ],
 )
