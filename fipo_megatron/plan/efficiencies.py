@@ -27,7 +27,7 @@ class Efficiency:
     Attributes:
         value: The number.
         unit: Its unit.
-        kind: Where it comes from.
+        kind: Origin of the value: measured, published or assumed.
         source: File, page or reason.
     """
 

@@ -71,7 +71,7 @@ def environment(rank: int, world_size: int) -> dict[str, str]:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Opens a block in which tensors have no memory and reads of their values give zero."""
+    """Opens a block in which tensors have no memory, and reads of their values are answered by :class:`HostReads`."""
     with FakeTensorMode(allow_non_fake_inputs=True), HostReads():  # type: ignore[no-untyped-call]
         yield
 

@@ -30,7 +30,7 @@ def fused() -> Iterator[None]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators allocate in its block and that are still referenced.
 
-    What an operator allocates and frees within itself is not seen: on CUDA these are workspaces of kernels. Sizes are
+    Memory that an operator allocates and frees within itself is not seen: on CUDA, workspaces of kernels. Sizes are
     those of the storages, without the rounding of an allocator.
 
     Attributes:

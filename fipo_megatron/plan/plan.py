@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned.
+    """A run, and the GPUs to plan it for.
 
     Attributes:
         config: Configuration of the run.
@@ -58,7 +58,7 @@ class Plan:
     """The plan of a run.
 
     Attributes:
-        request: What was planned.
+        request: The run and its GPUs.
         gpus: Memory of each kind of GPU: those of the trainer, then that of the servers.
         responses_per_server: Responses of full length whose KV cache fits a server; None without servers.
         time: Time of a step; None if no response fits a server.

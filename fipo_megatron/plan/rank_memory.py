@@ -10,8 +10,8 @@ class PassMemory:
     """Bytes beside weights, gradients and optimizer state while a part of the step runs.
 
     Attributes:
-        held: What forward passes keep until their backward passes, at most.
-        peak: Everything that is live at the same time, at most.
+        held: Largest number of bytes that forward passes keep until their backward passes.
+        peak: Largest number of bytes that are live at the same time.
     """
 
     held: int

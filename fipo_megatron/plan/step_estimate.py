@@ -56,7 +56,7 @@ class ClusterShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step has to do that the configuration does not say.
+    """The work of a step, as far as the configuration does not say it.
 
     Attributes:
         lengths: Lengths of responses and prompts.

@@ -49,7 +49,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackingKey:
-    """What a packing depends on.
+    """Everything that a packing depends on.
 
     Attributes:
         lengths: Distribution of the responses.

@@ -179,7 +179,7 @@ def _between(
         failures_of: Returns the failures that a node has seen, by rank of the other.
         forward: Sentence about a failure that the node has seen itself, with ``other`` and ``error``.
         backward: Sentence about a failure that the other node has seen.
-        valid: What would be valid.
+        valid: The valid values, in words.
     """
     failures = {
         (rank, other): error for rank, facts in job.neighbours.items() for other, error in failures_of(facts).items()

@@ -21,7 +21,7 @@ from fipo_megatron.storage.json_files import one_line
 
 @dataclass(frozen=True)
 class AllReducePlan:
-    """What is measured; the same on all nodes.
+    """The all-reduce to measure; the same on all nodes.
 
     Attributes:
         processes: Processes of each node, by its rank in ascending order.
@@ -62,7 +62,7 @@ def measure(plan: AllReducePlan, node: int) -> AllReduceFacts:
     """Starts the processes of this node and waits for them; kills those that do not end in time.
 
     Args:
-        plan: What is measured.
+        plan: The all-reduce to measure.
         node: Rank of this node.
     """
     program = [sys.executable, "-m", "fipo_megatron.preflight.all_reduce_rank", plan.to_json(), str(node)]

@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Expected:
-    """What the nodes must have.
+    """The requirements that all nodes must meet.
 
     Attributes:
         gpus_per_node: GPUs of each node; None: as many as most nodes have.

@@ -45,7 +45,7 @@ def memory_problem(
 ) -> str | None:
     """Returns why the actor does not fit a GPU; None if it does, or if another rank traces its kind.
 
-    What would fit only without the plan's allowance is logged as a warning.
+    A warning is logged if the actor fits only without the plan's allowance, or if it cannot be traced.
 
     Args:
         config: Configuration of the run.
@@ -58,9 +58,15 @@ def memory_problem(
     kinds = {kind.rank: kind for kind in rank_kinds(architecture, parallel, launch.world_size)}
     if (kind := kinds.get(launch.rank)) is None:
         return None
-    with Tracer(workers=1) as tracer:
-        layers: Layers = "transformer_engine" if transformer_engine else "torch"
-        traced = tracer.rank(config, architecture, kind, launch.world_size, layers).result()
+    layers: Layers = "transformer_engine" if transformer_engine else "torch"
+    try:
+        with Tracer(workers=1) as tracer:
+            traced = tracer.rank(config, architecture, kind, launch.world_size, layers).result()
+    except (
+        Exception
+    ) as error:  # the options were checked before: a fault of the trace must not keep a run from starting
+        logger.warning("the memory of the actor was not checked: %s: %s", type(error).__name__, error)
+        return None
     replicas = launch.world_size // (parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel)
     phase = trainer_memory(kind.name, traced, config, architecture, replicas).largest
     certain = phase.total - phase.parts["allowance"]

@@ -41,6 +41,16 @@ def test_what_fits_is_not(caplog):
     assert not caplog.records
 
 
+def test_a_trace_that_fails_does_not_stop_the_run(monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(memory_check.Tracer, "rank", broken)
+    with caplog.at_level(logging.WARNING):
+        assert problem(0, 1) is None
+    assert caplog.messages == ["the memory of the actor was not checked: RuntimeError: no such operator"]
+
+
 def test_one_rank_of_a_stage_traces_for_all(monkeypatch):
     monkeypatch.setattr(memory_check, "Tracer", None)  # calling it would fail
     assert problem(1, 1) is None
