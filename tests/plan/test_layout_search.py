@@ -64,10 +64,12 @@ def test_the_short_computation_agrees_with_the_full_plan():
     asked = request("Qwen2.5-0.5B", gpus=8)
     with Tracer(workers=2) as tracer:
         found = layout_search.fitting_layouts(asked, tracer)
-        assert found == sorted(found, key=lambda candidate: (candidate.seconds, len(candidate.changes)))
+        assert found == sorted(found, key=lambda candidate: (candidate.seconds, candidate.training_seconds))
         by_pipeline = {candidate.request.config.actor.parallel.pipeline_parallel: candidate for candidate in found}
         for candidate in by_pipeline.values():
             plan = make_plan(candidate.request, tracer)
             assert candidate.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.12), candidate.changes
             assert candidate.peak_bytes >= 0.97 * plan.peak_bytes
             assert candidate.seconds == pytest.approx(plan.time.step_seconds)
+            training = plan.time.phase("log_probs") + plan.time.phase("update")
+            assert candidate.training_seconds == pytest.approx(training)
