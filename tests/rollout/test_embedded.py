@@ -9,6 +9,7 @@ import torch
 
 from fipo_megatron.data.trajectory import TokenSpan
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, draw, weights_of
+from fipo_megatron.rollout.embedded.pass_shapes import PassShapes
 from fipo_megatron.rollout.engine import (
     EngineError,
     GenerationRequest,
@@ -93,6 +94,35 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(name, path):
         return [await engine.generate(one) for one in requests]
 
     identical(together, asyncio.run(one_by_one()))
+
+
+def rows_of_passes(engine):
+    """Returns a list to which the shape of the input ids of every pass is added."""
+    shapes = []
+    engine.model.register_forward_pre_hook(
+        lambda _, __, arguments: shapes.append(tuple(arguments["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("equal_bits", [True, False])
+def test_passes_are_as_wide_as_what_runs_if_that_changes_no_bit(path, monkeypatch, equal_bits):
+    """More slots, narrower passes and moved sequences change no result; without equal bits, passes have all rows."""
+    if not equal_bits:
+        monkeypatch.setattr(PassShapes, "equal", lambda self, rows, more_rows, length: rows == more_rows)
+    requests = [request(n) for n in range(70)]
+    engine = EmbeddedEngine(path("qwen3"), slots=128)
+    shapes = rows_of_passes(engine)
+    found = asyncio.run(all_of(engine, requests))
+    identical(found, asyncio.run(all_of(EmbeddedEngine(path("qwen3"), slots=16), requests)))
+    widths = [rows for rows, length in shapes if length == 1]
+    if not equal_bits:
+        assert set(widths) == {128}
+    elif engine._model._shapes.equal(16, 128, 1):
+        assert widths[0] == 128
+        assert widths[-1] == 16, "the longest responses run alone at last"
+        reads = [rows for rows, length in shapes if length > 1]
+        assert len(reads) < 40, "prompts are read in batches"
 
 
 def test_samples_of_a_prompt_differ_by_seed_alone(path):
@@ -315,13 +345,41 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     probabilities = np.array([0.1, 0.0, 0.4, 0.2, 0.3])
     with np.errstate(divide="ignore"):
         log_probs = np.log(probabilities)
-    grid = (np.arange(1000) + 0.5) / 1000
-    counts = np.bincount([draw(log_probs, 1.0, u) for u in grid], minlength=5)
-    assert counts.tolist() == [100, 0, 400, 200, 300]
-    counts = np.bincount([draw(log_probs, 0.65, u) for u in grid], minlength=5)
-    np.testing.assert_allclose(counts, [0, 0, 571, 0, 429], atol=1)
-    assert draw(log_probs, 0.1, 0.99) == 2
-    assert draw(log_probs, 1.0, np.nextafter(1.0, 0.0)) == 4
+    grid = np.append((np.arange(1000) + 0.5) / 1000, [np.nextafter(1.0, 0.0), 0.0])
+
+    def drawn(top_p):
+        return draw(np.tile(log_probs, (len(grid), 1)), np.full(len(grid), top_p), grid)
+
+    assert np.bincount(drawn(1.0)[:1000], minlength=5).tolist() == [100, 0, 400, 200, 300]
+    np.testing.assert_allclose(np.bincount(drawn(0.65)[:1000], minlength=5), [0, 0, 571, 0, 429], atol=1)
+    assert set(drawn(0.1).tolist()) == {2}
+    assert drawn(1.0)[-2:].tolist() == [4, 0]
+
+
+def draw_one(log_probs, top_p, uniform):
+    """Draws from one distribution with a loop over tokens, as an independent reference."""
+    left, nucleus, total = np.exp(log_probs).tolist(), set(), 0.0
+    for token in sorted(range(len(left)), key=lambda token: (-left[token], token)):
+        if not nucleus or total < top_p:
+            nucleus.add(token)
+            total += left[token]
+    total = sum(left[token] for token in sorted(nucleus))
+    found, cumulative = max(token for token in nucleus if left[token] > 0), 0.0
+    for token in sorted(nucleus):
+        cumulative += left[token]
+        if cumulative > uniform * total:
+            return token
+    return found
+
+
+def test_many_draws_equal_single_draws_with_a_loop():
+    generator = np.random.default_rng(5)
+    logits = np.round(generator.normal(size=(500, 37)) * generator.choice([0.5, 3.0], (500, 1)), 1)  # with ties
+    log_probs = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+    top_p = generator.choice([1.0, 0.9, 0.5, 0.05], 500)
+    uniform = generator.random(500)
+    expected_tokens = [draw_one(*one) for one in zip(log_probs, top_p, uniform, strict=True)]
+    assert draw(log_probs, top_p, uniform).tolist() == expected_tokens
 
 
 def test_seeds_and_spans():

@@ -1,15 +1,16 @@
 """The rollout engine in the trainer's own process: a model of transformers, all requests in one batch.
 
 For machines without a GPU, and for tests. What is sampled depends only on the weights, the request and its seed, not on
-the rest of the batch or on time: passes always have the same shape, every request has its own random numbers, and the
-engine samples a token only when its driver has made all decisions on what was returned (:mod:`.turn_taking`).
+the rest of the batch or on time: passes have shapes that give a row the same bits, every request has its own random
+numbers, and the engine samples a token only when its driver has made all decisions on what was returned
+(:mod:`.turn_taking`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from fipo_megatron.data.trajectory import FinishReason
 from fipo_megatron.observe import progress
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
-from fipo_megatron.rollout.embedded.slot_model import SlotModel
+from fipo_megatron.rollout.embedded.slot_model import VECTOR, SlotModel
 from fipo_megatron.rollout.embedded.turn_taking import TurnTaking
 from fipo_megatron.rollout.engine import (
     EngineError,
@@ -35,7 +36,8 @@ from fipo_megatron.rollout.engine import (
     spans_of,
 )
 
-_VECTOR = 16  # float32 in a vector register of 512 bits
+_DRAWN_ELEMENTS = 1 << 21
+"""Logits of a draw in float64, 16 MiB; more sequences are drawn in turn."""
 
 
 @dataclass(eq=False)
@@ -48,12 +50,15 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    logits: Tensor | None = None
     aborted: bool = False
 
     @property
     def all_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([self.request.tokens, np.array(self.tokens, dtype=np.int32)])
+
+    @property
+    def length(self) -> int:
+        return len(self.request.tokens) + len(self.tokens)
 
     def result(self, reason: FinishReason) -> Generation:
         return Generation(
@@ -70,9 +75,8 @@ class EmbeddedEngine:
     Args:
         path: Directory of a Hugging Face model.
         dtype: Data type of the engine's weights.
-        slots: Number of requests that are sampled at the same time; others wait in order. Must be a multiple of 16:
-            torch rounds SiLU and other functions differently in the remainder of a vector register, and the result
-            would depend on the slot.
+        slots: Most requests that are sampled at the same time; others wait in order. Must be a multiple of 16, see
+            :data:`.slot_model.VECTOR`. Slots that are not in use cost memory only.
         weight_version: Version of the weights in ``path``.
 
     Attributes:
@@ -86,8 +90,8 @@ class EmbeddedEngine:
     def __init__(
         self, path: str | Path, *, dtype: torch.dtype = torch.float32, slots: int = 32, weight_version: int = 0
     ) -> None:
-        if slots < 1 or slots % _VECTOR:
-            raise ValueError(f"slots = {slots}: must be a multiple of {_VECTOR}")
+        if slots < 1 or slots % VECTOR:
+            raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
         self._model = SlotModel(path, dtype, slots, weight_version)
         self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings
@@ -172,27 +176,36 @@ class EmbeddedEngine:
 
     def _admit(self) -> None:
         """Fills free slots with waiting requests; after an update of the weights, reads running sequences again."""
+        to_read = dict(self._running_slots()) if self._outdated else {}
         for slot, sequence in enumerate(self._running):
             if sequence is None and self._waiting:
-                self._running[slot] = new = self._waiting.popleft()
-                new.logits = self._model.read(slot, new.all_tokens)
-            elif sequence is not None and self._outdated:
-                sequence.logits = self._model.read(slot, sequence.all_tokens)
+                self._running[slot] = to_read[slot] = self._waiting.popleft()
+        if to_read:
+            self._model.read({slot: sequence.all_tokens for slot, sequence in to_read.items()})
         self._outdated = False
 
     def _sample(self) -> None:
         """Samples one token for every running sequence."""
-        for slot, sequence in self._running_slots():
-            assert sequence.logits is not None
-            sampling = sequence.request.sampling
-            log_probs = torch.log_softmax(sequence.logits.double() / sampling.temperature, -1)
-            token = draw(log_probs.numpy(), sampling.top_p, sequence.random.random())
-            sequence.tokens.append(token)
-            sequence.log_probs.append(float(log_probs[token]))
-            sequence.versions.append(self._model.version)
-            stopped = token in sampling.stop_token_ids
-            if stopped or len(sequence.tokens) == sampling.max_tokens:
-                self._finish(sequence, "stop" if stopped else "length")
+        running = list(self._running_slots())
+        rows = max(1, _DRAWN_ELEMENTS // self.model.config.vocab_size)
+        for first in range(0, len(running), rows):
+            self._sample_some(running[first : first + rows])
+
+    def _sample_some(self, running: Sequence[tuple[int, _Sequence]]) -> None:
+        slots, sequences = zip(*running, strict=True)
+        temperatures = torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64)
+        log_probs = torch.log_softmax(self._model.next_logits(slots).double() / temperatures, -1).numpy()
+        top_p = np.array([s.request.sampling.top_p for s in sequences])
+        uniform = np.array([s.random.random() for s in sequences])
+        drawn = draw(log_probs, top_p, uniform)
+        drawn_log_probs = log_probs[np.arange(len(drawn)), drawn]
+        for (slot, s), token, log_prob in zip(running, drawn.tolist(), drawn_log_probs.tolist(), strict=True):
+            s.tokens.append(token)
+            s.log_probs.append(log_prob)
+            s.versions.append(self._model.version)
+            stopped = token in s.request.sampling.stop_token_ids
+            if stopped or len(s.tokens) == s.request.sampling.max_tokens:
+                self._finish(s, "stop" if stopped else "length")
                 self._running[slot] = None
 
     def _decode(self) -> None:
@@ -200,11 +213,20 @@ class EmbeddedEngine:
         running = dict(self._running_slots())
         if not running:
             return
-        logits = self._model.decode(
-            {slot: (s.tokens[-1], len(s.request.tokens) + len(s.tokens) - 1) for slot, s in running.items()}
-        )
-        for slot, sequence in running.items():
-            sequence.logits = logits[slot]
+        self._compact(running)
+        self._model.decode({slot: (s.tokens[-1], s.length - 1) for slot, s in self._running_slots()})
+
+    def _compact(self, running: Mapping[int, _Sequence]) -> None:
+        """Moves sequences from slots beyond the next pass's rows to free slots within it."""
+        width = self._model.width(len(running))
+        outside = [slot for slot in running if slot >= width]
+        if not outside:
+            return
+        free = [slot for slot in range(width) if self._running[slot] is None]
+        moves = dict(zip(outside, free, strict=False))
+        self._model.move(moves, max(running[slot].length for slot in outside))
+        for old, new in moves.items():
+            self._running[old], self._running[new] = None, running[old]
 
     def driving(self, responses: int) -> AbstractContextManager[None]:
         """Opens a block in which the engine waits for a driver; see :meth:`.engine.RolloutEngine.driving`."""
@@ -269,24 +291,32 @@ class EmbeddedEngine:
             await self._task
 
 
-def draw(log_probs: NDArray[np.float64], top_p: float, uniform: float) -> int:
-    """Returns the token at ``uniform`` of the cumulative distribution over tokens in the order of their ids.
+def draw(log_probs: NDArray[np.float64], top_p: NDArray[np.float64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the token at ``uniform`` of each cumulative distribution over tokens in the order of their ids.
 
     Args:
-        log_probs: ``[V]`` float64, normalised.
-        top_p: Nucleus: only the fewest most probable tokens that together have at least this probability are drawn;
-            ties go to smaller ids.
-        uniform: A number in [0, 1).
+        log_probs: ``[B, V]`` float64, normalised.
+        top_p: ``[B]``, nucleus: only the fewest most probable tokens that together have at least this probability are
+            drawn; ties go to smaller ids.
+        uniform: ``[B]``, numbers in [0, 1).
+
+    Returns:
+        ``[B]`` int64.
     """
     probabilities = np.exp(log_probs)
-    if top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        kept = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
-        outside = order[kept:]
-        probabilities[outside] = 0
-    cumulative = np.cumsum(probabilities)
-    token = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may leave the last sum below `uniform`
+    [filtered] = np.nonzero(top_p < 1)
+    if len(filtered):
+        some = probabilities[filtered]
+        order = np.argsort(-some, axis=1, kind="stable")
+        cumulative = np.cumsum(np.take_along_axis(some, order, 1), axis=1)
+        outside = np.zeros_like(some, dtype=bool)
+        np.put_along_axis(outside, order[:, 1:], cumulative[:, :-1] >= top_p[filtered, None], 1)
+        probabilities[filtered] = np.where(outside, 0, some)
+    cumulative = np.cumsum(probabilities, axis=1)
+    tokens = np.sum(cumulative <= (uniform * cumulative[:, -1])[:, None], axis=1, dtype=np.int64)
+    last = probabilities.shape[1] - 1 - np.argmax(probabilities[:, ::-1] > 0, axis=1)
+    drawn: NDArray[np.int64] = np.minimum(tokens, last)  # rounding may leave the last sum below `uniform`
+    return drawn
 
 
 def weights_of(model: transformers.PreTrainedModel) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ neighbours: shapes are the same whichever sequences are present, and positions a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ BLOCK = 64
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped in transformers
-    """Keys and values of one layer, ``[slots, heads, places, width]``; a pass appends one token per slot."""
+    """Keys and values of one layer, ``[slots, heads, places, width]``; a pass appends a token to each of its slots."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -26,11 +27,17 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped i
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Does nothing: :meth:`reserve` allocates the tensors."""
 
-    def put(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Stores the keys and values of a whole sequence, ``[heads, length, width]``."""
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores the keys and values of a whole sequence, ``[heads, length, width]``, in each of these slots."""
         all_keys, all_values = self.reserve(keys)
-        all_keys[slot, :, : keys.shape[1]] = keys
-        all_values[slot, :, : values.shape[1]] = values
+        all_keys[slots, :, : keys.shape[1]] = keys
+        all_values[slots, :, : values.shape[1]] = values
+
+    def move(self, old: Tensor, new: Tensor, length: int) -> None:
+        """Copies the first ``length`` positions of slots to other slots."""
+        for tensor in (self.keys, self.values):
+            assert tensor is not None
+            tensor[new, :, :length] = tensor[old, :, :length]
 
     def reserve(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values with space for all positions in use; ``like`` is ``[heads, length, width]``."""
@@ -48,10 +55,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped i
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.reserve(key_states[0])
-        rows, at, places = self._cache.rows, self._cache.positions, self._cache.places
+        at, places = self._cache.positions, self._cache.places
+        width = len(at)
+        rows = self._cache.rows[:width]
         keys[rows, :, at] = key_states[:, :, 0]
         values[rows, :, at] = value_states[:, :, 0]
-        return keys[:, :, :places], values[:, :, :places]
+        return keys[:width, :, :places], values[:width, :, :places]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.places, 0
@@ -68,10 +77,10 @@ class SlotCache(Cache):
 
     Args:
         layers: Number of layers of the model.
-        slots: Number of sequences; every pass has as many rows.
+        slots: Number of sequences.
 
     Attributes:
-        positions: ``[slots]`` int64, position of the next pass's token in each slot.
+        positions: ``[rows]`` int64, positions of the next pass's tokens in the first ``rows`` slots.
         places: Number of positions that a pass attends to; those after a sequence's own position are masked.
     """
 
@@ -83,20 +92,23 @@ class SlotCache(Cache):
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
 
-    def put(self, slot: int, cache: Cache, length: int) -> None:
-        """Copies the keys and values of one sequence, computed in a pass of its own, into a slot."""
-        self.places = max(self.places, rounded(length))
-        for mine, theirs in zip(self._slot_layers, cache.layers, strict=True):
-            assert isinstance(theirs, CacheLayerMixin)
-            assert theirs.keys is not None
-            assert theirs.values is not None
-            mine.put(slot, theirs.keys[0], theirs.values[0])
+    def put(self, slots: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copies the keys and values of a sequence, ``[heads, length, width]`` per layer, into each of these slots."""
+        self.places = max(self.places, rounded(layers[0][0].shape[1]))
+        for mine, (keys, values) in zip(self._slot_layers, layers, strict=True):
+            mine.put(torch.tensor(slots), keys, values)
+
+    def move(self, slots: Mapping[int, int], length: int) -> None:
+        """Moves sequences of at most ``length`` tokens from the keys of a mapping to its values, which are free."""
+        old, new = torch.tensor(list(slots)), torch.tensor(list(slots.values()))
+        for layer in self._slot_layers:
+            layer.move(old, new, length)
 
     def advance(self, positions: Tensor) -> Tensor:
-        """Sets the positions of the next pass's tokens, ``[slots]`` int64.
+        """Sets the positions of the next pass's tokens, ``[rows]`` int64, in the first slots.
 
         Returns:
-            The mask of the pass, ``[slots, 1, 1, places]`` bool: true where a token attends.
+            The mask of the pass, ``[rows, 1, 1, places]`` bool: true where a token attends.
         """
         self.positions = positions
         self.places = rounded(int(positions.max()) + 1)

@@ -1,12 +1,12 @@
 """A model of transformers with one sequence per slot: its weights, its forward passes and its KV cache.
 
-Every sequence is read in a pass of its own. After that, all slots get their next token in one pass of a fixed shape.
+A sequence is read first (:mod:`.sequence_reader`). After that, the lower slots get their next tokens in one pass, which
+has as many rows as are in use, rounded up to one of a few widths that give each row the same bits.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,22 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
+from fipo_megatron.rollout.embedded.pass_shapes import PassShapes
+from fipo_megatron.rollout.embedded.sequence_reader import ReadSequence, SequenceReader
 from fipo_megatron.rollout.embedded.slot_cache import SlotCache
 from fipo_megatron.rollout.engine import EngineError, EngineMemory
 
-_PROMPTS_KEPT = 4
+VECTOR = 16
+"""Rows of a pass are a multiple of this number of float32 in a vector register of 512 bits.
+
+torch rounds SiLU and other functions differently in the remainder of a vector register.
+"""
 
 
 class SlotModel:
-    """A model whose passes have one row per slot.
+    """A model whose passes have one row for each of the lower slots.
 
     Args:
         path: Directory of a Hugging Face model.
@@ -48,61 +53,70 @@ class SlotModel:
         self.usable = True
         self._slots = slots
         self._cache: SlotCache | None = None
-        self._prompts: OrderedDict[bytes, tuple[DynamicCache, Tensor]] = OrderedDict()
-        """Keys, values and last logits of the sequences that were read last, by their tokens."""
+        self._logits = torch.empty(0)
+        """Logits of the next token of each slot."""
+        self._shapes = PassShapes(self.module)
+        self._reader = SequenceReader(self.module, self._shapes)
         self._released: list[torch.Size] = []
         """Shapes of the weights while they are released."""
 
     @torch.no_grad()
-    def read(self, slot: int, tokens: NDArray[np.int32]) -> Tensor:
-        """Reads a sequence into a slot, in a pass of its own unless the same tokens were just read.
+    def read(self, sequences: Mapping[int, NDArray[np.int32]]) -> None:
+        """Reads sequences into slots; :meth:`next_logits` returns their next logits.
 
         Args:
-            slot: Number of the slot.
-            tokens: ``[P]`` int32.
-
-        Returns:
-            Logits of the next token, ``[V]``.
+            sequences: ``[P]`` int32 by slot.
         """
-        if self._cache is None:
-            self._cache = SlotCache(self.module.config.num_hidden_layers, self._slots)
-        key = tokens.tobytes()
-        if key in self._prompts:
-            self._prompts.move_to_end(key)
-        else:
-            ids = torch.from_numpy(tokens.astype(np.int64))[None]
-            cache = DynamicCache(config=self.module.config)
-            found = self.module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._prompts[key] = cache, found.logits[0, -1]
-            while len(self._prompts) > _PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
-        cache, logits = self._prompts[key]
-        self._cache.put(slot, cache, len(tokens))
-        return logits
+        cache = self._allocated()
+        slots_of: dict[int, tuple[ReadSequence, list[int]]] = {}
+        for slot, read in zip(sequences, self._reader.read(sequences.values()), strict=True):
+            slots_of.setdefault(id(read), (read, []))[1].append(slot)
+        for read, slots in slots_of.values():
+            cache.put(slots, read.layers)
+            self._logits[slots] = read.logits
 
     @torch.no_grad()
-    def decode(self, last_tokens: Mapping[int, tuple[int, int]]) -> Tensor:
-        """Runs a pass over one token per slot; unused slots are rows, too.
+    def decode(self, last_tokens: Mapping[int, tuple[int, int]]) -> None:
+        """Runs a pass over one token per slot; :meth:`next_logits` returns the logits. Unused slots are rows, too.
 
         Args:
-            last_tokens: Last token of each slot in use and its position in the sequence, by slot.
-
-        Returns:
-            Logits of the next tokens, ``[slots, V]``; rows of unused slots have no meaning.
+            last_tokens: Last token of each slot in use and its position in the sequence, by slot. The pass has
+                :meth:`width` rows for this number of slots, which must be below that.
         """
-        assert self._cache is not None
-        ids, positions = torch.zeros(2, self._slots, dtype=torch.int64)
-        for slot, (token, position) in last_tokens.items():
-            ids[slot], positions[slot] = token, position
+        width = self.width(len(last_tokens))
+        ids, positions = torch.zeros(2, width, dtype=torch.int64)
+        slots = list(last_tokens)
+        ids[slots], positions[slots] = torch.tensor(list(last_tokens.values())).T
+        cache = self._allocated()
         found = self.module(
             input_ids=ids[:, None],
             position_ids=positions[:, None],
-            attention_mask=self._cache.advance(positions),
-            past_key_values=self._cache,
+            attention_mask=cache.advance(positions),
+            past_key_values=cache,
             use_cache=True,
         )
-        logits: Tensor = found.logits[:, -1]
-        return logits
+        self._logits[:width] = found.logits[:, -1]
+
+    def width(self, running: int) -> int:
+        """Returns the number of rows of a pass over this number of sequences: 16, 32, 64, ... or all slots."""
+        width = VECTOR
+        while width < running or not self._shapes.equal(min(width, self._slots), self._slots, 1):
+            width *= 2
+        return min(width, self._slots)
+
+    def move(self, slots: Mapping[int, int], length: int) -> None:
+        """Moves sequences of at most ``length`` tokens from the keys of a mapping to its values, which are free."""
+        self._allocated().move(slots, length)
+
+    def next_logits(self, slots: Sequence[int]) -> Tensor:
+        """Returns the logits of the next tokens of these slots, ``[slots, V]``."""
+        return self._logits[list(slots)]
+
+    def _allocated(self) -> SlotCache:
+        if self._cache is None:
+            self._cache = SlotCache(self.module.config.num_hidden_layers, self._slots)
+            self._logits = torch.empty(self._slots, self.module.config.vocab_size, dtype=self.module.dtype)
+        return self._cache
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -129,13 +143,13 @@ class SlotModel:
             self.usable = False
             raise EngineError("weights that do not fit the embedded engine's model:\n" + "\n".join(problems))
         self.version, self.usable = version, True
-        self._prompts.clear()
+        self._reader.forget()
 
     def release(self, *what: EngineMemory) -> None:
         """Frees the KV cache, the weights, or both."""
         if "kv_cache" in what:
-            self._cache = None
-            self._prompts.clear()
+            self._cache, self._logits = None, torch.empty(0)
+            self._reader.forget()
         if "weights" in what and self.usable:
             self._released = [parameter.shape for parameter in self.module.parameters()]
             for parameter in self.module.parameters():
