@@ -72,9 +72,9 @@ def trl_steps(quickstart: Path, steps: int, trl: Path) -> list[dict[str, float]]
 
 def train_with_trl(quickstart: Path, steps: int) -> None:
     """Trains with TRL in this process, and prints the rows of :func:`trl_steps` as JSON."""
-    import datasets
+    import datasets  # type: ignore[import-not-found]  # as TRL, installed in a directory of its own
     import transformers
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
     from fipo_megatron.reward.answers import exact
 
@@ -102,7 +102,7 @@ def train_with_trl(quickstart: Path, steps: int) -> None:
     class Clock(transformers.TrainerCallback):
         start = time.perf_counter()
 
-        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % UPDATES:
                 return
             now = time.perf_counter()

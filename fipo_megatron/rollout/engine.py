@@ -7,7 +7,7 @@ Engines take and return token ids, not text. All log-probs are after temperature
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -186,7 +186,7 @@ class RolloutEngine(Protocol):
     async def restore_memory(self, *what: EngineMemory) -> None:
         """Allocates released memory again."""
 
-    def driving(self, responses: int) -> AbstractContextManager[None]:
+    def driving(self, responses: int) -> AbstractContextManager[Callable[[int], None]]:
         """Opens a block in which the caller drives the engine: requests this many responses and decides on each.
 
         An engine whose results must not depend on time takes turns with its driver. It samples only while every
@@ -194,6 +194,10 @@ class RolloutEngine(Protocol):
 
         Args:
             responses: Number of responses that the caller will request and decide on.
+
+        Returns:
+            A context manager that yields a function. The caller calls it with a number of further responses, within a
+            :meth:`deciding` block, before it requests them.
         """
 
     def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:

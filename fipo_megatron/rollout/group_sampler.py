@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,8 +27,8 @@ from fipo_megatron.rollout.sampling_progress import SamplingProgress
 from fipo_megatron.testing import fail_points
 
 T = TypeVar("T")
-GroupCallback = Callable[[Group], Awaitable[None]]
-"""Decides what follows from a complete group."""
+GroupCallback = Callable[[Group], Awaitable[PartialGroup | None]]
+"""Decides what follows from a complete group; may return a group that is to be sampled in its place."""
 
 
 class GroupSampler:
@@ -71,11 +72,12 @@ class GroupSampler:
 
         Args:
             groups: Groups to complete.
-            on_group: Called with each group as soon as it is complete; may call :meth:`abort`.
+            on_group: Called with each group as soon as it is complete; may call :meth:`abort`, or return a group that
+                is sampled, too.
             most_failures: Number of failed checks in this batch and before beyond which sampling ends.
 
         Returns:
-            The groups that :meth:`abort` has left partial, in the order of ``groups``.
+            The groups that :meth:`abort` has left partial, in the order in which they were begun.
 
         Raises:
             EngineError: The engine failed.
@@ -84,9 +86,18 @@ class GroupSampler:
         """
         self._aborting = False
         self._most_failures = most_failures
-        with self._engine.driving(sum(len(group.partial) for group in groups)):
-            found = await _gather(self._sample_group(group, on_group) for group in groups)
-        return [group for group in found if group is not None]
+        tasks: list[asyncio.Task[PartialGroup | None]] = []
+        with self._engine.driving(sum(len(group.partial) for group in groups)) as announce:
+
+            async def decide(group: Group) -> None:
+                replacement = await on_group(group)
+                if replacement is not None:
+                    announce(len(replacement.partial))
+                    tasks.append(begin(self._sample_group(replacement, decide)))
+
+            async with _tasks() as begin:
+                tasks += [begin(self._sample_group(group, decide)) for group in groups]
+        return [group for task in tasks if (group := task.result()) is not None]
 
     async def abort(self) -> None:
         """Aborts all responses in flight, and samples none until the next batch."""
@@ -94,7 +105,14 @@ class GroupSampler:
             self._aborting = True
             await self._engine.abort()
 
-    async def _sample_group(self, group: PartialGroup, on_group: GroupCallback) -> PartialGroup | None:
+    @property
+    def aborting(self) -> bool:
+        """Whether :meth:`abort` was called in this batch."""
+        return self._aborting
+
+    async def _sample_group(
+        self, group: PartialGroup, on_group: Callable[[Group], Awaitable[None]]
+    ) -> PartialGroup | None:
         """Samples the missing responses of a group; returns a partial group if any of them is aborted."""
         complete = list(group.finished)
 
@@ -113,7 +131,9 @@ class GroupSampler:
                     await on_group(Group(group.prompt, tuple(sorted(complete, key=lambda one: one.sample))))
                 return scored
 
-        found = await _gather(sample(response) for response in group.partial)
+        async with _tasks() as begin:
+            samples = [begin(sample(response)) for response in group.partial]
+        found = [task.result() for task in samples]
         partial = tuple(one for one in found if isinstance(one, PartialResponse))
         if not partial:
             return None
@@ -182,16 +202,14 @@ class GroupSampler:
         self._counts["responses_right"] += score.accuracy or 0
 
 
-async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs coroutines concurrently; if one fails, cancels the others and waits for their end."""
-    tasks = [asyncio.create_task(one) for one in work]
+@asynccontextmanager
+async def _tasks() -> AsyncIterator[Callable[[Coroutine[Any, Any, T]], asyncio.Task[T]]]:
+    """Yields a function that begins a task, and waits for all tasks; if one fails, cancels the others and raises."""
     try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+        async with asyncio.TaskGroup() as group:
+            yield group.create_task
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 def _trajectory(response: PartialResponse, reason: FinishReason) -> Trajectory | None:

@@ -1,7 +1,8 @@
 """Samples the groups of a step: G responses per prompt, dynamic sampling, over-sampling, carry-over.
 
 A step samples batches of prompts until enough groups are kept. A group is kept unless its responses are all right or
-all wrong. With over-sampling the slowest responses are aborted as soon as enough groups are kept. Partial groups, and
+all wrong; in place of a group that is not kept, a prompt of the next batch is begun at once. With over-sampling the
+slowest responses are aborted as soon as enough groups are kept. Partial groups, prompts that were not begun, and
 complete groups beyond those needed, are carried to the next step, if their weights may be that old (DAPO discards them;
 see docs/rollout.md).
 
@@ -27,7 +28,7 @@ from fipo_megatron.algorithm.advantages import is_informative
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group, Prompt, Score, Trajectory
-from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
+from fipo_megatron.rollout.assignment import Share, assign_prompts, interleave_by_leader
 from fipo_megatron.rollout.carry_over import Carried, PartialGroup, is_usable, sampled_lengths
 from fipo_megatron.rollout.engine import RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.group_sampler import GroupSampler
@@ -209,16 +210,21 @@ class Sampler:
         while len(kept) < need and batches < self.settings.max_batches:
             missing = need - len(kept)
             wanted = math.ceil(missing * self.settings.over_sampling)
-            prompts = next_prompts(asked := max(0, wanted - sum(partial)))
+            # The next batch is assigned, too: its prompts are begun in place of groups that are dropped.
+            spare = wanted if self.settings.dynamic_sampling and batches + 1 < self.settings.max_batches else 0
+            prompts = next_prompts(asked := max(0, wanted + spare - sum(partial)))
             no_more |= len(prompts) < asked
-            continued, new = assign_prompts(min(wanted, sum(partial) + len(prompts)), partial)
-            if not sum(continued) + len(prompts):
+            available = min(wanted + spare, sum(partial) + len(prompts))
+            if not available:
                 break
-            batches += 1
-            found, error = await self._sample_share(continued, new, prompts, missing)
+            wanted = min(wanted, available)
+            shares = assign_prompts(wanted, available - wanted, partial)
+            before = everyone.get("prompts_begun_early", 0)
+            found, error = await self._sample_share(shares, prompts, missing)
             mine |= {group.prompt.id: group for group in found}
             records, partial, everyone = await self._exchange_metadata(found, error)
             kept += records
+            batches += 1 + (everyone.get("prompts_begun_early", 0) > before)
         return kept, batches, everyone, no_more and not sum(partial)
 
     def _exhaustion(self, kept: int, batches: int, statistics: Mapping[str, int], out_of_prompts: bool) -> str:
@@ -271,8 +277,7 @@ class Sampler:
 
     async def _sample_share(
         self,
-        continued: Sequence[int],
-        new: Sequence[Sequence[int]],
+        shares: Sequence[Share],
         prompts: Sequence[Prompt],
         missing: int,
     ) -> tuple[list[Group], BaseException | None]:
@@ -282,15 +287,15 @@ class Sampler:
         """
         if self._coordinator.rank not in self._coordinator.leaders:
             return [], None
-        place = self._coordinator.leaders.index(self._coordinator.rank)
-        batch = [self._partial.popleft() for _ in range(continued[place])]
+        share = shares[self._coordinator.leaders.index(self._coordinator.rank)]
+        batch = [self._partial.popleft() for _ in range(share.continued)]
         self._counts["prompts_carried_in"] += len(batch)
-        batch += [self._new_group(prompts[number]) for number in new[place]]
-        responses = (sum(continued) + len(prompts)) * self.settings.samples_per_prompt
+        batch += [self._new_group(prompts[number]) for number in share.new]
+        responses = sum(one.continued + len(one.new) for one in shares) * self.settings.samples_per_prompt
         most_failures = self.settings.max_failure_fraction * (self._checks.everyone.checks + responses)
         try:
             async with self._coordinator.alive():
-                return await self._sample_groups(batch, missing, most_failures), None
+                return await self._sample_groups(batch, share.begun, missing, most_failures), None
         except VerifierError as error:
             self._checks.error = str(error)
             return [], None
@@ -339,31 +344,50 @@ class Sampler:
             self._count_dropped("restarted", sampled_lengths(one))
             self._partial.append(self._new_group(one.prompt))
 
-    async def _sample_groups(self, batch: Sequence[PartialGroup], missing: int, most_failures: float) -> list[Group]:
-        """Samples groups; returns those that are kept, in the order in which they were complete."""
+    async def _sample_groups(
+        self, batch: Sequence[PartialGroup], begun: int, missing: int, most_failures: float
+    ) -> list[Group]:
+        """Samples groups; returns those that are kept, in the order in which they were complete.
+
+        Args:
+            batch: Groups to complete. The first ``begun`` are begun at once, the others in place of dropped groups.
+            begun: See ``batch``.
+            missing: Number of groups that all leaders together still need.
+            most_failures: See :meth:`.GroupSampler.sample_batch`.
+        """
         sampler = self._group_sampler
         assert sampler is not None
         kept: list[Group] = []
         dropped_unchecked: list[Prompt] = []
+        running, spare = begun, deque(batch[begun:])
 
-        async def decide(group: Group) -> None:
+        async def decide(group: Group) -> PartialGroup | None:
+            nonlocal running
+            running -= 1
             self._counts["groups_sampled"] += 1
             if self._keeps(group):
                 kept.append(group)
                 if self._coordinator.count(1) >= missing:
                     await sampler.abort()
-            elif _has_failure(group.trajectories):
+                return None
+            if _has_failure(group.trajectories):
                 dropped_unchecked.append(group.prompt)
+            wanted = begun - len(kept) * self.settings.over_sampling
+            if not spare or sampler.aborting or running >= wanted:
+                return None
+            running += 1
+            self._counts["prompts_begun_early"] += 1
+            return spare.popleft()
 
         try:
             async with self._watching_other_ranks(sampler, missing):
-                partial = await sampler.sample_batch(batch, decide, most_failures)
+                partial = await sampler.sample_batch(batch[:begun], decide, most_failures)
         except BaseException:
             # All prompts of this share are sampled again, also those of kept groups: no prompt is lost.
             self._partial.extendleft(reversed(batch))
             raise
         self._checks.dropped_unchecked += dropped_unchecked
-        self._partial.extend(partial)
+        self._partial.extend([*partial, *spare])
         return kept
 
     @asynccontextmanager

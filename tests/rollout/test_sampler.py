@@ -9,7 +9,7 @@ import pytest
 from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout import carry_over
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
-from fipo_megatron.rollout.engine import SamplingParameters
+from fipo_megatron.rollout.engine import GenerationRequest, SamplingParameters, sampling_seed
 from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
 from tests.actor.models import random_model
 
@@ -67,13 +67,14 @@ def run(engine, settings, prompts, steps=1, state=None, versions=None):
 
 
 def test_kept_refilled_and_carried_as_computed_by_hand(path):
-    """Batches of prompts 0 1 2, of which 1 is kept; 3 4, of which 3 is kept; and 5."""
+    """Prompts 0 1 2, of which 1 is kept; 3 4 in place of 0 2, of which 3 is kept; and 5 in place of 4."""
     prompts = Prompts([0, 2, 4, 1, 4, 3, 2, 2])
     _, [(groups, statistics)] = run(EmbeddedEngine(path), SETTINGS, prompts)
-    assert prompts.asked == [3, 2, 1]
+    assert prompts.asked == [3 + 3]
     assert names(groups) == [1, 3, 5]
     assert {k: v for k, v in statistics.items() if v} == {
-        "batches": 3,
+        "batches": 2,
+        "prompts_begun_early": 3,
         "tokens_sampled": 6 * 4 * 12,
         "response_tokens_sampled": 6 * 4 * 12,
         "responses_sampled": 6 * 4,
@@ -161,7 +162,9 @@ def test_groups_kept_before_the_error_are_carried(path):
         return [names((await sampler.step(prompts, 0)).groups), prompts.asked]
 
     groups, asked = asyncio.run(go())
-    assert asked == [3, 2, 2, 2]  # 0 1 2, 3 4; then, 0 being carried, 5 6 and 7 8
+    # 0 1 2, and 3 4 5 in place of those that are dropped; 3 is begun in place of 1, 4 in place of 2, 5 in place of 3.
+    # Then, 0 being carried, 6 7, and 8 9 in place of those that are dropped.
+    assert asked == [3 + 3, 2 + 2]
     assert groups == [0, 7, 8]
 
 
@@ -170,10 +173,51 @@ def test_surplus_groups_are_carried_to_the_next_step(path):
     prompts = Prompts([2] * 12)
     settings = replace(SETTINGS, over_sampling=2.0)
     _, found = run(EmbeddedEngine(path), settings, prompts, steps=3)
-    assert prompts.asked == [6, 6]
+    assert prompts.asked == [6 + 6, 6]  # the spare prompts of the first step are begun in the third
     assert [statistics["groups_carried_in"] for _, statistics in found] == [0, 3, 0]
     assert sorted(names(found[0][0]) + names(found[1][0])) == list(range(6))
     assert found[1][1].get("batches", 0) == 0
+
+
+class Recorder:
+    """The embedded engine; records the prompts of requests and results in order."""
+
+    def __init__(self, engine):
+        self.engine, self.events = engine, []
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    async def generate(self, request):
+        self.events.append(("begun", int(request.group)))
+        found = await self.engine.generate(request)
+        self.events.append(("ended", int(request.group)))
+        return found
+
+
+@pytest.mark.parametrize("slots", [16, 64])
+def test_a_prompt_is_begun_in_place_of_a_dropped_group_while_others_are_sampled(slots, path):
+    """The next batch does not wait for the slowest response, and the groups are the same as if it did."""
+    right = [4, 0, 0, 2, 2, 4, 2, 0, 2, 2]
+    prompts = Prompts(right)
+    sampling = SamplingParameters(1.0, 60, stop_token_ids=tuple(range(0, 61, 6)))
+    settings = replace(SETTINGS, sampling=sampling, prompts_per_step=4, max_batches=10)
+    engine = Recorder(EmbeddedEngine(path, slots=slots))
+    sampler, [(groups, statistics)] = run(engine, settings, prompts)
+    first_batch_ends = max(
+        place for place, (kind, number) in enumerate(engine.events) if kind == "ended" and number < 4
+    )
+    assert ("begun", 4) in engine.events[:first_batch_ends]
+    assert sorted(names(groups)) == [3, 4, 6, 8]
+    assert prompts.asked == [4 + 4, 1 + 1]  # 8 waits for the end of the others: the spare prompts are used up
+    assert (statistics["prompts_begun_early"], statistics["groups_sampled"], statistics["batches"]) == (4, 9, 3)
+    assert [int(one.prompt.id) for one in sampler.carried()[1]] == [9], "a prompt that was not begun is carried"
+    alone = EmbeddedEngine(path, slots=16)
+    for group in groups:
+        for trajectory in group.trajectories:
+            seed = sampling_seed(5, group.prompt.id, trajectory.sample, 0)
+            request = GenerationRequest("", "", group.prompt.tokens, sampling, seed)
+            assert asyncio.run(alone.generate(request)).tokens.tolist() == trajectory.tokens.tolist()
 
 
 LONG = replace(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +228,7 @@ class EmbeddedEngine:
         for old, new in moves.items():
             self._running[old], self._running[new] = None, running[old]
 
-    def driving(self, responses: int) -> AbstractContextManager[None]:
+    def driving(self, responses: int) -> AbstractContextManager[Callable[[int], None]]:
         """Opens a block in which the engine waits for a driver; see :meth:`.engine.RolloutEngine.driving`."""
         return self._turns.driving(responses)
 

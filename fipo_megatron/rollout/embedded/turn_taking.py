@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 
 class TurnTaking:
     """Counts the responses that are with the driver. The engine samples only while there are none.
 
-    The driver announces its responses, which are with it at first. A request hands a response to the engine. The engine
-    hands it back when it is finished or aborted. The driver then requests the rest, or decides what follows from the
-    response and gives it up. Without a driver nothing is counted, and the engine never waits.
+    The driver announces its responses, which are with it at first, and may announce more while it has one. A request
+    hands a response to the engine. The engine hands it back when it is finished or aborted. The driver then requests
+    the rest, or decides what follows from the response and gives it up. Without a driver nothing is counted, and the
+    engine never waits.
     """
 
     def __init__(self) -> None:
@@ -24,8 +25,8 @@ class TurnTaking:
         self.end()
 
     @contextmanager
-    def driving(self, responses: int) -> Iterator[None]:
-        """Opens a block in which a driver announces this many responses.
+    def driving(self, responses: int) -> Iterator[Callable[[int], None]]:
+        """Opens a block in which a driver announces this many responses; yields a function that announces more.
 
         Raises:
             RuntimeError: There is a driver already.
@@ -35,7 +36,7 @@ class TurnTaking:
         self._driven = True
         self._add(responses)
         try:
-            yield
+            yield self._add
         finally:
             self.end()
 

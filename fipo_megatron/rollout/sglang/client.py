@@ -170,9 +170,9 @@ class SglangClient:
         await self.control("/continue_generation")
         self.pool.paused, self.pool.resumed = False, time.monotonic()
 
-    def driving(self, responses: int) -> AbstractContextManager[None]:
-        """Returns an empty block: servers do not wait for their driver."""
-        return contextlib.nullcontext()
+    def driving(self, responses: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Returns a block that counts nothing: servers do not wait for their driver."""
+        return contextlib.nullcontext(lambda more: None)
 
     def deciding(self, request_id: str) -> AbstractAsyncContextManager[None]:
         """Returns an empty block: servers do not wait for decisions."""
