@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -82,6 +82,10 @@ class GenerationRequest:
     seed: int
 
 
+def _none() -> NDArray[np.bool_]:
+    return np.empty(0, np.bool_)
+
+
 @dataclass(frozen=True, eq=False)
 class Generation:
     """The result of a request.
@@ -91,12 +95,17 @@ class Generation:
         log_probs: ``[R]`` float32, log-probs of ``tokens``.
         spans: Weight versions of ``tokens``; the first span starts at 0. Empty without tokens.
         finish_reason: ``stop``, ``length`` or ``abort``.
+        selected: ``[R]`` bool: tokens for which a rule departed from the primary of two models; all false, or
+            empty, with one.
+        changed: ``[R]`` bool: selected tokens that the primary model would not have drawn.
     """
 
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float32]
     spans: tuple[TokenSpan, ...]
     finish_reason: FinishReason
+    selected: NDArray[np.bool_] = field(default_factory=_none)
+    changed: NDArray[np.bool_] = field(default_factory=_none)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fipo_megatron.data.trajectory import TokenSpan
-from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, draw, weights_of
+from fipo_megatron.rollout.embedded.drawing import draw
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.embedded.pass_shapes import PassShapes
 from fipo_megatron.rollout.engine import (
     EngineError,

@@ -78,7 +78,7 @@ def test_failed_checks_are_masked_and_left_out_of_the_group(path, caplog):
     assert found["rollout/reward"] == pytest.approx(2 * found["rollout/accuracy"] - 1)
     told = [record.message for record in caplog.records if "verifier failed" in record.message]
     assert len(told) == 2
-    assert "the verifier failed on 3 of 12 answers, error: no verdict on 0/0" in told[0] + told[1]
+    assert "the verifier failed on 3 of 16 answers, error: no verdict on 0/0" in told[0] + told[1]
 
 
 def test_without_failures_nothing_changes(path):
@@ -130,7 +130,7 @@ def test_too_many_failures_end_the_step_and_the_prompts_are_sampled_again(path, 
         with pytest.raises(VerifierError, match=r"failed on \d of \d+ answers .*max_failure_fraction = 0\.1"):
             await sampler.step(failing, 0)
         groups, partial = carry_over.deserialize_groups(carry_over.serialize_groups(*sampler.carried()))
-        assert {group.prompt.id for group in groups} | {one.prompt.id for one in partial} == {"0", "1", "2"}
+        assert {group.prompt.id for group in groups} | {one.prompt.id for one in partial} == {"0", "1", "2", "3"}, "3 is spare"
         assert not [t for group in groups for t in group.trajectories if t.failure]
         after = Sampler(EmbeddedEngine(path), SETTINGS, repaired.score)
         after.restore(groups, partial)

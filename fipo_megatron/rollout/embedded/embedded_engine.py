@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fipo_megatron.data.trajectory import FinishReason
 from fipo_megatron.observe import progress
+from fipo_megatron.rollout.embedded.drawing import Draw, TwoModelRule, draw_from_one
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.slot_model import VECTOR, SlotModel
 from fipo_megatron.rollout.embedded.turn_taking import TurnTaking
@@ -46,11 +47,20 @@ class _Sequence:
 
     request: GenerationRequest
     done: asyncio.Future[Generation]
-    random: np.random.Generator
+    random: tuple[np.random.Generator, np.random.Generator]
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    selected: list[bool] = field(default_factory=list)
+    changed: list[bool] = field(default_factory=list)
     aborted: bool = False
+
+    def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
+        self.tokens.append(token)
+        self.log_probs.append(log_prob)
+        self.selected.append(selected)
+        self.changed.append(changed)
+        self.versions.append(version)
 
     @property
     def all_tokens(self) -> NDArray[np.int32]:
@@ -66,6 +76,8 @@ class _Sequence:
             np.array(self.log_probs, dtype=np.float32),
             spans_of(self.versions),
             reason,
+            np.array(self.selected, dtype=np.bool_),
+            np.array(self.changed, dtype=np.bool_),
         )
 
 
@@ -78,6 +90,8 @@ class EmbeddedEngine:
         slots: Most requests that are sampled at the same time; others wait in order. Must be a multiple of 16, see
             :data:`.slot_model.VECTOR`. Slots that are not in use cost memory only.
         weight_version: Version of the weights in ``path``.
+        second: A second model with the same vocabulary, and the rule by which tokens are drawn from both; None draws
+            from the one in ``path``.
 
     Attributes:
         model: The model of transformers.
@@ -88,11 +102,20 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, path: str | Path, *, dtype: torch.dtype = torch.float32, slots: int = 32, weight_version: int = 0
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        slots: int = 32,
+        weight_version: int = 0,
+        second: tuple[str | Path, TwoModelRule] | None = None,
     ) -> None:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
         self._model = SlotModel(path, dtype, slots, weight_version)
+        self._models, self._rule = [self._model], second[1] if second is not None else None
+        if second is not None:
+            self._models.append(SlotModel(second[0], dtype, slots, weight_version))
         self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings
         self.slots = slots
@@ -110,9 +133,9 @@ class EmbeddedEngine:
         if self._closed:
             raise EngineError("the embedded engine is closed")
         check_request(request, self.context, self.model.config.vocab_size)
-        sequence = _Sequence(
-            request, asyncio.get_running_loop().create_future(), np.random.Generator(np.random.Philox(request.seed))
-        )
+        seeds = np.random.SeedSequence(request.seed), np.random.SeedSequence(request.seed, spawn_key=(1,))
+        first, second = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
+        sequence = _Sequence(request, asyncio.get_running_loop().create_future(), (first, second))
         self._turns.hand_over()
         self._waiting.append(sequence)
         if self._task is None or self._task.done():
@@ -130,7 +153,7 @@ class EmbeddedEngine:
                 if not self._turns.is_engines_turn:
                     await self._turns.wait_for_driver()
                     continue
-                if not self._model.usable:
+                if not all(model.usable for model in self._models):
                     raise EngineError("the weights were released; restore and update them before generating")
                 self._admit()
                 self._sample()
@@ -181,7 +204,8 @@ class EmbeddedEngine:
             if sequence is None and self._waiting:
                 self._running[slot] = to_read[slot] = self._waiting.popleft()
         if to_read:
-            self._model.read({slot: sequence.all_tokens for slot, sequence in to_read.items()})
+            for model in self._models:
+                model.read({slot: sequence.all_tokens for slot, sequence in to_read.items()})
         self._outdated = False
 
     def _sample(self) -> None:
@@ -193,16 +217,16 @@ class EmbeddedEngine:
 
     def _sample_some(self, running: Sequence[tuple[int, _Sequence]]) -> None:
         slots, sequences = zip(*running, strict=True)
-        temperatures = torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64)
-        log_probs = torch.log_softmax(self._model.next_logits(slots).double() / temperatures, -1).numpy()
-        top_p = np.array([s.request.sampling.top_p for s in sequences])
-        uniform = np.array([s.random.random() for s in sequences])
-        drawn = draw(log_probs, top_p, uniform)
-        drawn_log_probs = log_probs[np.arange(len(drawn)), drawn]
-        for (slot, s), token, log_prob in zip(running, drawn.tolist(), drawn_log_probs.tolist(), strict=True):
-            s.tokens.append(token)
-            s.log_probs.append(log_prob)
-            s.versions.append(self._model.version)
+        how = Draw(
+            torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64),
+            np.array([s.request.sampling.top_p for s in sequences]),
+            np.array([[stream.random() for stream in s.random[: len(self._models)]] for s in sequences]).T,
+        )
+        logits = [model.next_logits(slots).double() for model in self._models]
+        drawn = self._rule(logits[0], logits[1], how) if self._rule is not None else draw_from_one(logits[0], how)
+        columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
+        for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
+            s.append(token, *rest, self._model.version)
             stopped = token in s.request.sampling.stop_token_ids
             if stopped or len(s.tokens) == s.request.sampling.max_tokens:
                 self._finish(s, "stop" if stopped else "length")
@@ -214,17 +238,20 @@ class EmbeddedEngine:
         if not running:
             return
         self._compact(running)
-        self._model.decode({slot: (s.tokens[-1], s.length - 1) for slot, s in self._running_slots()})
+        last_tokens = {slot: (s.tokens[-1], s.length - 1) for slot, s in self._running_slots()}
+        for model in self._models:
+            model.decode(last_tokens)
 
     def _compact(self, running: Mapping[int, _Sequence]) -> None:
         """Moves sequences from slots beyond the next pass's rows to free slots within it."""
-        width = self._model.width(len(running))
+        width = min(model.width(len(running)) for model in self._models)
         outside = [slot for slot in running if slot >= width]
         if not outside:
             return
         free = [slot for slot in range(width) if self._running[slot] is None]
         moves = dict(zip(outside, free, strict=False))
-        self._model.move(moves, max(running[slot].length for slot in outside))
+        for model in self._models:
+            model.move(moves, max(running[slot].length for slot in outside))
         for old, new in moves.items():
             self._running[old], self._running[new] = None, running[old]
 
@@ -267,7 +294,8 @@ class EmbeddedEngine:
         """Frees memory; raises EngineError if requests are in flight."""
         if self._waiting or any(self._running):
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
-        self._model.release(*what)
+        for model in self._models:
+            model.release(*what)
 
     async def restore_memory(self, *what: EngineMemory) -> None:
         """Allocates released memory again; see :meth:`.engine.RolloutEngine.restore_memory`."""
@@ -289,34 +317,6 @@ class EmbeddedEngine:
         self._turns.end()
         if self._task is not None:
             await self._task
-
-
-def draw(log_probs: NDArray[np.float64], top_p: NDArray[np.float64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Returns the token at ``uniform`` of each cumulative distribution over tokens in the order of their ids.
-
-    Args:
-        log_probs: ``[B, V]`` float64, normalised.
-        top_p: ``[B]``, nucleus: only the fewest most probable tokens that together have at least this probability are
-            drawn; ties go to smaller ids.
-        uniform: ``[B]``, numbers in [0, 1).
-
-    Returns:
-        ``[B]`` int64.
-    """
-    probabilities = np.exp(log_probs)
-    [filtered] = np.nonzero(top_p < 1)
-    if len(filtered):
-        some = probabilities[filtered]
-        order = np.argsort(-some, axis=1, kind="stable")
-        cumulative = np.cumsum(np.take_along_axis(some, order, 1), axis=1)
-        outside = np.zeros_like(some, dtype=bool)
-        np.put_along_axis(outside, order[:, 1:], cumulative[:, :-1] >= top_p[filtered, None], 1)
-        probabilities[filtered] = np.where(outside, 0, some)
-    cumulative = np.cumsum(probabilities, axis=1)
-    tokens = np.sum(cumulative <= (uniform * cumulative[:, -1])[:, None], axis=1, dtype=np.int64)
-    last = probabilities.shape[1] - 1 - np.argmax(probabilities[:, ::-1] > 0, axis=1)
-    drawn: NDArray[np.int64] = np.minimum(tokens, last)  # rounding may leave the last sum below `uniform`
-    return drawn
 
 
 def weights_of(model: transformers.PreTrainedModel) -> Mapping[str, Tensor]:

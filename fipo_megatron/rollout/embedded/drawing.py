@@ -1,0 +1,201 @@
+"""Draws tokens: one from each distribution of a batch, from one model or by a rule from two.
+
+Each sequence has two streams of random numbers. Every rule draws with the first one wherever its choice of the model
+does not depend on a drawn token, so that a rule that never leaves, or always takes, a model gives that model's own
+responses bit for bit. The second stream is for what else a rule needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+_LARGEST_DISTANCE = 700.0  # exp overflows in float64 beyond it
+Selector = Literal["delta", "js", "kl", "kl_reverse", "entropy", "random"]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The tokens of a draw.
+
+    Attributes:
+        tokens: ``[B]`` int64.
+        log_probs: ``[B]`` float64, log-probs of the tokens under the distributions that they were drawn from, before
+            nucleus filtering.
+        selected: ``[B]`` bool: positions at which a rule departed from the primary model.
+        changed: ``[B]`` bool: selected positions at which the primary model would have drawn another token.
+    """
+
+    tokens: NDArray[np.int64]
+    log_probs: Floats
+    selected: NDArray[np.bool_]
+    changed: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What a batch of sequences is drawn with.
+
+    Attributes:
+        temperatures: ``[B, 1]`` float64, divisors of the logits.
+        top_p: ``[B]`` float64, probability of the nucleus.
+        uniform: ``[2, B]`` float64 in [0, 1), from the two streams of each sequence.
+    """
+
+    temperatures: Tensor
+    top_p: Floats
+    uniform: Floats
+
+    def log_probs(self, logits: Tensor) -> Floats:
+        """Returns the log-probs after temperature, ``[B, V]``; ``logits`` is ``[B, V]`` float64."""
+        found: Floats = torch.log_softmax(logits / self.temperatures, -1).numpy()
+        return found
+
+    def tokens(self, log_probs: Floats, stream: int = 0) -> NDArray[np.int64]:
+        """Returns a token of each distribution, ``[B]``."""
+        return draw(log_probs, self.top_p, self.uniform[stream])
+
+
+class TwoModelRule(Protocol):
+    """Draws tokens from a primary and a second model over the same vocabulary."""
+
+    def __call__(self, primary: Tensor, second: Tensor, how: Draw) -> Drawn:
+        """Draws one token per sequence; ``primary`` and ``second`` are logits, ``[B, V]`` float64."""
+
+
+def draw_from_one(logits: Tensor, how: Draw) -> Drawn:
+    """Draws one token per sequence from one model; ``logits`` is ``[B, V]`` float64."""
+    log_probs = how.log_probs(logits)
+    tokens = how.tokens(log_probs)
+    none = np.zeros(len(tokens), np.bool_)
+    return Drawn(tokens, _of(log_probs, tokens), none, none)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Draws the token of the second model at selected positions, and that of the primary model elsewhere.
+
+    The quantities are those of ``fipo compare shift``, after temperature, with the second model in the place of RL and
+    the primary model in the place of base. With ``delta`` the primary model draws first. Its token is replaced by one
+    of the second model if log π_second − log π_primary of it is below the threshold. The probability of a token y is
+    then π_primary(y)·1[Δ(y) ≥ τ] + P_primary(Δ < τ)·π_second(y). The other quantities do not depend on a token. A
+    position is selected if they are above the threshold. ``random`` is a number in [0, 1).
+
+    Attributes:
+        selector: Quantity that selects.
+        threshold: Threshold τ of the quantity.
+    """
+
+    selector: Selector
+    threshold: float
+
+    def __call__(self, primary: Tensor, second: Tensor, how: Draw) -> Drawn:
+        """Draws one token per sequence; see :class:`TwoModelRule`."""
+        first, other = how.log_probs(primary), how.log_probs(second)
+        own = how.tokens(first)
+        if self.selector == "delta":
+            selected = _of(other, own) - _of(first, own) < self.threshold
+            theirs = how.tokens(other, stream=1)
+        else:
+            selected = self._quantity(first, other, how) > self.threshold
+            theirs = how.tokens(other)
+        tokens = np.where(selected, theirs, own)
+        log_probs = np.where(selected, _of(other, theirs), _of(first, own))
+        return Drawn(tokens, log_probs, selected, selected & (theirs != own))
+
+    def _quantity(self, first: Floats, other: Floats, how: Draw) -> Floats:
+        if self.selector == "random":
+            random: Floats = how.uniform[1]
+            return random
+        if self.selector == "entropy":
+            return _expectation(first, -first)
+        if self.selector == "kl":
+            return _expectation(other, other - first)
+        if self.selector == "kl_reverse":
+            return _expectation(first, first - other)
+        # log of the mean of both distributions over one of them, exactly 0 where they are equal
+        distance = np.clip(other - first, -_LARGEST_DISTANCE, _LARGEST_DISTANCE)
+        over_first, over_other = np.log1p(np.expm1(distance) / 2), np.log1p(np.expm1(-distance) / 2)
+        js: Floats = -(_expectation(first, over_first) + _expectation(other, over_other)) / 2
+        return js
+
+
+@dataclass(frozen=True)
+class Amplify:
+    """Draws from (1 + γ)·log π_RL − γ·log π_base where the primary model's token has a small Δlog p.
+
+    The primary model draws first. Where log π_RL − log π_base of its token, after temperature, is below the threshold,
+    the token is drawn again from the amplified distribution, and its temperature and nucleus are applied after mixing.
+
+    Attributes:
+        gamma: γ; 0 is RL itself.
+        threshold: Threshold of Δlog p; None amplifies every position, and the primary model draws nothing.
+        primary_is_rl: Whether the primary model is RL, the second one base; otherwise the other way round.
+    """
+
+    gamma: float
+    threshold: float | None = None
+    primary_is_rl: bool = True
+
+    def __call__(self, primary: Tensor, second: Tensor, how: Draw) -> Drawn:
+        """Draws one token per sequence; see :class:`TwoModelRule`."""
+        rl, base = (primary, second) if self.primary_is_rl else (second, primary)
+        mixed = how.log_probs(rl if self.gamma == 0 else rl + self.gamma * (rl - base))
+        first = how.log_probs(primary)
+        own = how.tokens(first)
+        if self.threshold is None:
+            tokens = how.tokens(mixed)
+            return Drawn(tokens, _of(mixed, tokens), np.ones(len(own), np.bool_), tokens != own)
+        delta = _of(how.log_probs(rl), own) - _of(how.log_probs(base), own)
+        selected = delta < self.threshold
+        again = how.tokens(mixed, stream=1)
+        tokens = np.where(selected, again, own)
+        log_probs = np.where(selected, _of(mixed, again), _of(first, own))
+        return Drawn(tokens, log_probs, selected, selected & (again != own))
+
+
+def _of(log_probs: Floats, tokens: NDArray[np.int64]) -> Floats:
+    """Returns the log-probs of tokens, ``[B]``."""
+    found: Floats = log_probs[np.arange(len(tokens)), tokens]
+    return found
+
+
+def _expectation(log_probs: Floats, values: Floats) -> Floats:
+    """Returns the mean of values under distributions, ``[B]``; a token of probability 0 counts nothing."""
+    probabilities = np.exp(log_probs)
+    found: Floats = np.sum(np.where(probabilities > 0, probabilities * values, 0.0), axis=1)
+    return found
+
+
+def draw(log_probs: NDArray[np.float64], top_p: NDArray[np.float64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the token at ``uniform`` of each cumulative distribution over tokens in the order of their ids.
+
+    Args:
+        log_probs: ``[B, V]`` float64, normalised.
+        top_p: ``[B]``, nucleus: only the fewest most probable tokens that together have at least this probability are
+            drawn; ties go to smaller ids.
+        uniform: ``[B]``, numbers in [0, 1).
+
+    Returns:
+        ``[B]`` int64.
+    """
+    probabilities = np.exp(log_probs)
+    [filtered] = np.nonzero(top_p < 1)
+    if len(filtered):
+        some = probabilities[filtered]
+        order = np.argsort(-some, axis=1, kind="stable")
+        cumulative = np.cumsum(np.take_along_axis(some, order, 1), axis=1)
+        outside = np.zeros_like(some, dtype=bool)
+        np.put_along_axis(outside, order[:, 1:], cumulative[:, :-1] >= top_p[filtered, None], 1)
+        probabilities[filtered] = np.where(outside, 0, some)
+    cumulative = np.cumsum(probabilities, axis=1)
+    tokens = np.sum(cumulative <= (uniform * cumulative[:, -1])[:, None], axis=1, dtype=np.int64)
+    last = probabilities.shape[1] - 1 - np.argmax(probabilities[:, ::-1] > 0, axis=1)
+    drawn: NDArray[np.int64] = np.minimum(tokens, last)  # rounding may leave the last sum below `uniform`
+    return drawn
