@@ -25,6 +25,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 # torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+    from fipo_megatron.data.packing import MiniBatch
     from fipo_megatron.rollout.sampler import SampledGroups
     from fipo_megatron.trainer.trainer import Trainer
 
@@ -62,7 +63,7 @@ def train(trainer: Trainer) -> bool:
         metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor, trainer.probe_shift)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
-        if not finish_step(trainer, alarm, sampled, batch, updates):
+        if not finish_step(trainer, alarm, sampled, batch, plan, updates):
             return False
     finish_run(trainer)
     return True
@@ -116,14 +117,19 @@ def sft(trainer: Trainer) -> bool:
         metrics = trainer.reporter.metrics(trainer.step, None, updates, None)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, None, [], batch, updates)
-        if not finish_step(trainer, alarm, None, batch, updates):
+        if not finish_step(trainer, alarm, None, batch, plan, updates):
             return False
     finish_run(trainer)
     return True
 
 
 def finish_step(
-    trainer: Trainer, alarm: Alarm | None, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]
+    trainer: Trainer,
+    alarm: Alarm | None,
+    sampled: SampledGroups | None,
+    batch: Batch,
+    plan: Sequence[MiniBatch],
+    updates: Sequence[UpdateMetrics],
 ) -> bool:
     """Rolls back after an alarm, else saves and exports if due; returns whether the run goes on.
 
@@ -143,7 +149,7 @@ def finish_step(
         with trainer.timer.part("save"):
             trainer.save()
     reward_seconds = trainer.scorer.take_seconds() if trainer.scorer is not None else None
-    trainer.reporter.write_timing(step, sampled, batch, updates, reward_seconds)
+    trainer.reporter.write_timing(step, sampled, batch, plan, updates, reward_seconds)
     if alarm is not None:
         trainer.checkpoints.finish()
         raise trainer.collapse_monitor.collapse_error(alarm, advice, is_last=is_last)

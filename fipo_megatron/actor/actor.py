@@ -50,6 +50,7 @@ from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
 from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.observe import progress
+from fipo_megatron.observe.throughput import sequence_cost
 from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class MegatronActor:
         self.learning_rate_factor = 1.0
         self._offload_depth = 0
         self.token_multiple = token_multiple(config.actor)
+        self._cost = sequence_cost(architecture)
         self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
         self._reference: ReferencePolicy | None = None
         self._exchange = gather_over(parallel_state.get_context_parallel_group())
@@ -118,6 +120,7 @@ class MegatronActor:
             token_budget=budget // multiple * multiple,
             data_parallel_size=self.layout.data_size,
             micro_batch_multiple=self._micro_batch_multiple,
+            cost=self._cost,
         )
 
     def log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:

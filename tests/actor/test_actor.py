@@ -273,6 +273,12 @@ def test_plans_and_log_probs_that_do_not_belong_are_refused(build, plan, traject
         actor.log_probs(plan, trajectories)
 
 
+def test_the_plan_balances_model_flops(build):
+    """Attention makes the long sequence as expensive as all others; by tokens, two of them would join it."""
+    (plan,) = build().plan([16_000] + [4_000] * 7, [range(8)])
+    assert plan.micro_batches == (((0,), (1, 2, 3, 4, 5, 6, 7)),)
+
+
 def test_auxiliary_losses_need_the_token_mean(build):
     algorithm = AlgorithmConfig(kind="grpo", aggregation="sequence_mean")
     with pytest.raises(ValueError, match=r"moe_aux_loss_coeff = 0.01: needs algorithm.aggregation = token_mean"):
