@@ -44,6 +44,7 @@ def train(trainer: Trainer) -> bool:
     assert trainer.routes is not None
     while trainer.step < config.run.steps:
         trainer.timer.start()
+        trainer.profiler.begin(trainer.step)
         sampled = sample_and_score(trainer)
         groups = compute_advantages(sampled.groups, config.algorithm)  # groups that this rank sampled
         batch = build_batch(sampled.records, config, trainer.step)  # names and lengths of all ranks' trajectories
@@ -109,6 +110,7 @@ def sft(trainer: Trainer) -> bool:
     config, actor = trainer.config, trainer.actor
     while trainer.step < config.run.steps:
         trainer.timer.start()
+        trainer.profiler.begin(trainer.step)
         examples = trainer.sft_examples()
         batch = build_sft_batch(examples, config, trainer.step)
         plan = actor.plan(batch.lengths, batch.mini_batches)
@@ -150,6 +152,7 @@ def finish_step(
             trainer.save()
     reward_seconds = trainer.scorer.take_seconds() if trainer.scorer is not None else None
     trainer.reporter.write_timing(step, sampled, batch, plan, updates, reward_seconds)
+    trainer.profiler.end()
     if alarm is not None:
         trainer.checkpoints.finish()
         raise trainer.collapse_monitor.collapse_error(alarm, advice, is_last=is_last)

@@ -247,6 +247,11 @@ class PackedSequences:
         return PackedSequences(**(arrays | local))
 
 
+def packed_tokens(lengths: Sequence[int], layout: CpLayout, multiple_of: int = 1) -> int:
+    """Returns the tokens of a packed micro-batch (:func:`pack`) over all context-parallel ranks, padding included."""
+    return layout.padded_total(sum(map(layout.padded_length, lengths or [1])), multiple_of)
+
+
 def pack(
     trajectories: Sequence[Trajectory], layout: CpLayout, *, multiple_of: int = 1, mask_truncated: bool = False
 ) -> PackedSequences:
