@@ -95,6 +95,7 @@ bench: setup sglang-env ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl
 	$(RUN) -m benchmarks.log_probs
 	$(RUN) -m benchmarks.actor
+	$(RUN) -m benchmarks.balance
 	$(RUN) -m benchmarks.reward
 	$(RUN) -m benchmarks.rollout
 	$(RUN) -m benchmarks.conversion

@@ -99,7 +99,7 @@ class Pass:
         parallel = actor.parallel
         data = self.gpus // (parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel)
         lengths = ResponseLengths(median=self.tokens - 1, spread=0, limit=self.tokens, prompt=1)
-        packing = pack_sample(packing_key(actor, lengths, self.sequences, data))
+        packing = pack_sample(packing_key(actor, architecture(self.model), lengths, self.sequences, data))
         timed = ActorTime(architecture(self.model), actor, device(self.device), 8, data, Rates())
         seconds = sum(timed.mini_batch(timed.training(packing))) + sum(timed.optimizer_step())
         return packing.real_tokens / seconds / self.gpus

@@ -25,6 +25,7 @@ from fipo_megatron.observe.collapse_alarm import Alarm
 # torch, transformers and Megatron take seconds to import: functions import them, so that a typo is reported before.
 if TYPE_CHECKING:
     from fipo_megatron.actor.update_metrics import NoiseFloor, UpdateMetrics
+    from fipo_megatron.data.packing import MiniBatch
     from fipo_megatron.rollout.sampler import SampledGroups
     from fipo_megatron.trainer.trainer import Trainer
 
@@ -43,6 +44,7 @@ def train(trainer: Trainer) -> bool:
     assert trainer.routes is not None
     while trainer.step < config.run.steps:
         trainer.timer.start()
+        trainer.profiler.begin(trainer.step)
         sampled = sample_and_score(trainer)
         groups = compute_advantages(sampled.groups, config.algorithm)  # groups that this rank sampled
         batch = build_batch(sampled.records, config, trainer.step)  # names and lengths of all ranks' trajectories
@@ -62,7 +64,7 @@ def train(trainer: Trainer) -> bool:
         metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor, trainer.probe_shift)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
-        if not finish_step(trainer, alarm, sampled, batch, updates):
+        if not finish_step(trainer, alarm, sampled, batch, plan, updates):
             return False
     finish_run(trainer)
     return True
@@ -108,6 +110,7 @@ def sft(trainer: Trainer) -> bool:
     config, actor = trainer.config, trainer.actor
     while trainer.step < config.run.steps:
         trainer.timer.start()
+        trainer.profiler.begin(trainer.step)
         examples = trainer.sft_examples()
         batch = build_sft_batch(examples, config, trainer.step)
         plan = actor.plan(batch.lengths, batch.mini_batches)
@@ -116,14 +119,19 @@ def sft(trainer: Trainer) -> bool:
         metrics = trainer.reporter.metrics(trainer.step, None, updates, None)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
         trainer.reporter.write(trainer.step, metrics | health, None, [], batch, updates)
-        if not finish_step(trainer, alarm, None, batch, updates):
+        if not finish_step(trainer, alarm, None, batch, plan, updates):
             return False
     finish_run(trainer)
     return True
 
 
 def finish_step(
-    trainer: Trainer, alarm: Alarm | None, sampled: SampledGroups | None, batch: Batch, updates: Sequence[UpdateMetrics]
+    trainer: Trainer,
+    alarm: Alarm | None,
+    sampled: SampledGroups | None,
+    batch: Batch,
+    plan: Sequence[MiniBatch],
+    updates: Sequence[UpdateMetrics],
 ) -> bool:
     """Rolls back after an alarm, else saves and exports if due; returns whether the run goes on.
 
@@ -143,7 +151,8 @@ def finish_step(
         with trainer.timer.part("save"):
             trainer.save()
     reward_seconds = trainer.scorer.take_seconds() if trainer.scorer is not None else None
-    trainer.reporter.write_timing(step, sampled, batch, updates, reward_seconds)
+    trainer.reporter.write_timing(step, sampled, batch, plan, updates, reward_seconds)
+    trainer.profiler.end()
     if alarm is not None:
         trainer.checkpoints.finish()
         raise trainer.collapse_monitor.collapse_error(alarm, advice, is_last=is_last)

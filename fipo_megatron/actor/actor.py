@@ -25,7 +25,13 @@ from fipo_megatron.actor import noise_floor
 from fipo_megatron.actor.fp8 import drop_weight_copies, frozen_scaling
 from fipo_megatron.actor.log_probs import TokenLogProbs, megatron_token_log_probs
 from fipo_megatron.actor.megatron_config import check_auxiliary_losses
-from fipo_megatron.actor.micro_batches import LocalMicroBatch, local_micro_batches
+from fipo_megatron.actor.micro_batches import (
+    LocalMicroBatch,
+    count_divisor,
+    count_micro_batches,
+    each_to_all,
+    local_micro_batches,
+)
 from fipo_megatron.actor.model import HiddenStateGPTModel, build_model
 from fipo_megatron.actor.model_tensors import gradient_buffers, optimizer_state
 from fipo_megatron.actor.offload import Offloaded
@@ -47,9 +53,11 @@ from fipo_megatron.algorithm.policy_loss import LossInputs, LossOutput, policy_l
 from fipo_megatron.algorithm.policy_loss_config import PolicyLossConfig
 from fipo_megatron.config import Config
 from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
-from fipo_megatron.data.packing import MicroBatch, MiniBatch, plan_micro_batches
+from fipo_megatron.data.packing import MicroBatch, MiniBatch, packed_tokens, plan_micro_batches
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.observe import progress
+from fipo_megatron.observe.profiling import span
+from fipo_megatron.observe.throughput import sequence_cost
 from fipo_megatron.weights.architecture import Architecture
 
 logger = logging.getLogger(__name__)
@@ -95,7 +103,7 @@ class MegatronActor:
         self.learning_rate_factor = 1.0
         self._offload_depth = 0
         self.token_multiple = token_multiple(config.actor)
-        self._micro_batch_multiple = layout.pipeline_size if layout.virtual_size > 1 else 1
+        self._cost = sequence_cost(architecture)
         self._reference: ReferencePolicy | None = None
         self._exchange = gather_over(parallel_state.get_context_parallel_group())
         self._routers = routers(self.chunks)
@@ -117,7 +125,8 @@ class MegatronActor:
             mini_batches,
             token_budget=budget // multiple * multiple,
             data_parallel_size=self.layout.data_size,
-            micro_batch_multiple=self._micro_batch_multiple,
+            micro_batch_multiple=count_divisor(self.layout),
+            cost=self._cost,
         )
 
     def log_probs(self, plan: Sequence[MiniBatch], trajectories: Trajectories) -> StoredLogProbs:
@@ -138,8 +147,8 @@ class MegatronActor:
         for mini_batch in plan:
             results: dict[int, TokenLogProbs] = {}
 
-            def keep(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
-                results[index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
+            def keep(micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                results[micro.index] = found  # noqa: B023 - the pass ends before the next mini-batch begins
                 return torch.zeros_like(found.log_probs[0]), micro.mask.sum().int(), {}
 
             with self._without_backward():
@@ -180,7 +189,7 @@ class MegatronActor:
             raise ValueError(f"reference: missing, needed for algorithm.kl_coef = {self.config.algorithm.kl_coef:g}")
         for name, stored in (("old", old), ("reference", reference)):
             if stored is not None and [len(part) for part in stored] != [
-                self._num_micro_batches(part) for part in plan
+                count_micro_batches(part, self.layout) for part in plan
             ]:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
@@ -281,28 +290,26 @@ class MegatronActor:
         sampled = algorithm.kind != "sft"  # SFT examples have no log-probs of the engine
         members = mini_batch.micro_batches[self.layout.data_rank] if watch else ()
 
-        def loss(index: int, micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            before = old[index] if old else TokenLogProbs(found.log_probs.detach(), None)
-            anchor = reference[index] if reference else None
+        def loss(micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            before = old[micro.index] if old else TokenLogProbs(found.log_probs.detach(), None)
+            anchor = reference[micro.index] if reference else None
             assert before is not None
-            output = policy_loss(
-                LossInputs(
-                    log_probs=found.log_probs,
-                    old_log_probs=before.log_probs,
-                    advantages=micro.advantages,
-                    mask=micro.mask,
-                    shards=micro.shards,
-                    reference_log_probs=anchor.log_probs if anchor else None,
-                    behaviour_log_probs=micro.behaviour_log_probs if sampled else None,
-                    entropy=found.entropy if with_entropy else before.entropy,
-                ),
-                algorithm,
-                self._exchange,
+            inputs = LossInputs(
+                log_probs=found.log_probs,
+                old_log_probs=before.log_probs,
+                advantages=micro.advantages,
+                mask=micro.mask,
+                shards=micro.shards,
+                reference_log_probs=anchor.log_probs if anchor else None,
+                behaviour_log_probs=micro.behaviour_log_probs if sampled else None,
+                entropy=found.entropy if with_entropy else before.entropy,
             )
+            with span("policy_loss"):
+                output = policy_loss(inputs, algorithm, self._exchange)
             outputs.append(output)
             if members and self.layout.tensor_rank == 0:
-                prompts = [len(trajectories[i].prompt.tokens) for i in members[index]]
-                tokens.update(token_parts(watch, members[index], prompts, micro, before, found, output))
+                prompts = [len(trajectories[i].prompt.tokens) for i in members[micro.index]]
+                tokens.update(token_parts(watch, members[micro.index], prompts, micro, before, found, output))
             return output.numerator, output.denominator.int(), {}
 
         self.zero_grad()
@@ -346,7 +353,8 @@ class MegatronActor:
             self.schedule.step(1)
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.learning_rate_factor
-            _, grad_norm, _ = self.optimizer.step()
+            with span("optimizer_step"):
+                _, grad_norm, _ = self.optimizer.step()
             rate = self.optimizer.param_groups[0]["lr"]
         self.zero_grad()
         return replace(metrics, grad_norm=float(grad_norm), learning_rate=float(rate), skipped=skipped)
@@ -355,7 +363,7 @@ class MegatronActor:
         self,
         mini_batch: MiniBatch,
         trajectories: Trajectories,
-        loss: Callable[[int, LocalMicroBatch, TokenLogProbs], tuple[Tensor, Tensor, dict[str, Any]]] | None,
+        loss: Callable[[LocalMicroBatch, TokenLogProbs], tuple[Tensor, Tensor, dict[str, Any]]] | None,
         *,
         with_entropy: bool,
         forward_only: bool,
@@ -363,47 +371,50 @@ class MegatronActor:
         """Runs one pass over this rank's micro-batches with ``loss`` on the last stage; returns their number."""
         if self._offload_depth:
             raise RuntimeError("the actor is offloaded: leave the block of offloaded() first")
-        self._num_micro_batches(mini_batch)
+        count = count_micro_batches(mini_batch, self.layout)
         members: Sequence[MicroBatch] = mini_batch.micro_batches[self.layout.data_rank]
-        micros = list(
-            enumerate(
-                local_micro_batches(
-                    members,
-                    trajectories,
-                    self.layout,
-                    token_multiple=self.token_multiple,
-                    mask_truncated=self.config.algorithm.mask_truncated,
-                    boundaries_on_host=self.chunks[0].config.transformer_impl == "local",
-                )
-            )
+        micros = local_micro_batches(
+            members,
+            trajectories,
+            self.layout,
+            token_multiple=self.token_multiple,
+            mask_truncated=self.config.algorithm.mask_truncated,
+            boundaries_on_host=self.chunks[0].config.transformer_impl == "local",
         )
+        # Every chunk of the model passes over all of them; they are freed after the last.
+        iterators = each_to_all(micros, len(self.wrapped))
 
         def forward(
-            iterator: Iterator[tuple[int, LocalMicroBatch]], chunk: torch.nn.Module
+            iterator: Iterator[LocalMicroBatch], chunk: torch.nn.Module
         ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            index, micro = next(iterator)
+            micro = next(iterator)
             progress.sign()
             padding = {"padding_mask": micro.padding} if self._routers else {}
-            hidden = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **padding)
+            with span("forward"):
+                hidden = chunk(
+                    micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params, **padding
+                )
 
             def finish(hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 if loss is None:
                     return hidden_SBH.new_zeros(()), micro.mask.sum().int(), {}
-                return loss(index, micro, self._token_log_probs(hidden_SBH, micro, with_entropy))
+                return loss(micro, self._token_log_probs(hidden_SBH, micro, with_entropy))
 
             return hidden, finish
 
         interleaved = len(self.wrapped) > 1
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=[iter(micros) for _ in self.wrapped] if interleaved else iter(micros),
-            model=self.wrapped if interleaved else self.wrapped[0],
-            num_microbatches=len(micros),
-            seq_length=max(micro.tokens.shape[1] * self.layout.context.size for _, micro in micros),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-        return len(micros)
+        lengths = [[len(trajectories[i]) for i in micro_batch] for micro_batch in members]
+        with span("forward_only" if forward_only else "forward_backward"):
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iterators if interleaved else iterators[0],
+                model=self.wrapped if interleaved else self.wrapped[0],
+                num_microbatches=count,
+                seq_length=max(packed_tokens(each, self.layout.context, self.token_multiple) for each in lengths),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return count
 
     @contextmanager
     def _without_backward(self) -> Iterator[None]:
@@ -411,35 +422,20 @@ class MegatronActor:
         with torch.no_grad(), frozen_scaling(self.chunks), recompute_off(self.chunks):
             yield
 
-    def _num_micro_batches(self, mini_batch: MiniBatch) -> int:
-        """Returns the number of micro-batches per rank.
-
-        Raises:
-            ValueError: the plan was made for another layout; on all ranks.
-        """
-        ranks = len(mini_batch.micro_batches)
-        if ranks != self.layout.data_size:
-            raise ValueError(f"plan: made for {ranks} data-parallel ranks, there are {self.layout.data_size}")
-        if (number := len(mini_batch.micro_batches[0])) % self._micro_batch_multiple:
-            raise ValueError(
-                f"plan: {number} micro-batches per rank; the interleaved schedule needs a multiple of "
-                f"{self._micro_batch_multiple}"
-            )
-        return number
-
     def _token_log_probs(self, hidden_SBH: Tensor, micro: LocalMicroBatch, with_entropy: bool) -> TokenLogProbs:
         last = self.chunks[-1]
-        found = megatron_token_log_probs(
-            hidden_SBH,
-            last.output_weight(),
-            micro.labels,
-            group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.layout.sequence_parallel,
-            temperature=self.config.rollout.temperature,
-            chunk_tokens=self.config.actor.log_prob_chunk_tokens,
-            vocab_size=last.true_vocab_size,
-            with_entropy=with_entropy,
-        )
+        with span("token_log_probs"):
+            found = megatron_token_log_probs(
+                hidden_SBH,
+                last.output_weight(),
+                micro.labels,
+                group=parallel_state.get_tensor_model_parallel_group(),
+                sequence_parallel=self.layout.sequence_parallel,
+                temperature=self.config.rollout.temperature,
+                chunk_tokens=self.config.actor.log_prob_chunk_tokens,
+                vocab_size=last.true_vocab_size,
+                with_entropy=with_entropy,
+            )
         return TokenLogProbs(found.log_probs[0], None if found.entropy is None else found.entropy[0])
 
     def _gradient_is_finite(self) -> bool:

@@ -77,6 +77,8 @@ def _run_conflicts(config: Config) -> list[str]:
             f"algorithm.importance_cap = {config.algorithm.importance_cap:g}: must be null with algorithm.kind = sft, "
             "which samples nothing"
         )
+    if late := [step for step in run.profile if step >= run.steps]:
+        problems.append(f"run.profile: step {late[0]} must be below run.steps = {run.steps}; steps are counted from 0")
     if run.evaluate_every and not config.evaluation.files:
         problems.append(f"run.evaluate_every = {run.evaluate_every}: needs evaluation.files")
     if run.evaluate_every and (run.replay or config.algorithm.kind == "sft"):

@@ -21,6 +21,8 @@ class RunConfig:
             0 disables the reports. The first step of every process that trains checks it regardless.
         record_rollouts: Keep the sampled responses of every step, for ``replay``.
         replay: Directory of recorded responses to train on instead of sampling.
+        profile: Steps of which a trace of torch's profiler is written to ``profile/`` in ``run.output``.
+        profile_ranks: Ranks that write traces: the ``first`` or ``all``.
         rollout_only: Sample and score responses without training.
         preflight: On a GPU, refuse to start if the actor does not fit its memory (``memory``), or start at once
             (``off``).
@@ -35,6 +37,8 @@ class RunConfig:
     noise_floor_every: Count = 50
     record_rollouts: bool = False
     replay: str | None = None
+    profile: tuple[Count, ...] = ()
+    profile_ranks: Literal["first", "all"] = "first"
     rollout_only: bool = False
     preflight: Literal["memory", "off"] = "memory"
     hang_seconds: PositiveNumber = 1800.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fipo_megatron.config import AlgorithmConfig, Config
 from fipo_megatron.data.group_record import GroupRecord
@@ -85,6 +85,6 @@ def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> l
             ids = torch.zeros(len(rewards), dtype=torch.int64)
             relative = group_advantages(rewards, ids, algorithm.advantage_baseline, algorithm.advantage_epsilon)
             advantages = {t.sample: float(value) for t, value in zip(scored, relative, strict=True)}
-        trajectories = tuple(replace(t, advantage=advantages.get(t.sample, 0.0)) for t in group.trajectories)
+        trajectories = tuple(t.with_advantage(advantages.get(t.sample, 0.0)) for t in group.trajectories)
         found.append(Group(group.prompt, trajectories))
     return found

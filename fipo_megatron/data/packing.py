@@ -1,14 +1,14 @@
 """Packs trajectories into micro-batches.
 
 :func:`plan_micro_batches` uses lengths alone, so every rank computes the same plan from metadata: mini-batches first,
-then micro-batches under a token budget, balanced over data-parallel ranks and equal in number on all of them.
+then micro-batches under a token budget, balanced by cost over data-parallel ranks and equal in number on all of them.
 :func:`pack` then packs the tokens of one micro-batch on the ranks that train on it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,29 @@ from fipo_megatron.data.trajectory import Trajectory
 
 MicroBatch = tuple[int, ...]
 """Indices of the trajectories that share one packed forward pass; empty for a filler."""
+
+
+@dataclass(frozen=True)
+class SequenceCost:
+    """Cost of a pass over a sequence of L tokens: ``linear · L + quadratic · L²``, in whole FLOPs.
+
+    Costs are integers, so sums do not depend on their order, and every rank computes the same plan.
+
+    Attributes:
+        linear: FLOPs per token: the matrix products.
+        quadratic: FLOPs per squared length: the attention.
+    """
+
+    linear: int = 1
+    quadratic: int = 0
+
+    def of(self, length: int) -> int:
+        """Returns the cost of one sequence."""
+        return self.linear * length + self.quadratic * length * length
+
+
+TOKENS = SequenceCost()
+"""Cost that counts tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +88,13 @@ def plan_micro_batches(
     token_budget: int,
     data_parallel_size: int = 1,
     micro_batch_multiple: int = 1,
+    cost: SequenceCost = TOKENS,
 ) -> tuple[MiniBatch, ...]:
     """Assigns every trajectory of every mini-batch to a data-parallel rank and a micro-batch.
 
-    The longest trajectories are placed first, each into the emptiest micro-batch; the number of micro-batches is the
-    smallest for which all fit. Micro-batches that run at the same time on different ranks are about equally full.
+    The longest trajectories are placed first, each into the cheapest micro-batch with room for it; the number of
+    micro-batches is the smallest for which all fit. Micro-batches that run at the same time on different ranks cost
+    about the same, and the most expensive of them goes to the rank with the least cost so far.
 
     Args:
         padded_lengths: Tokens of each trajectory, padding included.
@@ -78,6 +103,7 @@ def plan_micro_batches(
         data_parallel_size: Data-parallel ranks that share the trajectories.
         micro_batch_multiple: Divisor of the number of micro-batches per rank: the pipeline-parallel size under
             interleaved schedules. Fillers make up the number.
+        cost: Cost of a sequence, which the ranks and micro-batches share equally.
 
     Returns:
         One :class:`MiniBatch` per mini-batch.
@@ -107,25 +133,80 @@ def plan_micro_batches(
         total = sum(padded_lengths[i] for i in mini_batch)
         per_rank = -(-total // (token_budget * data_parallel_size))
         per_rank = -(-per_rank // micro_batch_multiple) * micro_batch_multiple
-        while (bins := _fill(padded_lengths, mini_batch, per_rank * data_parallel_size, token_budget)) is None:
+        members = sorted(mini_batch, key=lambda i: (-padded_lengths[i], i))
+        while (bins := _bins(padded_lengths, members, per_rank * data_parallel_size, token_budget, cost)) is None:
             per_rank += micro_batch_multiple
-        # Fullest first: the bins of one round run at the same time, one on each rank.
-        rounds = [bins[i : i + data_parallel_size] for i in range(0, len(bins), data_parallel_size)]
-        plan.append(MiniBatch(tuple(zip(*rounds, strict=True))))
+        plan.append(_assign(bins, data_parallel_size, lambda i: cost.of(padded_lengths[i])))
     return tuple(plan)
 
 
-def _fill(lengths: Sequence[int], members: Sequence[int], num_bins: int, budget: int) -> list[MicroBatch] | None:
-    """Places the longest first, into the emptiest bin. Returns the bins by falling load, or None if one overflows."""
+def _bins(
+    lengths: Sequence[int], members: Sequence[int], num_bins: int, budget: int, cost: SequenceCost
+) -> list[MicroBatch] | None:
+    """Fills the bins equally by cost, or by tokens if only so all members fit; None if they do not fit."""
+    by_cost = _fill(lengths, members, num_bins, budget, cost)
+    return by_cost if by_cost is not None or not cost.quadratic else _fill(lengths, members, num_bins, budget, TOKENS)
+
+
+def _fill(
+    lengths: Sequence[int], members: Sequence[int], num_bins: int, budget: int, cost: SequenceCost
+) -> list[MicroBatch] | None:
+    """Places each member into the cheapest bin with room for it; None if no bin has room."""
     loads = [(0, number) for number in range(num_bins)]
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for i in sorted(members, key=lambda i: (-lengths[i], i)):
-        load, number = heapq.heappop(loads)
-        if load + lengths[i] > budget:
+    room = [budget] * num_bins
+    shortest = lengths[members[-1]]
+    for i in members:
+        full = []
+        while loads and room[loads[0][1]] < lengths[i]:
+            full.append(heapq.heappop(loads))
+        if not loads:
             return None
+        load, number = heapq.heappop(loads)
         bins[number].append(i)
-        heapq.heappush(loads, (load + lengths[i], number))
-    return [tuple(bins[number]) for _, number in sorted(loads, key=lambda entry: (-entry[0], entry[1]))]
+        room[number] -= lengths[i]
+        for one in (*full, (load + cost.of(lengths[i]), number)):
+            if room[one[1]] >= shortest:
+                heapq.heappush(loads, one)
+    return [tuple(members) for members in bins]
+
+
+def _assign(bins: Sequence[MicroBatch], ranks: int, cost_of: Callable[[int], int]) -> MiniBatch:
+    """Deals the bins to the ranks in rounds of falling cost; within a round the cheapest rank gets the dearest bin."""
+    costs = [sum(map(cost_of, members)) for members in bins]
+    order = sorted(range(len(bins)), key=lambda number: (-costs[number], number))
+    totals = [0] * ranks
+    shares: list[list[MicroBatch]] = [[] for _ in range(ranks)]
+    for first in range(0, len(order), ranks):
+        round_ = order[first : first + ranks]
+        for rank, number in zip(sorted(range(ranks), key=lambda rank: (totals[rank], rank)), round_, strict=True):
+            shares[rank].append(bins[number])
+            totals[rank] += costs[number]
+    return MiniBatch(tuple(map(tuple, shares)))
+
+
+def imbalance(
+    plan: Sequence[MiniBatch], lengths: Sequence[int], cost: SequenceCost, *, lockstep: bool = False
+) -> float:
+    """Returns the cost of the most expensive data-parallel rank over the mean of all, ≥ 1.
+
+    Its inverse is the fraction of the time in which an average rank computes; in the rest it waits for the others.
+
+    Args:
+        plan: Mini-batches of a step. The ranks wait for each other at the end of each.
+        lengths: Tokens of each trajectory.
+        cost: Cost of a sequence.
+        lockstep: Whether the ranks wait for each other in every micro-batch, as experts on several ranks make them.
+    """
+    most = total = 0
+    for mini_batch in plan:
+        by_rank = [
+            [sum(cost.of(lengths[i]) for i in members) for members in micro_batches]
+            for micro_batches in mini_batch.micro_batches
+        ]
+        most += sum(map(max, zip(*by_rank, strict=True))) if lockstep else max(map(sum, by_rank))
+        total += sum(map(sum, by_rank))
+    return most * len(plan[0].micro_batches) / total
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +245,11 @@ class PackedSequences:
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         local = {name: array[indices] for name, array in arrays.items() if name not in ("lengths", "cu_seqlens")}
         return PackedSequences(**(arrays | local))
+
+
+def packed_tokens(lengths: Sequence[int], layout: CpLayout, multiple_of: int = 1) -> int:
+    """Returns the tokens of a packed micro-batch (:func:`pack`) over all context-parallel ranks, padding included."""
+    return layout.padded_total(sum(map(layout.padded_length, lengths or [1])), multiple_of)
 
 
 def pack(

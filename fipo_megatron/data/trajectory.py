@@ -5,6 +5,7 @@ They are checked once, where they enter the trainer. Later code does not check t
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -57,7 +58,9 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One sampled response with all that training on it requires. The arrays are read-only copies.
+    """One sampled response with all that training on it requires.
+
+    The arrays are read-only. They are copies, unless what was given is read-only and of the right type.
 
     Attributes:
         prompt: Prompt of the response.
@@ -95,10 +98,10 @@ class Trajectory:
         where = f"trajectory {self.name}"
         object.__setattr__(self, "tokens", _token_ids("tokens", self.tokens, where))
         log_probs = _float32("behaviour_log_probs", self.behaviour_log_probs, len(self.tokens), where)
-        if (log_probs > _LOG_PROB_ROUNDING).any():
+        if (above := float(log_probs.max()) > 0) and (log_probs > _LOG_PROB_ROUNDING).any():
             at = int(np.argmax(log_probs))
             raise ValueError(f"{where}: behaviour_log_probs: must be <= 0, got {log_probs[at]} at token {at}")
-        object.__setattr__(self, "behaviour_log_probs", _frozen(np.minimum(log_probs, 0)))
+        object.__setattr__(self, "behaviour_log_probs", _frozen(np.minimum(log_probs, 0) if above else log_probs))
         object.__setattr__(self, "mask", _binary("mask", self.mask, len(self.tokens), where))
         if self.finish_reason not in get_args(FinishReason):
             valid = ", ".join(get_args(FinishReason))
@@ -108,12 +111,27 @@ class Trajectory:
             raise ValueError(
                 f"{where}: spans: must start at 0 and increase within {len(self.tokens)} tokens, got {starts}"
             )
+        self._check_scores()
+
+    def _check_scores(self) -> None:
+        where = f"trajectory {self.name}"
         for field in ("reward", "advantage"):
             value = getattr(self, field)
             if value is not None and not (isinstance(value, int | float | np.number) and np.isfinite(value)):
                 raise ValueError(f"{where}: {field}: must be a finite number, got {value!r}")
         if self.accuracy not in (None, 0, 1):
             raise ValueError(f"{where}: accuracy: must be 0 or 1, got {self.accuracy}")
+
+    def with_advantage(self, advantage: float) -> Trajectory:
+        """Returns this response with an advantage; it shares the arrays, which are not checked again.
+
+        Raises:
+            ValueError: The advantage is not finite.
+        """
+        found = copy(self)
+        object.__setattr__(found, "advantage", advantage)
+        found._check_scores()
+        return found
 
     @property
     def name(self) -> str:
@@ -180,7 +198,7 @@ def _token_ids(field: str, value: Any, where: str) -> NDArray[np.int32]:
         raise ValueError(f"{where}: {field}: expected integer token ids, got {array.dtype}")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         raise ValueError(f"{where}: {field}: token ids must be >= 0, got {array.min()} .. {array.max()}")
-    return _frozen(array.astype(np.int32))
+    return _frozen(_as_type(array, np.int32))
 
 
 def _float32(field: str, value: Any, length: int, where: str) -> NDArray[np.float32]:
@@ -188,7 +206,7 @@ def _float32(field: str, value: Any, length: int, where: str) -> NDArray[np.floa
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{where}: {field}: expected floating point, got {array.dtype}")
     with np.errstate(over="ignore"):
-        converted = array.astype(np.float32)
+        converted: NDArray[np.float32] = _as_type(array, np.float32)
     if not np.isfinite(converted).all():
         at = int(np.argmin(np.isfinite(converted)))
         raise ValueError(f"{where}: {field}: must be finite in float32, got {array[at]} at token {at}")
@@ -202,7 +220,12 @@ def _binary(field: str, value: Any, length: int, where: str) -> NDArray[np.bool_
         if wrong.any():
             at = int(np.argmax(wrong))
             raise ValueError(f"{where}: {field}: must be 0 or 1, got {array[at]} at token {at}")
-    return _frozen(array.astype(np.bool_))
+    return _frozen(_as_type(array, np.bool_))
+
+
+def _as_type(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """Returns a read-only array of this type as it is, and a copy of any other."""
+    return array.astype(dtype, copy=array.dtype != dtype or array.flags.writeable)
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

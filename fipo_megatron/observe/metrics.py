@@ -364,6 +364,11 @@ _TIME = [
     ),
     Metric("throughput/tokens_per_second", "Tokens trained on, prompts included, over time/step.", "1/s"),
     Metric("throughput/mfu", "Model FLOP/s of log_probs and update over the GPUs' bf16 peak.", "", PEAK),
+    Metric("throughput/cost_imbalance", "Model FLOPs of the most expensive data-parallel rank over the mean of all."),
+    Metric(
+        "throughput/idle_fraction",
+        "Fraction of the passes in which an average data-parallel rank waits for the most expensive, by model FLOPs.",
+    ),
     Metric("run/restarts", "Earlier starts of the run in `run.output`, after which it was resumed.", ""),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+from fipo_megatron.data.packing import MiniBatch, SequenceCost, imbalance
 from fipo_megatron.weights import tables
 from fipo_megatron.weights.architecture import Architecture
 
@@ -45,8 +46,29 @@ def pass_flops(architecture: Architecture, tokens: float, pairs: float) -> float
         tokens: Tokens of all sequences.
         pairs: Half the sum of their squared lengths.
     """
-    attention = 4 * architecture.layers * architecture.heads * architecture.head_dim * pairs
-    return 2.0 * matrix_parameters(architecture) * tokens + attention
+    cost = sequence_cost(architecture)
+    return float(cost.linear * tokens + 2 * cost.quadratic * pairs)
+
+
+def sequence_cost(architecture: Architecture) -> SequenceCost:
+    """Returns the FLOPs of a forward pass over a sequence (:func:`pass_flops`) by its length."""
+    attention = 2 * architecture.layers * architecture.heads * architecture.head_dim
+    return SequenceCost(2 * matrix_parameters(architecture), attention)
+
+
+def balance(
+    plan: Sequence[MiniBatch], lengths: Sequence[int], architecture: Architecture, *, lockstep: bool
+) -> dict[str, float | None]:
+    """Returns the metrics of how equally the data-parallel ranks share the FLOPs of a step, by tag.
+
+    Args:
+        plan: Mini-batches of the step, at least one.
+        lengths: Tokens of each trajectory.
+        architecture: Architecture of the model.
+        lockstep: Whether the ranks wait for each other in every micro-batch (:func:`.data.packing.imbalance`).
+    """
+    ratio = imbalance(plan, lengths, sequence_cost(architecture), lockstep=lockstep)
+    return {"throughput/cost_imbalance": ratio, "throughput/idle_fraction": 1 - 1 / ratio}
 
 
 def throughput(

@@ -281,7 +281,7 @@ class _Estimate:
     def _packing(self) -> Packing:
         actor = self._config.actor
         count = actor.prompts_per_mini_batch * self._samples
-        return pack_sample(packing_key(actor, self._workload.lengths, count, self._data))
+        return pack_sample(packing_key(actor, self._architecture, self._workload.lengths, count, self._data))
 
     def _actor_time(self) -> tuple[ActorTime, Rates]:
         rates = Rates(self._table)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from fipo_megatron.config import ActorConfig
 from fipo_megatron.config.padding import micro_batch_multiple, token_multiple
 from fipo_megatron.data.context_parallel import CpLayout
-from fipo_megatron.data.packing import plan_micro_batches
+from fipo_megatron.data.packing import SequenceCost, plan_micro_batches
 from fipo_megatron.observe.devices import Device
+from fipo_megatron.observe.throughput import sequence_cost
 from fipo_megatron.plan.efficiencies import Rates
 from fipo_megatron.plan.response_lengths import ResponseLengths
 from fipo_megatron.weights.architecture import Architecture
@@ -59,6 +60,7 @@ class PackingKey:
         context: Context-parallel size.
         multiple: Divisor of the number of micro-batches.
         token_multiple: Divisor of the tokens of one rank.
+        cost: Cost of a sequence.
     """
 
     lengths: ResponseLengths
@@ -68,6 +70,7 @@ class PackingKey:
     context: int
     multiple: int
     token_multiple: int
+    cost: SequenceCost
 
 
 @lru_cache(maxsize=4096)
@@ -86,6 +89,7 @@ def pack_sample(key: PackingKey) -> Packing:
         token_budget=key.budget,
         data_parallel_size=key.data,
         micro_batch_multiple=key.multiple,
+        cost=key.cost,
     )
     filler = layout.padded_length(1)
     tokens, pairs = np.zeros((2, key.data, len(plan.micro_batches[0])))
@@ -97,7 +101,9 @@ def pack_sample(key: PackingKey) -> Packing:
     return Packing(tokens, pairs, sum(lengths), sum(length * length for length in lengths) / 2)
 
 
-def packing_key(actor: ActorConfig, lengths: ResponseLengths, count: int, data: int) -> PackingKey:
+def packing_key(
+    actor: ActorConfig, architecture: Architecture, lengths: ResponseLengths, count: int, data: int
+) -> PackingKey:
     """Returns the key of a mini-batch's packing under a layout."""
     parallel, multiple = actor.parallel, micro_batch_multiple(actor)
     return PackingKey(
@@ -108,6 +114,7 @@ def packing_key(actor: ActorConfig, lengths: ResponseLengths, count: int, data: 
         context=parallel.context_parallel,
         multiple=parallel.pipeline_parallel if parallel.virtual_pipeline > 1 else 1,
         token_multiple=token_multiple(actor),
+        cost=sequence_cost(architecture),
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
-_RECORDS = "records"
+RECORDS = "records"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,24 +99,37 @@ Carried = tuple[list[Group], list[PartialGroup]]
 """Complete and partial groups that a sampler carries from one step to the next."""
 
 
-class _ArrayPacker:
-    """Collects arrays by dtype, and describes objects by records that refer to their arrays."""
+class ArrayPacker:
+    """Collects arrays by dtype, and describes objects by records that refer to their arrays.
 
-    def __init__(self) -> None:
-        self._parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
-        self._ends = dict.fromkeys(self._parts, 0)
+    Attributes:
+        parts: Arrays of each dtype, in the order in which they are concatenated.
+
+    Args:
+        uniform_masks: Whether a mask of equal values is described by this value, and not collected.
+    """
+
+    def __init__(self, *, uniform_masks: bool = False) -> None:
+        self._uniform_masks = uniform_masks
+        self.parts: dict[str, list[NDArray[Any]]] = {"int32": [], "float32": [], "bool": []}
+        self._ends = dict.fromkeys(self.parts, 0)
 
     def add(self, array: NDArray[Any]) -> list[Any]:
         """Adds an array; returns its dtype, first element and one past its last element."""
         kind = str(array.dtype)
-        self._parts[kind].append(array)
+        self.parts[kind].append(array)
         self._ends[kind] += len(array)
         return [kind, self._ends[kind] - len(array), self._ends[kind]]
 
+    def _mask(self, mask: NDArray[np.bool_]) -> list[Any] | bool:
+        return bool(mask[0]) if self._uniform_masks and (mask == mask[0]).all() else self.add(mask)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
-        return {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in self._parts.items()}
+        """Returns the collected arrays, concatenated by dtype."""
+        return {kind: np.concatenate([np.empty(0, kind), *found]) for kind, found in self.parts.items()}
 
     def prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """Returns the record of a prompt."""
         return {
             "id": prompt.id,
             "tokens": self.add(prompt.tokens),
@@ -125,11 +138,12 @@ class _ArrayPacker:
         }
 
     def trajectory(self, one: Trajectory) -> dict[str, Any]:
+        """Returns the record of a finished response."""
         return {
             "sample": one.sample,
             "tokens": self.add(one.tokens),
             "behaviour_log_probs": self.add(one.behaviour_log_probs),
-            "mask": self.add(one.mask),
+            "mask": self._mask(one.mask),
             "spans": [(span.start, span.weight_version) for span in one.spans],
             "finish_reason": one.finish_reason,
             "reward": one.reward,
@@ -138,7 +152,15 @@ class _ArrayPacker:
             **({"failure": one.failure} if one.failure else {}),
         }
 
+    def group(self, one: Group) -> dict[str, Any]:
+        """Returns the record of a group."""
+        return {
+            "prompt": self.prompt(one.prompt),
+            "trajectories": [self.trajectory(trajectory) for trajectory in one.trajectories],
+        }
+
     def partial_response(self, one: PartialResponse) -> dict[str, Any]:
+        """Returns the record of a response that is not finished."""
         return {
             "sample": one.sample,
             "tokens": self.add(one.tokens),
@@ -155,15 +177,9 @@ def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -
         The concatenated arrays by dtype, and under ``records`` everything else as JSON, ``[bytes]`` uint8. Its keys
         ``unfinished`` and ``drafts``, for partial groups and partial responses, are those of older checkpoints.
     """
-    packer = _ArrayPacker()
+    packer = ArrayPacker()
     records = {
-        "groups": [
-            {
-                "prompt": packer.prompt(group.prompt),
-                "trajectories": [packer.trajectory(trajectory) for trajectory in group.trajectories],
-            }
-            for group in groups
-        ],
+        "groups": [packer.group(group) for group in groups],
         "unfinished": [
             {
                 "prompt": packer.prompt(group.prompt),
@@ -173,12 +189,12 @@ def groups_to_arrays(groups: Iterable[Group], partial: Iterable[PartialGroup]) -
             for group in partial
         ],
     }
-    return packer.arrays() | {_RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
+    return packer.arrays() | {RECORDS: np.frombuffer(json.dumps(records).encode(), dtype=np.uint8)}
 
 
 def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:
     """Returns the groups and partial groups of :func:`groups_to_arrays`."""
-    records = json.loads(bytes(arrays[_RECORDS]).decode())
+    records = json.loads(bytes(arrays[RECORDS]).decode())
 
     def at(where: list[Any]) -> NDArray[Any]:
         kind, start, end = where
@@ -192,7 +208,10 @@ def arrays_to_groups(arrays: Mapping[str, NDArray[Any]]) -> Carried:
         return record | {"spans": spans} | {name: at(record[name]) for name in names}
 
     def trajectory_of(prompt: Prompt, record: dict[str, Any]) -> Trajectory:
-        return Trajectory(prompt=prompt, **filled(record, "tokens", "behaviour_log_probs", "mask"))
+        values = filled(record, "tokens", "behaviour_log_probs")
+        mask = record["mask"]
+        values["mask"] = np.broadcast_to(mask, len(values["tokens"])) if isinstance(mask, bool) else at(mask)
+        return Trajectory(prompt=prompt, **values)
 
     groups, partial = [], []
     for record in records["groups"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Group, Trajectory
-from fipo_megatron.rollout.carry_over import deserialize_groups, serialize_groups
+from fipo_megatron.rollout.group_buffers import GroupBytes, read_groups
 
 
 @dataclass(frozen=True)
@@ -64,50 +64,67 @@ def scatter_trajectories(
     Returns:
         The trajectories that this rank trains on, by index.
     """
-    index = {name: number for number, name in enumerate(names)}
-    trains = {
-        number: data for mini in plan for data, micros in enumerate(mini.micro_batches) for m in micros for number in m
-    }
-    content = b""
-    if routes.among_leaders is not None:
+    mine, index = list(groups), {name: number for number, name in enumerate(names)}
+    found: dict[int, Trajectory] = {}
+    for mini_batch in plan:  # one after the other: buffers are sent of one at a time
+        trains = {number: data for data, micros in enumerate(mini_batch.micro_batches) for m in micros for number in m}
         shares: list[list[Group]] = [[] for _ in routes.leaders]
-        for group in groups:
+        for group in mine:
             for data, part in _by_destination(group, index, trains).items():
                 shares[data].append(part)
-        received = _all_to_all([serialize_groups(share) for share in shares], routes.among_leaders)
-        content = serialize_groups(group for part in received for group in deserialize_groups(part)[0])
-    content = _broadcast(content, routes.leaders[routes.data_rank], routes.replica)
-    return {index[t.name]: t for group in deserialize_groups(content)[0] for t in group.trajectories}
+        for group in _exchange(routes, shares):
+            found |= {index[trajectory.name]: trajectory for trajectory in group.trajectories}
+    return found
+
+
+def _exchange(routes: Routes, shares: Sequence[Sequence[Group]]) -> list[Group]:
+    """Sends share n to data-parallel rank n; returns the groups for this rank. A collective of all ranks."""
+    alone = dist.get_world_size(routes.replica) == 1
+    kept: Sequence[Group] = ()
+    if alone:  # what stays on this rank need not be copied
+        kept = shares[routes.data_rank]
+        shares = [() if data == routes.data_rank else share for data, share in enumerate(shares)]
+    received = torch.empty(0, dtype=torch.uint8)
+    sizes: list[int] = []
+    if routes.among_leaders is not None and not (alone and len(shares) == 1):
+        received, sizes = _all_to_all([GroupBytes.of(share) for share in shares], routes.among_leaders)
+    if not alone:
+        received, sizes = _broadcast(received, sizes, routes.leaders[routes.data_rank], routes.replica)
+    parts = np.split(received.numpy(), np.cumsum(sizes)[:-1]) if sizes else []
+    return [*kept, *(group for part in parts for group in read_groups(part))]
 
 
 def _by_destination(group: Group, index: Mapping[str, int], trains: Mapping[int, int]) -> dict[int, Group]:
     parts: dict[int, list[Trajectory]] = {}
     for trajectory in group.trajectories:
-        parts.setdefault(trains[index[trajectory.name]], []).append(trajectory)
+        if (data := trains.get(index[trajectory.name])) is not None:
+            parts.setdefault(data, []).append(trajectory)
     return {data: replace(group, trajectories=tuple(found)) for data, found in parts.items()}
 
 
-def _all_to_all(parts: Sequence[bytes], group: dist.ProcessGroup) -> list[bytes]:
-    """Sends part n to rank n of the group; returns the part received from each rank."""
-    if len(parts) == 1:
-        return list(parts)
-    sizes = torch.tensor([len(part) for part in parts])
+def _all_to_all(parts: Sequence[GroupBytes], group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
+    """Sends part n to rank n of the group; returns the parts received from each rank, joined, and their sizes."""
+    sizes = torch.tensor([part.size for part in parts])
     incoming = torch.empty_like(sizes)
     dist.all_to_all_single(incoming, sizes, group=group)
+    outgoing = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+    for part, buffer in zip(parts, torch.split(outgoing, sizes.tolist()), strict=True):
+        part.write(buffer.numpy())
     received = torch.empty(int(incoming.sum()), dtype=torch.uint8)
-    dist.all_to_all_single(received, _tensor(b"".join(parts)), incoming.tolist(), sizes.tolist(), group=group)
-    return [part.numpy().tobytes() for part in torch.split(received, incoming.tolist())]
+    dist.all_to_all_single(received, outgoing, incoming.tolist(), sizes.tolist(), group=group)
+    return received, incoming.tolist()
 
 
-def _broadcast(content: bytes, source: int, group: dist.ProcessGroup) -> bytes:
-    if dist.get_world_size(group) == 1:
-        return content
-    size = torch.tensor([len(content)])
-    dist.broadcast(size, source, group=group)
-    data = _tensor(content) if dist.get_rank() == source else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, source, group=group)
-    return data.numpy().tobytes()
-
-
-def _tensor(content: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
+def _broadcast(
+    content: Tensor, sizes: Sequence[int], source: int, group: dist.ProcessGroup
+) -> tuple[Tensor, list[int]]:
+    """Returns the bytes, and the sizes of their parts, that the first rank of the group has."""
+    mine = dist.get_rank() == source
+    count = torch.tensor([len(sizes)])
+    dist.broadcast(count, source, group=group)
+    parts = torch.tensor(sizes) if mine else torch.empty(int(count), dtype=torch.int64)
+    dist.broadcast(parts, source, group=group)
+    if not mine:
+        content = torch.empty(int(parts.sum()), dtype=torch.uint8)
+    dist.broadcast(content, source, group=group)
+    return content, parts.tolist()

@@ -19,6 +19,7 @@ from fipo_megatron.checkpoint.manager import CheckpointManager, Restored
 from fipo_megatron.config import Config
 from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.data.prompts import PromptStream
+from fipo_megatron.observe.profiling import StepProfiler
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
@@ -121,6 +122,9 @@ def _build(
     log = RunLog(config, writes=layout.rank == 0)
     resources.callback(log.close)
     timer = StepTimer()
+    profiled = config.run.profile if layout.rank == 0 or config.run.profile_ranks == "all" else ()
+    profiler = StepProfiler(profiled, output / "profile", layout.rank)
+    resources.callback(profiler.close)
     return Trainer(
         config=config,
         inputs=inputs,
@@ -131,6 +135,7 @@ def _build(
         log=log,
         collapse_monitor=CollapseMonitor(config.health, output, checkpoints, log, layout),
         timer=timer,
+        profiler=profiler,
         reporter=StepReporter(config, inputs, layout, log, timer),
         lr_zero_gate=LrZeroGate(actor, config.run.noise_floor_every),
         console=console,

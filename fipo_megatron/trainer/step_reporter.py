@@ -13,11 +13,12 @@ from fipo_megatron.actor.update_metrics import NoiseFloor, TokenPart, UpdateMetr
 from fipo_megatron.config import Config
 from fipo_megatron.data.batch import Batch
 from fipo_megatron.data.group_record import GroupRecord
+from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Group
 from fipo_megatron.observe.devices import peak_flops
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.observe.step_metrics import noise_metrics, probe_metrics, rollout_metrics, update_metrics
-from fipo_megatron.observe.throughput import FORWARD, TRAINING, model_flops, throughput
+from fipo_megatron.observe.throughput import FORWARD, TRAINING, balance, model_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
 from fipo_megatron.rollout.sampler import SampledGroups
 from fipo_megatron.rollout.weight_sync.probe import ProbeShift
@@ -45,6 +46,7 @@ class StepReporter:
         self._group = dist.new_group(backend="gloo")
         name = torch.cuda.get_device_name() if layout.device.type == "cuda" else ""
         peak = peak_flops(name)
+        self._lockstep = config.actor.parallel.expert_parallel > 1  # experts are on several data-parallel ranks
         self._peak = None if peak is None else peak * layout.world_size
 
     def traced(self, records: Sequence[GroupRecord], batch: Batch, step: int) -> frozenset[int]:
@@ -109,6 +111,7 @@ class StepReporter:
         step: int,
         sampled: SampledGroups | None,
         batch: Batch,
+        plan: Sequence[MiniBatch],
         updates: Sequence[UpdateMetrics],
         reward_seconds: float | None,
     ) -> None:
@@ -118,13 +121,17 @@ class StepReporter:
             step: Number of the step.
             sampled: Groups of the step; None for SFT.
             batch: Batch of the step.
+            plan: Micro-batches of the step.
             updates: Metrics of each update.
             reward_seconds: Seconds in which at least one response was being scored; None without a verifier.
         """
         seconds = self._timer.seconds()
         if reward_seconds is not None:
             seconds["reward"] = reward_seconds
-        self._log.timing(step, seconds, self._rates(sampled, batch, updates, seconds))
+        rates = self._rates(sampled, batch, updates, seconds)
+        if updates:
+            rates |= balance(plan, batch.lengths, self._inputs.architecture, lockstep=self._lockstep)
+        self._log.timing(step, seconds, rates)
 
     def _kept(self, records: Sequence[GroupRecord], step: int) -> list[str]:
         """Returns the names of the responses that the trajectory file keeps; the same on every rank."""

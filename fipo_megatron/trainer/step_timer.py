@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fipo_megatron.observe import progress
+from fipo_megatron.observe.profiling import span
 from fipo_megatron.testing import fail_points
 
 
@@ -33,7 +34,8 @@ class StepTimer:
         progress.sign()
         start = time.perf_counter()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             progress.sign()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -27,6 +27,7 @@ from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluation.answering import evaluate
 from fipo_megatron.observe.collapse_alarm import Alarm
 from fipo_megatron.observe.console import show_sampling_progress
+from fipo_megatron.observe.profiling import StepProfiler
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.rollout.engine import EngineError, PermanentEngineError
@@ -61,6 +62,7 @@ class Trainer:
         log: Files, trackers and console lines of the run.
         collapse_monitor: Collapse alarm and rollbacks.
         timer: Timer of the step.
+        profiler: Writes traces of the steps of ``run.profile``.
         reporter: Writes metrics, responses and times of each step.
         lr_zero_gate: Gate that two passes at equal weights must pass before the first update.
         session: Rollout side; None for SFT and ``run.replay``.
@@ -82,6 +84,7 @@ class Trainer:
     log: RunLog
     collapse_monitor: CollapseMonitor
     timer: StepTimer
+    profiler: StepProfiler
     reporter: StepReporter
     lr_zero_gate: LrZeroGate
     session: RolloutSession | None = None

@@ -1,5 +1,6 @@
 """The actor on one rank: the lr = 0 gate, skipped steps, the reference policy, offloading."""
 
+import gc
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from megatron.core.tensor_parallel import random
 from fipo_megatron.actor import noise_floor, parallel
 from fipo_megatron.actor.actor import MegatronActor
 from fipo_megatron.actor.log_probs import TokenLogProbs
-from fipo_megatron.actor.micro_batches import local_micro_batches
+from fipo_megatron.actor.micro_batches import LocalMicroBatch, local_micro_batches
 from fipo_megatron.actor.update_metrics import NoiseError, NoiseFloor
 from fipo_megatron.config import ActorConfig, AlgorithmConfig, Config, ModelConfig, OptimizerConfig, RolloutConfig
 from fipo_megatron.data.packing import plan_micro_batches
@@ -271,6 +272,23 @@ def test_plans_and_log_probs_that_do_not_belong_are_refused(build, plan, traject
             actor.update(plan, trajectories, wrong)
     with actor.offloaded(), pytest.raises(RuntimeError, match="the actor is offloaded"):
         actor.log_probs(plan, trajectories)
+
+
+def test_the_plan_balances_model_flops(build):
+    """Attention makes the long sequence as expensive as all others; by tokens, two of them would join it."""
+    (plan,) = build().plan([16_000] + [4_000] * 7, [range(8)])
+    assert plan.micro_batches == (((0,), (1, 2, 3, 4, 5, 6, 7)),)
+
+
+def test_micro_batches_go_to_the_device_one_at_a_time(build, trajectories):
+    actor, live = build(), []
+    count = lambda *_: live.append(sum(isinstance(one, LocalMicroBatch) for one in gc.get_objects()))  # noqa: E731
+    actor.chunks[0].register_forward_pre_hook(count)
+    (plan,) = plan_micro_batches([len(t) for t in trajectories], [range(8)], token_budget=112)
+    old = actor.log_probs([plan], trajectories)
+    actor.update([plan], trajectories, old)
+    assert len(live) == 2 * len(plan.micro_batches[0]) >= 8
+    assert max(live) == 1
 
 
 def test_auxiliary_losses_need_the_token_mean(build):

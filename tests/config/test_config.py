@@ -141,6 +141,7 @@ def test_kind_sets_the_defaults_and_what_is_written_wins(tmp_path):
             ["health.action=roll_back", "run.replay=a", "observe.trajectory_mib=3"],
             ["health.action = roll_back: must be off, warn or stop", "observe.trajectory_mib = 3: must be at least"],
         ),
+        (["run.steps=3", "run.profile=[2, 3]"], ["run.profile: step 3 must be below run.steps = 3"]),
         (["run.evaluate_every=3", "evaluation.files=[]"], ["run.evaluate_every = 3: needs evaluation.files"]),
         (["algorithm.half_life"], ["override 'algorithm.half_life': expected key=value"]),
         (["algorithm.weight_clip=[1"], ["override 'algorithm.weight_clip=[1': the value is not valid YAML"]),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fipo_megatron.data.context_parallel import CpLayout
-from fipo_megatron.data.packing import pack, plan_micro_batches, split_mini_batches
+from fipo_megatron.data.packing import TOKENS, SequenceCost, imbalance, pack, plan_micro_batches, split_mini_batches
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 
 
@@ -18,14 +18,20 @@ from fipo_megatron.data.trajectory import Prompt, Trajectory
     budget=st.integers(100, 400),
     multiple=st.integers(1, 4),
     seed=st.integers(0, 1000),
+    quadratic=st.sampled_from([0, 1, 1000]),
 )
-def test_every_trajectory_once_under_budget_and_equal_counts(lengths, dp, budget, multiple, seed):
+def test_every_trajectory_once_under_budget_and_equal_counts(lengths, dp, budget, multiple, seed, quadratic):
     mini_batches = [
         list(map(int, part)) for part in np.array_split(np.random.default_rng(seed).permutation(len(lengths)), 2)
     ]
     mini_batches = [part for part in mini_batches if part]
     plan = plan_micro_batches(
-        lengths, mini_batches, token_budget=budget, data_parallel_size=dp, micro_batch_multiple=multiple
+        lengths,
+        mini_batches,
+        token_budget=budget,
+        data_parallel_size=dp,
+        micro_batch_multiple=multiple,
+        cost=SequenceCost(1, quadratic),
     )
     assert len(plan) == len(mini_batches)
     for members, mini_batch in zip(mini_batches, plan, strict=True):
@@ -47,6 +53,34 @@ def test_balance_over_ranks():
         loads = [sum(lengths[i] for i in micro_batch) for micro_batch in concurrent]
         assert max(loads) - min(loads) < 200
         assert min(loads) > 7000
+
+
+@pytest.mark.parametrize(("limit", "budget", "idle"), [(20_000, 32_768, 0.001), (65_536, 131_072, 0.01)])
+def test_balance_by_cost(limit, budget, idle):
+    """Ranks and the micro-batches of a round cost the same; their tokens differ, since attention grows with L²."""
+    lengths = [int(x) for x in np.random.default_rng(1).lognormal(np.log(limit / 5), 0.8, 512).clip(32, limit)]
+    cost = SequenceCost(64_000, 1)  # FLOPs of Qwen2.5-32B, divided by 655,360
+    (plan,) = plan_micro_batches(lengths, [range(512)], token_budget=budget, data_parallel_size=8, cost=cost)
+    (by_tokens,) = plan_micro_batches(lengths, [range(512)], token_budget=budget, data_parallel_size=8)
+    assert len(plan.micro_batches[0]) <= len(by_tokens.micro_batches[0])
+    assert imbalance([plan], lengths, cost) <= 1 + idle < imbalance([by_tokens], lengths, cost)
+    assert imbalance([plan], lengths, cost, lockstep=True) <= 1 + 4 * idle
+    assert imbalance([by_tokens], lengths, cost, lockstep=True) > 1 + 8 * idle
+
+
+def test_no_rank_always_has_the_dearest_micro_batch():
+    (plan,) = plan_micro_batches([8, 7, 6, 5], [range(4)], token_budget=8, data_parallel_size=2)
+    assert plan.micro_batches == (((0,), (3,)), ((1,), (2,)))
+    assert imbalance([plan], [8, 7, 6, 5], TOKENS) == 1
+    assert imbalance([plan], [8, 7, 6, 5], TOKENS, lockstep=True) == 14 / 13
+    assert imbalance([plan, plan], [8, 7, 6, 5], SequenceCost(0, 1)) == 89 / 87
+
+
+def test_equal_tokens_where_only_they_fit_the_budget():
+    """By cost 5 + 3, 3 + 3 + 3 and nowhere for the last 2."""
+    lengths = [5, 3, 3, 3, 2, 2, 2]
+    (plan,) = plan_micro_batches(lengths, [range(7)], token_budget=10, cost=SequenceCost(1, 1))
+    assert len(plan.micro_batches[0]) == 2
 
 
 def test_fillers_make_up_the_number():

@@ -1,8 +1,12 @@
 """Trajectories are checked when they enter the trainer; the error names the trajectory, the field and the value."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from fipo_megatron.config import AlgorithmConfig
+from fipo_megatron.data.batch import compute_advantages
 from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
 
 PROMPT = Prompt("aime-7", np.array([5, 6]), "42")
@@ -71,6 +75,21 @@ def test_rounding_above_zero_is_cut_off_and_the_arrays_are_frozen_copies():
     for array in (trajectory.tokens, trajectory.mask, trajectory.behaviour_log_probs, trajectory.prompt.tokens):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
+
+
+def test_arrays_that_cannot_change_are_not_copied():
+    first = make(behaviour_log_probs=np.array([0, -0.5, -1.0]))
+    scored = replace(first, reward=1.0, accuracy=1)
+    final = scored.with_advantage(0.5)
+    (by_group,) = compute_advantages(
+        [Group(PROMPT, (scored, replace(scored, sample=4, reward=-1.0)))], AlgorithmConfig()
+    )
+    for other in (scored, final, by_group.trajectories[0]):
+        for name in ("tokens", "behaviour_log_probs", "mask"):
+            assert np.shares_memory(getattr(first, name), getattr(other, name)), name
+    assert (final.reward, final.advantage, first.advantage) == (1.0, 0.5, None)
+    with pytest.raises(ValueError, match=r"^trajectory aime-7/3: advantage: must be a finite number, got nan"):
+        scored.with_advantage(float("nan"))
 
 
 def test_bad_prompts_and_groups_are_named():

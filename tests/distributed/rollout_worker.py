@@ -74,6 +74,9 @@ def steps(path: str, layout: parallel.RankLayout, store: dist.Store) -> list[dic
         assert sorted(mine) == sorted(
             i for mini in plan for micro in mini.micro_batches[layout.data_rank] for i in micro
         )
+        if layout.data_size == layout.world_size:  # what stays on its rank is not copied
+            own = {t.name: t for group in sampled.groups for t in group.trajectories}
+            assert all(t is own.get(t.name, t) for t in mine.values())
         found.append(
             {
                 "names": names,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.observe.throughput import matrix_parameters, model_flops, throughput
+from fipo_megatron.data.packing import MiniBatch
+from fipo_megatron.observe.throughput import balance, matrix_parameters, model_flops, sequence_cost, throughput
 from fipo_megatron.weights.architecture import Architecture
 
 CONFIGS = Path(__file__).parents[1] / "weights" / "configs"
@@ -39,6 +40,20 @@ def test_weights_of_the_matrix_products_by_hand():
     assert matrix_parameters(dense) == 64 * (attention + 3 * 5120 * 27648) + 5120 * 152064
     attention = 2 * 2048 * (32 + 4) * 128
     assert matrix_parameters(mixture) == 48 * (attention + 128 * 2048 + 8 * 3 * 2048 * 768) + 2048 * 151936
+
+
+def test_a_sequence_costs_its_model_flops():
+    shape = architecture("Qwen2.5-7B")
+    assert sequence_cost(shape).of(4321) == model_flops(shape, [4321])
+
+
+def test_ranks_wait_for_the_most_expensive():
+    shape, lengths = architecture("Qwen2.5-7B"), [20_000, 10_000, 10_000]
+    plan = [MiniBatch((((0,),), ((1, 2),)))]
+    flops = [model_flops(shape, [20_000]), model_flops(shape, [10_000, 10_000])]
+    found = balance(plan, lengths, shape, lockstep=False)
+    assert found["throughput/cost_imbalance"] == pytest.approx(flops[0] / (sum(flops) / 2))
+    assert found["throughput/idle_fraction"] == pytest.approx((flops[0] - sum(flops) / 2) / flops[0])
 
 
 def test_rates():

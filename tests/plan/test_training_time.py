@@ -176,7 +176,7 @@ def test_kernels_cannot_be_launched_faster():
 
 def test_packing_is_that_of_the_actor():
     actor = ActorConfig(token_budget=16_384, parallel=ParallelConfig(context_parallel=2, tensor_parallel=2))
-    found = pack_sample(packing_key(actor, LENGTHS, 512, 4))
+    found = pack_sample(packing_key(actor, architecture("Qwen2.5-32B"), LENGTHS, 512, 4))
     assert found.tokens.shape[0] == 4
     assert found.tokens.max() <= 16_384
     assert found.real_tokens == pytest.approx(512 * (LENGTHS.mean + 150), rel=0.01)
@@ -185,7 +185,7 @@ def test_packing_is_that_of_the_actor():
     # Balanced within a few per cent, at nine tenths of the budget or more.
     assert found.tokens.max() / found.tokens.mean() < 1.15
     with pytest.raises(ValueError, match="longer than 4096 tokens"):
-        pack_sample(packing_key(ActorConfig(token_budget=4096), LENGTHS, 64, 1))
+        pack_sample(packing_key(ActorConfig(token_budget=4096), architecture("Qwen2.5-32B"), LENGTHS, 64, 1))
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-32B", "Qwen2.5-0.5B", "Qwen3-30B-A3B", "Llama-3.1-70B"])

@@ -1,6 +1,8 @@
 """The metrics, timings, trajectories and configuration that a run writes: the documented ones and no others."""
 
+import gzip
 import json
+from collections import Counter
 
 import pytest
 import yaml
@@ -36,7 +38,7 @@ def run(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
     evaluation = ["run.evaluate_every=2", f"evaluation.files=[{data}/held_out.jsonl]"]
     settings = ["run.steps=3", "checkpoint.save_every=1", "run.noise_floor_every=1", "observe.trajectory_tokens=true"]
-    train(data, output, *evaluation, *settings)
+    train(data, output, *evaluation, *settings, "run.profile=[1]")
     return output
 
 
@@ -71,6 +73,24 @@ def test_files_hold_the_values_of_tensorboard(run, events):
                     assert event.value == pytest.approx(value, rel=1e-6)
                     seen += 1
     assert seen == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+
+
+def test_a_profile_names_the_parts_of_its_step(run):
+    assert [file.name for file in (run / "profile").iterdir()] == ["step-000001-rank-0000.json.gz"]
+    with gzip.open(run / "profile" / "step-000001-rank-0000.json.gz", "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    names = Counter(event["name"] for event in events)
+    updates = rows(run / "metrics.jsonl")[1]["optimizer/updates"]
+    assert names["optimizer_step"] == updates == 2
+    # The log-prob pass, the two passes of the noise floor on the first mini-batch, and the update.
+    assert names["pack"] == names["forward"] == names["token_log_probs"] == 2 * updates + 2
+    assert names["policy_loss"] == updates + 1
+    seconds = rows(run / "timing.jsonl")[1]
+    for part in ("sync", "generate", "log_probs", "update"):
+        (found,) = [event for event in events if event["name"] == part]
+        assert 0 < found["dur"] / 1e6 <= seconds[f"time/{part}"] + 1e-3
+    # The engine samples in a thread of its own.
+    assert len({event["tid"] for event in events if event["name"] == "aten::mm"}) == 2
 
 
 def test_the_parts_of_a_step_add_up(run):
