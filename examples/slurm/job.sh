@@ -59,7 +59,10 @@ read_output() { # CONFIG [key=value ...]
     exit 2
   fi
   logs=$output/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  mkdir -p "$logs"
+  if ! mkdir -p "$logs"; then
+    say "ends: $logs cannot be made"
+    exit 1
+  fi
   say "output in $output, one log per rank in $logs"
 }
 
@@ -77,8 +80,12 @@ count_start() {
     say "ends: ${FIPO_STARTS:-3} starts without a newly finished step; see $output/slurm"
     exit 1
   fi
-  echo "$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes" \
-    >>"$output/slurm/starts"
+  local start
+  start="$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes"
+  if ! echo "$start" >>"$output/slurm/starts"; then # a full disk; a start that is not counted would be repeated for ever
+    say "ends: $output/slurm/starts cannot be written"
+    exit 1
+  fi
   rm -f "$output/stop" "$output/outcome.json" # of an earlier start
 }
 
@@ -91,7 +98,7 @@ set_master() {
 }
 
 # Ends the run after its step. Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption
-# with PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
+# with SlurmctldParameters=preempt_send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
 # a job without this script. INT comes from the user (scancel --batch --signal=INT JOB): nothing is requeued.
 stop_run() { # SIGNAL
   if [[ $stopping != INT ]]; then stopping=$1; fi

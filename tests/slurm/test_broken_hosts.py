@@ -59,8 +59,8 @@ def test_each_broken_host_is_named_and_the_job_does_not_start(hosts, tmp_path_fa
     version = importlib.metadata.version("transformers")
     said = [line for line in job.log.splitlines() if line[:4] in ("n2: ", "n3: ", "n4: ", "n5: ")]
     assert said[:2] == [
-        f"n2: output: run.output: {directory}/shared/run: cannot be written: Read-only file system; every node must write "
-        "there",
+        f"n2: output: run.output: {directory}/shared/run: cannot be written: Read-only file system; every node must "
+        "write there",
         f"n3: torch: transformers is 4.0.0; must be {version}, as on n1",
     ]
     assert said[2].startswith("n4: clock: its clock is ")

@@ -108,6 +108,21 @@ def broken(directory):
     return file
 
 
+def test_a_start_that_cannot_be_counted_ends_the_job(cluster, data, tmp_path):
+    """The disk is full: the directories of the run exist, but no file can grow."""
+    output = tmp_path / "run"
+    output.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", output], check=True)
+    try:
+        (output / "full").write_bytes(bytes(8192))
+        job = Job.train(cluster, data, tmp_path)
+        job.wait("FAILED")
+    finally:
+        subprocess.run(["umount", output], check=True)
+    assert f"ends: {output}/slurm/starts cannot be written" in job.log
+    assert "is requeued" not in job.log
+
+
 def test_a_cancelled_job_is_not_requeued(cluster, data, tmp_path):
     job = Job.train(cluster, data, tmp_path)
     job.wait_for(lambda: job.starts == 1, "start")
