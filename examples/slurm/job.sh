@@ -8,7 +8,8 @@
 #   FIPO_RANKS       ranks on each trainer node (the node's GPUs; 1 without)
 #   FIPO_SRUN        further options of every srun, such as --cpu-bind=none
 #   FIPO_SCRIPTS     directory of these scripts (examples/slurm below the directory of sbatch)
-#   FIPO_PREFLIGHT   off: the trainer's nodes are not examined before it starts
+#   FIPO_PREFLIGHT   off: the nodes are not examined; replace: the job starts again on other nodes than the bad ones, and
+#                    does not end
 #   FIPO_STARTS      starts of the job without a newly finished step between them, after which it ends (3)
 
 if [[ -n "${FIPO_SETUP:-}" ]]; then
@@ -36,6 +37,15 @@ say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 # Runs a command once, on the first trainer node, with all of its cores and GPUs.
 once() { "${run_step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" "$@"; }
 
+# Options of a step on the second component of a heterogeneous job.
+if [[ -n "${SLURM_HET_SIZE:-}" ]]; then
+  rollout_nodes=$SLURM_JOB_NODELIST_HET_GROUP_1
+  rollout_count=$SLURM_JOB_NUM_NODES_HET_GROUP_1
+  rollout_cpus=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1%%[(,]*} # 128(x8): 128 cores on each of 8 nodes
+  rollout_step=("${run_step[@]:1}")
+  rollout_step=("${rollout_step[@]/--het-group=0/--het-group=1}")
+fi
+
 # Waits for a process of this shell, also if a signal interrupts the wait; returns its exit code.
 await() {
   while kill -0 "$1" 2>/dev/null; do wait "$1"; done
@@ -49,7 +59,10 @@ read_output() { # CONFIG [key=value ...]
     exit 2
   fi
   logs=$output/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  mkdir -p "$logs"
+  if ! mkdir -p "$logs"; then
+    say "ends: $logs cannot be made"
+    exit 1
+  fi
   say "output in $output, one log per rank in $logs"
 }
 
@@ -67,8 +80,12 @@ count_start() {
     say "ends: ${FIPO_STARTS:-3} starts without a newly finished step; see $output/slurm"
     exit 1
   fi
-  echo "$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes" \
-    >>"$output/slurm/starts"
+  local start
+  start="$SLURM_JOB_ID $(finished_steps) $(date '+%F %T') restart ${SLURM_RESTART_COUNT:-0} on $trainer_nodes"
+  if ! echo "$start" >>"$output/slurm/starts"; then # a full disk; a start that is not counted would be repeated for ever
+    say "ends: $output/slurm/starts cannot be written"
+    exit 1
+  fi
   rm -f "$output/stop" "$output/outcome.json" # of an earlier start
 }
 
@@ -81,7 +98,7 @@ set_master() {
 }
 
 # Ends the run after its step. Slurm sends USR1 to this script alone before the time limit (--signal), and at preemption
-# with PreemptParameters=send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
+# with SlurmctldParameters=preempt_send_user_signal. The file has the trainer finish its step and save. TERM reaches all processes of
 # a job without this script. INT comes from the user (scancel --batch --signal=INT JOB): nothing is requeued.
 stop_run() { # SIGNAL
   if [[ $stopping != INT ]]; then stopping=$1; fi
@@ -95,18 +112,56 @@ catch_signals() {
   trap 'stop_run INT' INT
 }
 
-# Examines the trainer's nodes (docs/preflight.md). A bad one ends the job before a rank starts; it is not requeued.
+# Examines the nodes (docs/preflight.md). A bad one ends the job before a rank starts, or is replaced.
 examine_nodes() { # CONFIG [key=value ...]
   if [[ ${FIPO_PREFLIGHT:-on} = off || -n $stopping ]]; then return; fi
   set_master
-  "${run_step[@]}" --nodes="$trainer_count" --ntasks="$trainer_count" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-    --kill-on-bad-exit=0 "$python" -m fipo_megatron.preflight "$@" --exclude-file "$logs/bad-nodes" &
+  local bad examine=("$python" -m fipo_megatron.preflight "$@" --exclude-file "$logs/bad-nodes")
+  local step=("${run_step[@]}" --nodes="$trainer_count" --ntasks="$trainer_count" --ntasks-per-node=1
+    --cpus-per-task="$cpus" --kill-on-bad-exit=0)
+  if [[ -n "${SLURM_HET_SIZE:-}" ]]; then # one step over both components
+    examine+=(--rollout-nodes "$rollout_count")
+    examine+=(: "${rollout_step[@]}" --nodes="$rollout_count" --ntasks="$rollout_count" --ntasks-per-node=1
+      --cpus-per-task="$rollout_cpus" --kill-on-bad-exit=0 "${examine[@]}")
+  fi
+  "${step[@]}" "${examine[@]}" &
   await $!
   code=$?
-  if [[ $code != 0 && -z $stopping ]]; then
-    say "the preflight has failed with exit code $code; sbatch --exclude=$(cat "$logs/bad-nodes" 2>/dev/null) avoids bad nodes"
-    exit "$code"
+  if [[ $code = 0 || -n $stopping ]]; then return; fi
+  bad=$(cat "$logs/bad-nodes" 2>/dev/null)
+  say "the preflight has failed with exit code $code${bad:+; sbatch --exclude=$bad avoids bad nodes}"
+  if [[ ${FIPO_PREFLIGHT:-on} = replace && -n $bad ]]; then replace_nodes "$bad"; fi
+  exit "$code"
+}
+
+node_names() { scontrol show hostnames "$trainer_nodes${rollout_nodes:+,$rollout_nodes}" | sort; }
+
+# Has Slurm start the job again on other nodes, at most FIPO_STARTS times without a newly finished step between. Returns if
+# it cannot. Nodes that were excluded before stay so.
+replace_nodes() { # BAD, such as n3,n7
+  local bad job excluded
+  bad=$(tr , '\n' <<<"$1" | sort)
+  if [[ $bad = "$(node_names)" ]]; then
+    say "all nodes are bad: the fault is most likely that of the job, and no node is replaced"
+    return
   fi
+  if (($(starts_in_vain) >= ${FIPO_STARTS:-3})); then
+    say "ends: ${FIPO_STARTS:-3} starts without a newly finished step; see $output/slurm"
+    return
+  fi
+  trap '' TERM # Slurm sends it to all processes of a job that is requeued
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "cannot be requeued; submit it again without bad nodes"
+    return
+  fi
+  for job in "$SLURM_JOB_ID" ${SLURM_JOB_ID_HET_GROUP_1:-}; do
+    # While a heterogeneous job runs, Slurm may list the nodes of one component as excluded from the other.
+    excluded=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^( ]*\).*/\1/p' | head -n 1)
+    excluded=$(comm -23 <(scontrol show hostnames "$excluded" | sort) <(node_names) | paste -sd,)
+    scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"
+  done
+  say "is requeued on other nodes than $1"
+  exit "$code"
 }
 
 # Runs the trainer on all trainer nodes; sets code to its exit code. A rank that does not end within a minute of the

@@ -9,6 +9,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fipo_megatron.preflight.examination import SharedDirectory, examine
 from fipo_megatron.preflight.gathering import Absent, Gathering, GatheringError, gathering_port
 from fipo_megatron.preflight.greeter import Greeter
 from fipo_megatron.preflight.job import Expected, Job
+from fipo_megatron.preflight.memory_plan import PlannedMemory, finished_plan, server_gpus, start_plan
 from fipo_megatron.preflight.neighbours import examine_neighbours
 from fipo_megatron.preflight.node_facts import AllReduceFacts, NeighbourFacts, NodeFacts
 from fipo_megatron.preflight.node_names import names_of_ranks, own_name
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         launch = Launch.from_environment(os.environ)
         _check_one_task_per_node(launch, os.environ)
+        _check_rollout_nodes(launch, given.rollout_nodes)
     except ValueError as error:
         print(f"fipo preflight: {error}", file=sys.stderr)
         return REFUSED
@@ -76,6 +79,8 @@ def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config,
         raise GatheringError(
             f"run.output = {config.run.output}: the file system has not answered in {given.timeout:g} s"
         )
+    own_servers = 0 if given.rollout_nodes else server_gpus(config)
+    memory = start_plan(config, launch.world_size - given.rollout_nodes, given.gpus_per_node, own_servers)
     with Greeter(name) as greeter, shared.cleaned(0):
         own = _examine(gathering, launch, name, config, shared, greeter, given)
         others = range(0 if own else 1, launch.world_size)
@@ -93,11 +98,12 @@ def _first_node(gathering: Gathering, launch: Launch, name: str, config: Config,
     measured: Mapping[int, AllReduceFacts] = {}
     if plan:
         gathering.report("all_reduce", measure(plan, 0).to_json())
-        measured, lost = gathering.collect("all_reduce", present, AllReduceFacts.from_json)
+        measured, lost = gathering.collect("all_reduce", plan.processes, AllReduceFacts.from_json)
         absent |= {rank: Absent(nodes[rank].name, "the all-reduce") for rank in lost}
     names = _names(launch.world_size, nodes, absent)
     problems = tuple(unresolved_urls(config))
-    verdict = Verdict.of(Job(_expected(config, given, plan), names, nodes, absent, neighbours, measured, problems))
+    expected = _expected(config, given, plan, memory)
+    verdict = Verdict.of(Job(expected, names, nodes, absent, neighbours, measured, problems))
     print(verdict.table(), flush=True)
     _write_lists(given, verdict, verdict.bad_nodes)
     return verdict.code
@@ -120,8 +126,8 @@ def _other_node(
         if own:
             _examine_neighbours(gathering, own, everyone, shared, given)
         plan = gathering.announced("all_reduce")  # all nodes are examined by then
-    if plan:
-        gathering.report("all_reduce", measure(AllReducePlan.from_json(plan), launch.rank).to_json())
+    if plan and launch.rank in (parsed := AllReducePlan.from_json(plan)).processes:
+        gathering.report("all_reduce", measure(parsed, launch.rank).to_json())
     return gathering.finish(BAD)
 
 
@@ -136,7 +142,15 @@ def _examine(
 ) -> NodeFacts | None:
     """Examines this node and reports; returns None if that has not ended in time, and reports nothing."""
     own = finished_in_time(
-        lambda: examine(config, launch, name, shared=shared, greeter_port=greeter.port, tell=gathering.tell),
+        lambda: examine(
+            config,
+            launch,
+            name,
+            rollout_nodes=given.rollout_nodes,
+            shared=shared,
+            greeter_port=greeter.port,
+            tell=gathering.tell,
+        ),
         given.timeout,
     )
     if own:
@@ -165,6 +179,12 @@ def _check_one_task_per_node(launch: Launch, environment: Mapping[str, str]) -> 
         raise ValueError(f"{found}: a preflight has one task per node; use srun --ntasks-per-node=1")
 
 
+def _check_rollout_nodes(launch: Launch, count: int) -> None:
+    """Raises ValueError if the trainer is left without a node."""
+    if not 0 <= count < launch.world_size:
+        raise ValueError(f"--rollout-nodes {count}: must be at least 0 and less than {launch.world_size}, all nodes")
+
+
 def _config(given: argparse.Namespace) -> tuple[Config | None, str]:
     try:
         return load_config(given.config, given.override), ""
@@ -179,13 +199,15 @@ def _all_reduce_plan(
     absent: Mapping[int, Absent],
     given: argparse.Namespace,
 ) -> AllReducePlan | None:
-    """Returns what is measured; None if nodes are missing or cannot be connected to, or if there is one process."""
-    cuda = any(node.gpus.usable for node in nodes.values())
+    """Returns what is measured on the trainer's nodes; None if nodes are missing or cannot be connected to, or if there
+    is one process."""
+    trainer = {rank: nodes[rank] for rank in sorted(nodes) if not nodes[rank].serves}
+    cuda = any(node.gpus.usable for node in trainer.values())
     minimum = _minimum(given, cuda=cuda)
-    processes = {rank: nodes[rank].gpus.usable if cuda else 1 for rank in sorted(nodes)}
+    processes = {rank: node.gpus.usable if cuda else 1 for rank, node in trainer.items()}
     separate = any(facts.unreachable or facts.unresolved for facts in neighbours.values())
     unusable = any(node.config_problem for node in nodes.values())
-    if minimum == 0 or absent or separate or unusable or min(processes.values()) == 0 or sum(processes.values()) < 2:
+    if minimum == 0 or absent or separate or unusable or 0 in processes.values() or sum(processes.values()) < 2:
         return None
     return AllReducePlan(processes, minimum, gathering.host, gathering.port, cuda, given.timeout)
 
@@ -196,22 +218,18 @@ def _minimum(given: argparse.Namespace, *, cuda: bool) -> float:
     return _MIN_NCCL if cuda else _MIN_GLOO
 
 
-def _expected(config: Config, given: argparse.Namespace, plan: AllReducePlan | None) -> Expected:
-    slurm = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    servers = config.rollout.servers
-    own_servers = config.algorithm.kind != "sft" and config.rollout.engine == "sglang" and not servers.urls
-    size = config.rollout.sglang.get("tp_size", 1)
+def _expected(
+    config: Config, given: argparse.Namespace, plan: AllReducePlan | None, memory: Future[PlannedMemory | None] | None
+) -> Expected:
     return Expected(
-        gpus_per_node=given.gpus_per_node
-        if given.gpus_per_node is not None
-        else int(slurm)
-        if slurm.isdecimal()
-        else None,
+        gpus_per_node=given.gpus_per_node,
+        rollout_nodes=given.rollout_nodes,
         min_bandwidth=plan.minimum if plan else 0.0,
         max_clock_skew=given.max_clock_skew,
         seconds=given.timeout,
         parallel=config.actor.parallel,
-        server_gpus=servers.per_host * int(size) if own_servers and not servers.colocated else 0,
+        server_gpus=0 if given.rollout_nodes else server_gpus(config),
+        memory=finished_plan(memory, given.timeout),
     )
 
 
@@ -267,6 +285,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="GPUs that every node must have (default: SLURM_GPUS_ON_NODE, else as many as most nodes have)",
+    )
+    parser.add_argument(
+        "--rollout-nodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many nodes, the last ones, run servers alone (default: 0, servers share the trainer's nodes)",
     )
     parser.add_argument(
         "--min-bandwidth",

@@ -6,29 +6,39 @@ from collections.abc import Callable, Mapping
 
 from fipo_megatron.preflight.blame import nodes_at_fault
 from fipo_megatron.preflight.job import Cell, Job, most_frequent
-from fipo_megatron.preflight.node_facts import NeighbourFacts, NodeFacts
+from fipo_megatron.preflight.node_facts import NeighbourFacts
 
 
 def check_driver(job: Job) -> Mapping[int, Cell]:
-    """Checks that all nodes with GPUs have the same driver."""
-    drivers = {rank: node.gpus.driver for rank, node in job.usable().items() if node.gpus.driver}
-    wanted = most_frequent(drivers) if drivers else ""
+    """Checks that the trainer's nodes with GPUs have the same driver, and so the nodes that serve."""
     cells = {rank: Cell("-") for rank in job.usable()}
-    for rank, driver in drivers.items():
-        problem = "" if driver == wanted else f"driver {driver}; must be {wanted}, as on {_owner(job, drivers, wanted)}"
-        cells[rank] = Cell(driver, problem)
+    for nodes in job.by_use():
+        drivers = {rank: node.gpus.driver for rank, node in nodes.items() if node.gpus.driver}
+        wanted = most_frequent(drivers) if drivers else ""
+        for rank, driver in drivers.items():
+            problem = ""
+            if driver != wanted:
+                problem = f"driver {driver}; must be {wanted}, as on {_owner(job, drivers, wanted)}"
+            cells[rank] = Cell(driver, problem)
     return cells
 
 
 def check_versions(job: Job) -> Mapping[int, Cell]:
     """Checks that Python, all packages and the sources of this package are the same on all nodes."""
-    return _same_versions(job, lambda node: node.versions, "torch", "")
+    return _same_versions(job, {rank: node.versions for rank, node in job.usable().items()}, "torch", "")
 
 
 def check_servers(job: Job) -> Mapping[int, Cell]:
-    """Checks that SGLang's environment can be used, fits the trainer's NCCL, and has the same packages on all nodes."""
-    cells = dict(_same_versions(job, lambda node: node.server_versions, "sglang", "in SGLang's environment "))
-    for rank, node in job.usable().items():
+    """Checks that SGLang's environment can be used, fits the trainer's NCCL, and has the same packages on all nodes.
+
+    In a job with nodes that serve, it is theirs alone.
+    """
+    nodes = job.usable()
+    if job.expected.rollout_nodes:
+        nodes = {rank: node for rank, node in nodes.items() if node.serves}
+    versions = {rank: node.server_versions for rank, node in nodes.items()}
+    cells = dict(_same_versions(job, versions, "sglang", "in SGLang's environment "))
+    for rank, node in nodes.items():
         if node.server_problem:
             cells[rank] = Cell("bad", node.server_problem)
     return cells
@@ -40,7 +50,7 @@ def check_inputs(job: Job) -> Mapping[int, Cell]:
     problems: dict[int, list[str]] = {rank: [] for rank in nodes}
     sizes = dict.fromkeys(nodes, 0)
     for number in range(max((len(node.inputs) for node in nodes.values()), default=0)):
-        facts = {rank: node.inputs[number] for rank, node in nodes.items()}
+        facts = {rank: node.inputs[number] for rank, node in nodes.items() if number < len(node.inputs)}
         digests = {rank: fact.digest for rank, fact in facts.items() if not fact.problem}
         wanted = most_frequent(digests) if digests else ""
         for rank, fact in facts.items():
@@ -153,10 +163,7 @@ def _all_failed(job: Job) -> bool:
     return bool(job.all_reduce) and all(facts.problem for facts in job.all_reduce.values())
 
 
-def _same_versions(
-    job: Job, versions_of: Callable[[NodeFacts], dict[str, str]], shown: str, where: str
-) -> Mapping[int, Cell]:
-    nodes = {rank: versions_of(node) for rank, node in job.usable().items()}
+def _same_versions(job: Job, nodes: Mapping[int, Mapping[str, str]], shown: str, where: str) -> Mapping[int, Cell]:
     problems: dict[int, list[str]] = {rank: [] for rank in nodes}
     for package in dict.fromkeys(name for versions in nodes.values() for name in versions):
         found = {rank: versions.get(package, "not installed") for rank, versions in nodes.items()}

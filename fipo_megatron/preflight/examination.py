@@ -85,6 +85,7 @@ def examine(
     launch: Launch,
     name: str,
     *,
+    rollout_nodes: int,
     shared: SharedDirectory,
     greeter_port: int,
     tell: Callable[[str], None],
@@ -95,22 +96,24 @@ def examine(
         config: Configuration of the run.
         launch: Position of this node.
         name: Name of this node.
+        rollout_nodes: Number of nodes that run servers alone, the last ones. With any, the others run no servers.
         shared: Directory chosen by node 0.
         greeter_port: Port at which this node answers others.
         tell: Function that is given the name of each part before it is examined: a part may not come to an end.
     """
     host = socket.gethostname()
+    serves = launch.rank >= launch.world_size - rollout_nodes
     tell("its GPUs")
     gpus = gpu_facts()
     tell("its packages")
     versions = trainer_versions()
     tell("SGLang's environment")
-    theirs, server_problem = server_versions(config)
+    theirs, server_problem = server_versions(config) if serves or not rollout_nodes else ({}, "")
     tell("host name and ports")
-    name_problem = _name_problem(config) if launch.world_size > 1 else ""
+    name_problem = _name_problem(config, serves=serves) if launch.world_size > 1 else ""
     ports, port_problems = port_states(config, launch, host)
     tell(f"model and data ({config.model.path})")
-    inputs = input_facts(config)
+    inputs = input_facts(config, model_alone=serves)
     tell(f"the output directory ({shared.path})")
     written = shared.write(launch.rank)
     output_problem = (
@@ -121,6 +124,7 @@ def examine(
         name=name,
         host=host,
         greeter_port=greeter_port,
+        serves=serves,
         gpus=gpus,
         versions=versions,
         server_versions=theirs,
@@ -136,9 +140,9 @@ def examine(
     )
 
 
-def _name_problem(config: Config) -> str:
+def _name_problem(config: Config, *, serves: bool) -> str:
     """Returns why other hosts could not reach this one under the addresses that gloo and servers will use."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
+    if not serves and "GLOO_SOCKET_IFNAME" not in os.environ:
         host = socket.gethostname()
         valid = "it must resolve to an address that the other nodes reach, or GLOO_SOCKET_IFNAME must name an interface"
         try:

@@ -23,7 +23,9 @@ _COLUMNS = (
     "remapped_rows.pending",
     "remapped_rows.failure",
     "retired_pages.pending",
+    "memory.total",
 )
+_MIB = 2**20
 _SMI_SECONDS = 30.0
 
 FAULTS = {
@@ -54,17 +56,19 @@ def gpu_facts(kernel_log: Path = Path("/dev/kmsg")) -> GpuFacts:
         kernel_log: The kernel's log, in the format of ``/dev/kmsg``.
     """
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    slurm = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    given = int(slurm) if slurm.isdecimal() else None
     program = shutil.which("nvidia-smi")
     if program is None:
-        return GpuFacts(usable=usable, problem="nvidia-smi is not in PATH" if usable else "")
+        return GpuFacts(usable=usable, given=given, problem="nvidia-smi is not in PATH" if usable else "")
     command = [program, f"--query-gpu={','.join(_COLUMNS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return GpuFacts(usable=usable, problem=f"nvidia-smi: {one_line(error)}")
+        return GpuFacts(usable=usable, given=given, problem=f"nvidia-smi: {one_line(error)}")
     if done.returncode:
         text = one_line(done.stdout.strip() or done.stderr.strip() or "no message")
-        return GpuFacts(usable=usable, problem=f"nvidia-smi ended with {done.returncode}: {text}")
+        return GpuFacts(usable=usable, given=given, problem=f"nvidia-smi ended with {done.returncode}: {text}")
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     rows = [row for row in rows if len(row) == len(_COLUMNS)]
     xids, log_problem = _read_kernel_log(kernel_log)
@@ -72,6 +76,8 @@ def gpu_facts(kernel_log: Path = Path("/dev/kmsg")) -> GpuFacts:
         names=tuple(row[1] for row in rows),
         driver=rows[0][2] if rows else "",
         usable=usable,
+        memory=tuple(int(row[-1]) * _MIB for row in rows if row[-1].isdecimal()),
+        given=given,
         errors=tuple(memory_errors(rows)),
         kernel_log=xids,
         kernel_log_problem=log_problem,
@@ -80,7 +86,7 @@ def gpu_facts(kernel_log: Path = Path("/dev/kmsg")) -> GpuFacts:
 
 def memory_errors(rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yields a sentence for each memory error of a GPU; values that a GPU does not have are ``[N/A]``."""
-    for index, _, _, uncorrected, remap_pending, remap_failure, page_pending in rows:
+    for index, _, _, uncorrected, remap_pending, remap_failure, page_pending, *_ in rows:
         if uncorrected.isdecimal() and int(uncorrected):
             yield f"GPU {index} has {uncorrected} uncorrected memory errors since the driver was loaded"
         if _is_set(remap_failure):

@@ -14,11 +14,18 @@ from fipo_megatron.preflight.node_facts import InputFact
 from fipo_megatron.weights.architecture import Architecture
 
 
-def input_facts(config: Config) -> tuple[InputFact, ...]:
-    """Returns model and data of a run. One byte of every file is read."""
+def input_facts(config: Config, *, model_alone: bool = False) -> tuple[InputFact, ...]:
+    """Returns model and data of a run. One byte of every file is read.
+
+    Args:
+        config: Configuration of the run.
+        model_alone: Whether the node reads no data.
+    """
     found = [
         _fact(f"model.path = {config.model.path!r}", Path(config.model.path), _model_files(Path(config.model.path)))
     ]
+    if model_alone:
+        return tuple(found)
     files = [("data.files", path) for path in config.data.files]
     if config.run.evaluate_every:
         files += [("evaluation.files", path) for path in config.evaluation.files]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fipo_megatron.config import ParallelConfig
 from fipo_megatron.preflight.gathering import Absent
+from fipo_megatron.preflight.memory_plan import PlannedMemory
 from fipo_megatron.preflight.node_facts import AllReduceFacts, NeighbourFacts, NodeFacts
 
 Value = TypeVar("Value")
@@ -19,20 +20,24 @@ class Expected:
     """The requirements that all nodes must meet.
 
     Attributes:
-        gpus_per_node: GPUs of each node; None: as many as most nodes have.
+        gpus_per_node: GPUs of each node; None: as many as Slurm gives to it, else as many as most nodes have.
+        rollout_nodes: Nodes that run servers alone, the last ones.
         min_bandwidth: Bus bandwidth of the all-reduce in GB/s; 0 if it is not measured.
         max_clock_skew: Largest difference of two clocks in seconds.
         seconds: Seconds within which a node must report.
         parallel: The actor's layout.
-        server_gpus: GPUs of each node that belong to servers alone.
+        server_gpus: GPUs of each of the trainer's nodes that belong to servers alone.
+        memory: Planned memory of the GPUs; None if it was not planned.
     """
 
     gpus_per_node: int | None = None
+    rollout_nodes: int = 0
     min_bandwidth: float = 0.0
     max_clock_skew: float = 1.0
     seconds: float = 60.0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     server_gpus: int = 0
+    memory: PlannedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,17 @@ class Job:
     def usable(self) -> dict[int, NodeFacts]:
         """Returns the nodes that could examine themselves."""
         return {rank: node for rank, node in self.nodes.items() if not node.config_problem}
+
+    def by_use(self) -> list[dict[int, NodeFacts]]:
+        """Returns the usable nodes of the trainer and those that serve, which may have other GPUs; no empty group."""
+        usable = self.usable()
+        groups = [{rank: node for rank, node in usable.items() if node.serves == serves} for serves in (False, True)]
+        return [group for group in groups if group]
+
+    @property
+    def trainer_count(self) -> int:
+        """Number of the trainer's nodes, missing ones included."""
+        return len(self.names) - self.expected.rollout_nodes
 
 
 @dataclass(frozen=True)

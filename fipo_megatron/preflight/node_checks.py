@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fipo_megatron.plan.gpu_memory import GIB
 from fipo_megatron.preflight.job import Cell, Job, most_frequent
+from fipo_megatron.preflight.node_facts import NodeFacts
 
 
 def check_report(job: Job) -> Mapping[int, Cell]:
@@ -24,20 +26,31 @@ def check_report(job: Job) -> Mapping[int, Cell]:
     return cells
 
 
-def check_gpus(job: Job) -> Mapping[int, Cell]:
-    """Checks the number of GPUs of each node, that torch can use them, and that all nodes have the same."""
-    nodes = job.usable()
-    if not nodes:
+def show_use(job: Job) -> Mapping[int, Cell]:
+    """Shows which nodes serve, in a job that has such nodes."""
+    if not job.expected.rollout_nodes:
         return {}
-    wanted, reason = job.expected.gpus_per_node, "expected (--gpus-per-node or Slurm)"
+    return {rank: Cell("trainer" if rank < job.trainer_count else "servers") for rank in job.names}
+
+
+def check_gpus(job: Job) -> Mapping[int, Cell]:
+    """Checks the number of GPUs of each node, that torch can use them, and that all nodes have the same.
+
+    The trainer's nodes are compared with each other, and so are those that serve.
+    """
+    return {rank: cell for nodes in job.by_use() for rank, cell in _check_gpus(job, nodes).items()}
+
+
+def _check_gpus(job: Job, nodes: Mapping[int, NodeFacts]) -> Mapping[int, Cell]:
     kinds = {rank: (node.gpus.names or ("none",))[0] for rank, node in nodes.items()}
     kind = most_frequent(kinds)
-    if wanted is None:
-        wanted = most_frequent({rank: max(node.gpus.usable, len(node.gpus.names)) for rank, node in nodes.items()})
-        reason = "on most nodes"
+    most = most_frequent({rank: max(node.gpus.usable, len(node.gpus.names)) for rank, node in nodes.items()})
     cells = {}
     for rank, node in nodes.items():
         gpus, problem = node.gpus, ""
+        expected = gpus.given if job.expected.gpus_per_node is None else job.expected.gpus_per_node
+        reason = "on most nodes" if expected is None else "expected (--gpus-per-node or Slurm)"
+        wanted = most if expected is None else expected
         if gpus.problem:
             problem = gpus.problem
         elif gpus.usable != wanted:
@@ -60,6 +73,65 @@ def check_gpu_errors(job: Job) -> Mapping[int, Cell]:
         problem = f"{'; '.join(found)}; there must be none: reset the GPU or report the node" if found else ""
         cells[rank] = Cell(text, problem)
     return cells
+
+
+def check_memory(job: Job) -> Mapping[int, Cell]:
+    """Checks the memory of the GPUs of each node against the plan of the run.
+
+    What does not fit the GPUs that most nodes have is a problem of the job, not of a node; see
+    :func:`memory_problems`.
+    """
+    cells = {}
+    for nodes in job.by_use():
+        usual = _usual_memory(nodes)
+        for rank, node in nodes.items():
+            own = min(node.gpus.memory, default=0)
+            if not node.gpus.names:
+                cells[rank] = Cell("no GPU")
+                continue
+            text, problem = _memory_of_node(job, rank, node, own)
+            cells[rank] = Cell(text, problem if own < usual else "")
+    return cells
+
+
+def memory_problems(job: Job) -> list[str]:
+    """Lists why the run does not fit the GPUs that most nodes have, each reason once."""
+    problems = []
+    for nodes in job.by_use():
+        usual = _usual_memory(nodes)
+        problems += [_memory_of_node(job, rank, node, usual)[1] for rank, node in nodes.items() if node.gpus.names]
+    return list(dict.fromkeys(filter(None, problems)))
+
+
+def _usual_memory(nodes: Mapping[int, NodeFacts]) -> int:
+    """Returns the memory of the smallest GPU of most nodes that have GPUs; 0 if none has."""
+    sizes = {rank: min(node.gpus.memory) for rank, node in nodes.items() if node.gpus.memory}
+    return most_frequent(sizes) if sizes else 0
+
+
+def _memory_of_node(job: Job, rank: int, node: NodeFacts, size: int) -> tuple[str, str]:
+    """Returns the planned memory of a node beside a GPU's, and why it does not fit; empty if it does."""
+    plan = job.expected.memory
+    if plan is None or not size:
+        return "not planned", ""
+    has = f"{size / GIB:.1f} GiB"
+    if not node.serves:
+        stage = plan.of_node(rank)
+        text, problem = f"{stage.planned / GIB:.1f} of {has}", ""
+        if stage.needed > size:
+            problem = (
+                f"{stage.name} needs {stage.needed / GIB:.1f} GiB, a GPU has {has}; fipo plan names layouts that fit"
+            )
+        if problem or job.expected.rollout_nodes:
+            return text, problem
+    else:
+        text = f"servers, {has}"
+    if plan.responses(size) == 0:
+        return text, (
+            f"a server has no room for a response of full length beside the weights, a GPU has {has}; "
+            "raise rollout.sglang.tp_size"
+        )
+    return text, ""
 
 
 def check_output(job: Job) -> Mapping[int, Cell]:

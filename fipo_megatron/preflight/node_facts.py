@@ -15,6 +15,8 @@ class GpuFacts:
         names: Product name of each GPU that the driver lists.
         driver: Version of the driver; empty without one.
         usable: Number of GPUs that torch can use.
+        memory: Bytes of memory of each GPU that the driver lists.
+        given: Number of GPUs that Slurm gives to the node; None without Slurm's variable.
         errors: Memory errors that need a reset or a repair, a sentence each.
         problem: Why the driver could not be asked; empty if it answered, or if there is none.
         kernel_log: Xid errors of the hardware in the kernel log, a sentence each; None if the log cannot be read.
@@ -24,6 +26,8 @@ class GpuFacts:
     names: tuple[str, ...] = ()
     driver: str = ""
     usable: int = 0
+    memory: tuple[int, ...] = ()
+    given: int | None = None
     errors: tuple[str, ...] = ()
     problem: str = ""
     kernel_log: tuple[str, ...] | None = ()
@@ -57,14 +61,15 @@ class NodeFacts:
         host: The host's own name.
         greeter_port: Port at which it answers its neighbours; 0 if there is none.
         config_problem: Why the configuration cannot be used here.
+        serves: Whether the node runs servers alone, and no ranks of the trainer.
         gpus: Its GPUs.
         versions: Versions of installed packages.
-        server_versions: Versions in SGLang's environment; empty if the run starts no servers.
+        server_versions: Versions in SGLang's environment; empty if the run starts no servers on this node.
         server_problem: Why SGLang's environment cannot be used, or its NCCL not be joined to the trainer's.
         name_problem: Why other nodes cannot use the host's name.
         output_file: File that the node wrote for its neighbours; empty if it could not.
         output_problem: Why the output directory cannot be written.
-        inputs: Model and data.
+        inputs: Model and data; on a node that serves, the model alone.
         free_bytes: Free space of the file system of the output directory; None if unknown.
         needed_bytes: Size of the checkpoints that the run will have to write there; None if unknown.
         ports: Ports that the run needs on this node, and their state.
@@ -76,6 +81,7 @@ class NodeFacts:
     host: str
     greeter_port: int = 0
     config_problem: str = ""
+    serves: bool = False
     gpus: GpuFacts = field(default_factory=GpuFacts)
     versions: dict[str, str] = field(default_factory=dict)
     server_versions: dict[str, str] = field(default_factory=dict)

@@ -16,14 +16,20 @@ def own_name(environment: Mapping[str, str]) -> str:
 def names_of_ranks(environment: Mapping[str, str], nodes: int) -> dict[int, str]:
     """Returns the expected name of each node by rank; empty if the launcher does not tell.
 
-    With one task per node, Slurm numbers the tasks in the order of the step's node list.
+    With one task per node, Slurm numbers the tasks in the order of the step's node list. In a step over several
+    components of a heterogeneous job they are numbered component by component, while the step's list is sorted.
 
     Args:
         environment: Environment of a task.
         nodes: Number of nodes of the step.
     """
-    names = expand(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
-    return dict(enumerate(names)) if len(names) == nodes else {}
+    size = environment.get("SLURM_HET_SIZE", "")
+    components = range(int(size) if size.isdecimal() else 0)
+    lists = [
+        ",".join(environment.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in components),
+        environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""),
+    ]
+    return next((dict(enumerate(names)) for names in map(expand, lists) if len(names) == nodes), {})
 
 
 def expand(node_list: str) -> list[str]:

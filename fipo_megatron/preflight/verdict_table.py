@@ -11,8 +11,10 @@ from fipo_megatron.preflight import agreement_checks, node_checks
 from fipo_megatron.preflight.job import Cell, Check, Job
 
 CHECKS: Mapping[str, Check] = {
+    "use": node_checks.show_use,
     "report": node_checks.check_report,
     "GPUs": node_checks.check_gpus,
+    "memory": node_checks.check_memory,
     "driver": agreement_checks.check_driver,
     "GPU errors": node_checks.check_gpu_errors,
     "output": node_checks.check_output,
@@ -50,7 +52,8 @@ class Verdict:
     def of(cls, job: Job) -> Verdict:
         """Runs all checks."""
         cells = {name: check(job) for name, check in CHECKS.items()}
-        return cls(job, cells, (*job.job_problems, *_layout_problems(job), *agreement_checks.all_reduce_problems(job)))
+        found = (*_layout_problems(job), *node_checks.memory_problems(job), *agreement_checks.all_reduce_problems(job))
+        return cls(job, cells, (*job.job_problems, *found))
 
     @property
     def bad_nodes(self) -> list[str]:
@@ -116,11 +119,11 @@ def _text(cell: Cell | None) -> str:
 
 
 def _layout_problems(job: Job) -> list[str]:
-    """Lists why the actor's layout does not fit the GPUs of all good nodes."""
-    gpus = {node.gpus.usable for node in job.usable().values()}
+    """Lists why the actor's layout does not fit the GPUs of the trainer's good nodes."""
+    gpus = {node.gpus.usable for node in job.usable().values() if not node.serves}
     if len(gpus) != 1 or (count := next(iter(gpus))) == 0:
         return []
-    ranks = len(job.names) * (count - job.expected.server_gpus)
+    ranks = job.trainer_count * (count - job.expected.server_gpus)
     if ranks <= 0:
         return [f"{count} GPUs per node: the servers take {job.expected.server_gpus} and leave none to the trainer"]
     return layout_conflicts(job.expected.parallel, ranks)

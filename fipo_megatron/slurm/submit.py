@@ -23,6 +23,10 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
 
 NOT_VALID = 2
 _WIDTH = 110
+_LOSS_OF_A_NODE = (
+    "the loss of a rollout node ends the trainer as well: Slurm lets a job go on without a node only if the trainer and "
+    "the servers have at least two nodes each"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,6 +60,8 @@ def build_command(given: argparse.Namespace) -> tuple[list[str], dict[str, str],
         raise ConfigError(f"--rollout-nodes {given.rollout_nodes}: must be less than --nodes {given.nodes}")
     if given.kind == "evaluate" and (given.nodes, given.rollout_nodes) != (1, 0):
         raise ConfigError("--kind evaluate: runs on one node; give --nodes 1 and no --rollout-nodes")
+    if given.replace_bad_nodes and given.kind != "train":
+        raise ConfigError(f"--replace-bad-nodes: must not be given with --kind {given.kind}, only with train")
     nodes = JobNodes(
         trainer, given.rollout_nodes, given.gpus_per_node, given.ranks_per_node or given.gpus_per_node or 1
     )
@@ -66,12 +72,13 @@ def build_command(given: argparse.Namespace) -> tuple[list[str], dict[str, str],
     if problems:
         raise ConfigError("\n".join(f"{given.config}: {problem}" for problem in problems))
     notes = [describe(config, nodes)] if given.kind == "train" else []
+    notes += [_LOSS_OF_A_NODE] if given.kind == "train" and nodes.rollout and 1 in (trainer, nodes.rollout) else []
     notes += missing if given.dry_run else []
     # A component of a heterogeneous job has none of the options of the other one.
     kind = "disaggregated" if given.kind == "train" and nodes.rollout else given.kind
     script = _script("colocated" if kind == "train" else kind)
     if kind == "disaggregated":
-        components = [["--nodes", str(count), "--no-kill", *_options(given)] for count in (trainer, nodes.rollout)]
+        components = [["--nodes", str(count), *_options(given)] for count in (trainer, nodes.rollout)]
         options = ["--job-name", given.job_name, *components[0], ":", *components[1]]
     else:
         options = ["--job-name", given.job_name, "--nodes", str(given.nodes), *_options(given)]
@@ -90,6 +97,7 @@ def _options(given: argparse.Namespace) -> list[str]:
 def _variables(given: argparse.Namespace) -> dict[str, str]:
     """Returns the variables of examples/slurm/job.sh that the command line sets."""
     ranks = given.ranks_per_node or given.gpus_per_node
+    serving = given.rollout_nodes if given.kind == "preflight" else 0
     found = {
         "FIPO_SCRIPTS": None if _in_working_directory() else str(SCRIPTS),
         "FIPO_PYTHON": given.python,
@@ -98,6 +106,8 @@ def _variables(given: argparse.Namespace) -> dict[str, str]:
         "FIPO_MOUNTS": given.container_mounts,
         "FIPO_RANKS": str(ranks) if given.ranks_per_node else None,
         "FIPO_SRUN": given.srun,
+        "FIPO_PREFLIGHT": "replace" if given.replace_bad_nodes else None,
+        "FIPO_ROLLOUT_NODES": str(serving) if serving else None,
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -176,6 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--python", metavar="PYTHON", help="Python that has fipo_megatron (default: python3)")
     parser.add_argument("--container-image", metavar="IMAGE", help="image for pyxis")
     parser.add_argument("--container-mounts", metavar="MOUNTS", help="mounts for pyxis (default: working directory)")
+    parser.add_argument(
+        "--replace-bad-nodes",
+        action="store_true",
+        help="if the preflight finds bad nodes, start the job again on others instead of ending it",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
     return parser
 

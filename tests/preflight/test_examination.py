@@ -56,6 +56,18 @@ def test_names_of_ranks_need_one_task_per_node():
     assert names_of_ranks({}, 2) == {}
 
 
+def test_ranks_of_a_step_over_two_components_are_numbered_component_by_component():
+    """As Slurm 22.05 set the variables of such a step."""
+    environment = {
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n4",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "n[1-2]",
+        "SLURM_STEP_NODELIST": "n[1-2,4]",
+    }
+    assert names_of_ranks(environment, 3) == {0: "n4", 1: "n1", 2: "n2"}
+    assert names_of_ranks(environment | {"SLURM_STEP_NODELIST": "n4"}, 1) == {0: "n4"}
+
+
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
     """Puts a program into PATH that prints the given rows."""
@@ -72,14 +84,15 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_gpus_as_the_driver_lists_them(nvidia_smi, tmp_path):
     nvidia_smi(
-        "0, NVIDIA H100 80GB HBM3, 580.82.07, 0, No, No, [N/A]\n"
-        "1, NVIDIA H100 80GB HBM3, 580.82.07, 2, Yes, No, [N/A]\n"
-        "2, NVIDIA H100 80GB HBM3, 580.82.07, [N/A], 0, 1, 0"
+        "0, NVIDIA H100 80GB HBM3, 580.82.07, 0, No, No, [N/A], 81559\n"
+        "1, NVIDIA H100 80GB HBM3, 580.82.07, 2, Yes, No, [N/A], 81559\n"
+        "2, NVIDIA H100 80GB HBM3, 580.82.07, [N/A], 0, 1, 0, [N/A]"
     )
     log = tmp_path / "kmsg"
     log.write_text("6,1,10,-;usb 1-1: new device\n")
     facts = gpu_facts(log)
     assert (facts.names, facts.driver) == (("NVIDIA H100 80GB HBM3",) * 3, "580.82.07")
+    assert facts.memory == (81559 * 2**20,) * 2
     assert facts.errors == (
         "GPU 1 has 2 uncorrected memory errors since the driver was loaded",
         "GPU 1 has a memory remapping that waits for a reset",
@@ -316,6 +329,7 @@ def test_nodes_of_one_name_are_told_apart():
     [
         (["no-such.yaml"], {}, "no-such.yaml"),
         (["CONFIG", "run.steps=x"], {}, "run.steps"),
+        (["CONFIG", "--rollout-nodes", "1"], {}, "--rollout-nodes 1: must be at least 0 and less than 1, all nodes"),
         (["CONFIG", "--json", "/no/such/directory/x"], {}, "--json /no/such/directory/x: there is no directory"),
         (
             ["CONFIG"],

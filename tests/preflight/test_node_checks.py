@@ -4,18 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from fipo_megatron.config import ParallelConfig
+from fipo_megatron.config import ParallelConfig, load_config
+from fipo_megatron.plan.gpu_memory import GIB
 from fipo_megatron.preflight.blame import nodes_at_fault
 from fipo_megatron.preflight.gathering import Absent
 from fipo_megatron.preflight.job import Expected, Job
+from fipo_megatron.preflight.memory_plan import plan_memory
 from fipo_megatron.preflight.node_facts import AllReduceFacts, GpuFacts, InputFact, NeighbourFacts, NodeFacts
 from fipo_megatron.preflight.verdict_table import Verdict
+from tests.preflight.nodes import write_inputs
 
-GPUS = GpuFacts(names=("NVIDIA H100 80GB HBM3",) * 8, driver="580.82", usable=8)
+GPUS = GpuFacts(names=("NVIDIA H100 80GB HBM3",) * 8, driver="580.82", usable=8, memory=(80 * GIB,) * 8)
 
 
 def node(rank, **changes):
-    return NodeFacts(rank, f"n{rank + 1}", f"host{rank + 1}", greeter_port=40000, gpus=GPUS, **changes)
+    changes = {"gpus": GPUS} | changes
+    return NodeFacts(rank, f"n{rank + 1}", f"host{rank + 1}", greeter_port=40000, **changes)
 
 
 def job(*nodes, neighbours=None, expected=None, **others):
@@ -248,6 +252,96 @@ def test_a_layout_that_does_not_fit_the_gpus_is_a_problem_of_the_job():
     assert said(Verdict.of(job(node(0), expected=servers))) == [
         "job: 8 GPUs per node: the servers take 8 and leave none to the trainer"
     ]
+
+
+A100 = GpuFacts(names=("NVIDIA A100-SXM4-40GB",) * 4, driver="550.54", usable=4, memory=(40 * GIB,) * 4, given=4)
+
+
+def test_nodes_that_serve_are_compared_with_each_other():
+    """They may have other GPUs, another driver, and no data; a server's environment is theirs alone."""
+    model, data = InputFact("model.path = 'm'", 10, "aa"), InputFact("data.files: 'd'", 5, "bb")
+    trainer = [node(rank, inputs=(model, data)) for rank in range(2)]
+    common = {"gpus": A100, "serves": True, "inputs": (model,), "server_versions": {"sglang": "0.5.23"}}
+    servers = [node(rank, **common) for rank in (2, 3, 4)]
+    expected = Expected(rollout_nodes=3, parallel=ParallelConfig(tensor_parallel=8, pipeline_parallel=2))
+    verdict = Verdict.of(job(*trainer, *servers, expected=expected))
+    assert said(verdict) == []
+    rows = [line.split()[:3] for line in verdict.table().splitlines()[:6]]
+    assert rows[0] == ["node", "use", "report"]
+    assert [row[1] for row in rows[1:]] == ["trainer", "trainer", "servers", "servers", "servers"]
+    lacks = replace(A100, names=A100.names[:3], usable=3)
+    odd = {"gpus": lacks, "inputs": (replace(model, digest="cc"),), "server_versions": {"sglang": "0.5.22"}}
+    verdict = Verdict.of(job(*trainer, *servers[:2], replace(servers[2], **odd), expected=expected))
+    assert said(verdict) == [
+        "n5: GPUs: torch can use 3 GPUs (nvidia-smi lists 3); there must be 4, as expected (--gpus-per-node or Slurm)",
+        "n5: inputs: model.path = 'm': its files or their sizes differ (10 bytes); they must be those of n1",
+        "n5: SGLang: in SGLang's environment sglang is 0.5.22; must be 0.5.23, as on n3",
+    ]
+
+
+def test_an_absent_node_that_serves_is_none_of_the_trainer():
+    expected = Expected(rollout_nodes=1, parallel=ParallelConfig(tensor_parallel=8))
+    verdict = Verdict.of(job(node(0), absent={1: Absent()}, expected=expected))
+    assert said(verdict) == ["n2: report: has not started; must report within 60 s (--timeout)"]
+    assert verdict.cells["use"][1].text == "servers"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The plan of a run with two pipeline stages over two nodes of eight GPUs."""
+    directory = tmp_path_factory.mktemp("plan")
+    given = [*("rollout.engine=sglang", "actor.parallel.pipeline_parallel=2"), "rollout.sglang={tp_size: 2}"]
+    return plan_memory(load_config(write_inputs(directory), given), nodes=2, ranks_per_node=8)
+
+
+def of_size(gib):
+    return replace(GPUS, memory=(*GPUS.memory[:7], int(gib * GIB)))
+
+
+def test_the_plan_is_that_of_the_stages_of_a_node(planned):
+    first, last = planned.stages
+    assert first.name.startswith("stage 0: ")
+    assert planned.of_node(0) == first
+    assert planned.of_node(1) == last
+    assert replace(planned, ranks_per_node=16).of_node(0) == max(first, last, key=lambda stage: stage.planned)
+    assert 0 < first.needed < first.planned
+
+
+def test_a_gpu_with_too_little_memory_is_named(planned):
+    expected = Expected(memory=planned, rollout_nodes=3)
+    small = planned.stages[1].needed / GIB / 2
+    nodes = [node(0), node(1), *(node(rank, serves=True) for rank in (2, 3, 4))]
+    assert said(Verdict.of(job(*nodes, expected=expected))) == []
+    nodes[1] = node(1, gpus=of_size(small))
+    nodes[3] = node(3, serves=True, gpus=of_size(8))
+    verdict = Verdict.of(job(*nodes, expected=expected))
+    assert [sentence.partition(" needs")[0] for sentence in said(verdict)] == [
+        f"n2: memory: {planned.stages[1].name}",
+        "n4: memory: a server has no room for a response of full length beside the weights, a GPU has 8.0 GiB; raise "
+        "rollout.sglang.tp_size",
+    ]
+    assert f"a GPU has {small:.1f} GiB; fipo plan names layouts that fit" in said(verdict)[0]
+    assert verdict.cells["memory"][0].text == f"{planned.stages[0].planned / GIB:.1f} of 80.0 GiB"
+
+
+def test_a_run_that_fits_no_node_is_a_problem_of_the_job(planned):
+    small = of_size(planned.stages[1].needed / GIB / 2)
+    verdict = Verdict.of(job(node(0, gpus=small), node(1, gpus=small), expected=Expected(memory=planned)))
+    assert verdict.bad_nodes == []
+    assert [sentence.partition(" needs")[0] for sentence in said(verdict)] == [
+        f"job: {stage.name}" for stage in planned.stages
+    ]
+
+
+def test_nodes_without_gpus_or_a_plan_say_so(planned):
+    verdict = Verdict.of(job(node(0, gpus=GpuFacts()), expected=Expected(memory=planned)))
+    assert (verdict.cells["memory"][0].text, verdict.code) == ("no GPU", 0)
+    assert Verdict.of(job(node(0))).cells["memory"][0].text == "not planned"
+
+
+def test_a_layout_that_is_not_valid_is_not_planned(tmp_path):
+    config = load_config(write_inputs(tmp_path), ["actor.parallel.pipeline_parallel=2"])
+    assert plan_memory(config, nodes=1, ranks_per_node=3) is None
 
 
 def test_facts_survive_json():

@@ -49,6 +49,7 @@ class Cluster:
 
     Attributes:
         environment: Environment in which Slurm's commands find this cluster.
+        before: Program and arguments that start every command of Slurm, which follows.
     """
 
     def __init__(self, directory: Path, nodes: int = 4, cpus: int = 8) -> None:
@@ -56,6 +57,7 @@ class Cluster:
         # The path of a socket may have 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="fipo-slurm-"))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.before: list[str] = []
         self.environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf")}
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             if name != "SLURM_CONF":
@@ -99,7 +101,13 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
         """Runs a command of Slurm and returns what it printed."""
         done = subprocess.run(
-            [*command], env=self.environment, capture_output=True, text=True, check=False, timeout=60, **options
+            [*self.before, *command],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            **options,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
@@ -147,8 +155,24 @@ class Cluster:
         assert found is not None, name
         with (self.directory / "logs" / f"{name}.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [found, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.before_daemon(name), found, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
+
+    def before_daemon(self, name: str) -> list[str]:
+        """Returns the program and arguments that start a daemon, which follows."""
+        return self.before
+
+    def addresses(self) -> dict[str, tuple[str, str]]:
+        """Returns the host name and the address of the controller (``""``) and of each node."""
+        return dict.fromkeys(["", *self.nodes], (socket.gethostname().partition(".")[0], "127.0.0.1"))
+
+    def ports(self) -> list[int]:
+        """Returns the ports of the controller and of each node."""
+        return _free_ports(1 + len(self.nodes))
 
     def _wait_for(self, condition, what: str) -> None:
         end = time.monotonic() + _START_SECONDS
@@ -163,17 +187,17 @@ class Cluster:
         )
 
     def _configuration(self) -> str:
-        host = socket.gethostname().partition(".")[0]
-        controller, *ports = _free_ports(1 + len(self.nodes))
+        addresses = self.addresses()
+        controller, *ports = self.ports()
         # Ranks derive their port from the number of the job, and each worker of pytest has a cluster.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
         first_job = 1 + 1000 * secrets.randbelow(9) + 100 * worker
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus}"
-            for name, port in zip(self.nodes, ports, strict=True)
+            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={self.cpus}"
+            for (name, (host, address)), port in zip(list(addresses.items())[1:], ports, strict=True)
         )
         return f"""ClusterName=fipo
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={"{}({})".format(*addresses[""])}
 SlurmctldPort={controller}
 SlurmUser=root
 SlurmdUser=root
@@ -207,8 +231,17 @@ JobRequeue=1
 FirstJobId={first_job}
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=all Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=all Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO GraceTime=120
+PartitionName=urgent Nodes={",".join(self.nodes)} MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+{self.more_configuration()}
 """
+
+    def more_configuration(self) -> str:
+        """Returns further lines of slurm.conf."""
+        return ""
 
 
 if __name__ == "__main__":

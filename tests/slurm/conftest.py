@@ -12,18 +12,23 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ROOT, Job
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    found = Cluster(tmp_path_factory.mktemp("slurm"), nodes=8)
-    found.environment |= {
+def prepared(cluster, tmp_path_factory):
+    """Returns a cluster whose jobs have this Python, directories of their own and no preflight."""
+    cluster.environment |= {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "FIPO_PREFLIGHT": "off",
         "FIPO_PYTHON": sys.executable,
         "REAL_PYTHON": sys.executable,
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "TMPDIR": str(tmp_path_factory.mktemp("temporary")),
     }
-    found.environment |= {"HOME": str(tmp_path_factory.mktemp("home"))}
-    found.environment |= {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))}
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    found = prepared(Cluster(tmp_path_factory.mktemp("slurm"), nodes=8), tmp_path_factory)
     try:
         found.start()
         yield found

@@ -35,7 +35,7 @@ def test_a_run_outlives_a_killed_engine_step_and_a_lost_rollout_node(cluster, da
         f"rollout.servers.python={ROOT}/.venv-sglang/bin/python",
         "rollout.servers.environment={OMP_NUM_THREADS: '1'}",
     ]
-    nodes = ["--nodes=2", "--no-kill"]
+    nodes = ["--nodes=2"]
     job = Job.submit(cluster, tmp_path, "disaggregated.sbatch", *given, components=(nodes, nodes))
     job.wait_for_step(start=1)
     first, second = job.nodes(component=1)

@@ -24,7 +24,7 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("name", NAMES)
 def test_slurm_accepts_the_script(name, cluster):
     component = ["--nodes=2", "--ntasks-per-node=1"]
-    options = [*component, "--no-kill", ":", *component, "--no-kill"] if name.startswith("disagg") else component
+    options = [*component, ":", *component] if name.startswith("disagg") else component
     done = cluster.run("sbatch", "--test-only", *options, str(SCRIPTS / name), "CONFIG", cwd=ROOT)
     assert "to start at" in done.stderr or not done.stderr, done.stderr
 
@@ -38,17 +38,22 @@ def test_a_wrong_configuration_ends_the_job_before_a_rank_starts(cluster, tmp_pa
     assert "ExitCode=2:0" in cluster.run("scontrol", "show", "job", job.number).stdout
 
 
-def test_a_bad_node_ends_the_job_before_a_rank_starts(cluster, data, tmp_path):
-    """The second node has another version of a package."""
+def broken_python(tmp_path, condition):
+    """Writes a Python with another version of a package on the nodes on which a shell command succeeds."""
     other = tmp_path / "other" / "transformers-4.0.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\nif [ "$SLURM_NODEID" = 1 ]; then export PYTHONPATH="' + str(other.parent) + ':$PYTHONPATH"; fi\n'
+        f'#!/bin/sh\nif {condition}; then export PYTHONPATH="{other.parent}:$PYTHONPATH"; fi\n'
         'exec "$REAL_PYTHON" "$@"\n'
     )
     python.chmod(0o755)
+    return python
+
+
+def test_a_bad_node_ends_the_job_before_a_rank_starts(cluster, data, tmp_path):
+    python = broken_python(tmp_path, '[ "$SLURM_NODEID" = 1 ]')
     job = Job.train(cluster, data, tmp_path, options=[f"--export=ALL,FIPO_PREFLIGHT=on,FIPO_PYTHON={python}"])
     job.wait("FAILED")
     bad = job.nodes()[1]
@@ -58,12 +63,28 @@ def test_a_bad_node_ends_the_job_before_a_rank_starts(cluster, data, tmp_path):
     assert not list(job.logs.glob("rank-*.log"))
 
 
+def test_a_bad_node_is_replaced(cluster, data, tmp_path):
+    """The second node of the first start is bad, and stays so. A node that the user has excluded stays excluded."""
+    name, used = tmp_path / "name", '"$SLURMD_NODENAME"'
+    noted = f'[ -e {name} ] || [ "$SLURM_NODEID" != 1 ] || echo {used} > {name}; [ "$(cat {name})" = {used} ]'
+    python = broken_python(tmp_path, noted)
+    options = [f"--export=ALL,FIPO_PREFLIGHT=replace,FIPO_PYTHON={python}", "--exclude=n1"]
+    job = Job.train(cluster, data, tmp_path, "run.steps=1", options=options)
+    job.wait()
+    bad = name.read_text().strip()
+    assert f"is requeued on other nodes than {bad}" in job.log
+    assert (job.starts, len(job.rows())) == (2, 1)
+    assert not {bad, "n1"} & {*job.nodes()}
+    assert f"ExcNodeList=n1,{bad}" in cluster.run("scontrol", "show", "job", job.number).stdout
+
+
 def test_the_plan_and_the_nodes_are_checked_without_training(cluster, data, tmp_path):
     given = arguments(data, tmp_path / "run", *SETTINGS)
-    options = ["--nodes=2", "--export=ALL,FIPO_PREFLIGHT=on"]
+    options = ["--nodes=2", "--export=ALL,FIPO_ROLLOUT_NODES=0"]
     job = Job.submit(cluster, tmp_path, "preflight.sbatch", *given, options=options)
     job.wait()
     assert "Fits: at most " in job.log
+    assert "no GPU" in job.log
     assert "preflight: 2 of 2 nodes are good" in job.log
     assert not job.rows()
 
@@ -85,6 +106,21 @@ def broken(directory):
     file.write_text('#!/bin/sh\n[ "$2" = fipo_megatron.cli ] || exit 1\nexec "$REAL_PYTHON" "$@"\n')
     file.chmod(0o755)
     return file
+
+
+def test_a_start_that_cannot_be_counted_ends_the_job(cluster, data, tmp_path):
+    """The disk is full: the directories of the run exist, but no file can grow."""
+    output = tmp_path / "run"
+    output.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", output], check=True)
+    try:
+        (output / "full").write_bytes(bytes(8192))
+        job = Job.train(cluster, data, tmp_path)
+        job.wait("FAILED")
+    finally:
+        subprocess.run(["umount", output], check=True)
+    assert f"ends: {output}/slurm/starts cannot be written" in job.log
+    assert "is requeued" not in job.log
 
 
 def test_a_cancelled_job_is_not_requeued(cluster, data, tmp_path):

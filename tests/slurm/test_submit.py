@@ -40,6 +40,10 @@ def _in_the_repository(monkeypatch):
             (QUICKSTART, "--nodes", "2", "--rollout-nodes", "1"),
             "rollout.engine = embedded: must be sglang on rollout nodes",
         ),
+        (
+            (LAYOUT_7B, "--nodes", "1", "--kind", "preflight", "--replace-bad-nodes"),
+            "--replace-bad-nodes: must not be given with --kind preflight, only with train",
+        ),
         ((QUICKSTART, "--nodes", "2", "--kind", "evaluate"), "--kind evaluate: runs on one node"),
         ((QUICKSTART, "--nodes", "1", "model.path=/nowhere"), "model.path = /nowhere: has no config.json here"),
         ((QUICKSTART, "--nodes", "1", "data.files=[/no.jsonl]"), "data.files = /no.jsonl: does not exist here"),
@@ -89,6 +93,25 @@ def test_options_are_passed_on(capsys):
     assert words[-3:] == ["examples/slurm/colocated.sbatch", LAYOUT_7B, "run.steps=3"]
     assert "--time 02:00:00" in said
     assert "--qos=high" in words
+
+
+def test_bad_nodes_are_replaced_on_request(capsys):
+    assert main([LAYOUT_7B, "--nodes", "1", "--replace-bad-nodes", "--dry-run"]) == 0
+    assert "export FIPO_PREFLIGHT=replace\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("nodes", "rollout", "warned"), [("16", "8", False), ("9", "1", True), ("9", "8", True)])
+def test_a_component_of_one_node_is_warned_about(nodes, rollout, warned, capsys):
+    assert main([LAYOUT_32B, "--nodes", nodes, "--rollout-nodes", rollout, "--dry-run"]) == 0
+    assert ("note: the loss of a rollout node ends the trainer as well: " in capsys.readouterr().err) == warned
+
+
+def test_nodes_that_will_serve_are_examined_as_such(capsys):
+    given = [LAYOUT_32B, "--nodes", "16", "--rollout-nodes", "8", "--kind", "preflight", "--dry-run"]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "export FIPO_ROLLOUT_NODES=8\n" in said
+    assert "--nodes 16" in said
 
 
 def test_without_sbatch_nothing_is_submitted(monkeypatch, tmp_path, capsys):
