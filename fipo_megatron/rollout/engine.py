@@ -91,12 +91,14 @@ class Generation:
         log_probs: ``[R]`` float32, log-probs of ``tokens``.
         spans: Weight versions of ``tokens``; the first span starts at 0. Empty without tokens.
         finish_reason: ``stop``, ``length`` or ``abort``.
+        retractions: Times that the engine discarded the KV cache of the request for lack of room, and read it again.
     """
 
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float32]
     spans: tuple[TokenSpan, ...]
     finish_reason: FinishReason
+    retractions: int = 0
 
 
 @dataclass(frozen=True)
