@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ class PassPeaks:
     """Peak memory of a rank in bytes, weights, gradients and optimizer state included.
 
     Attributes:
+        kept: Weights, gradients and optimizer state.
         log_probs: Peak of the log-prob pass.
         update: Peak of forward and backward passes and of the optimizer step.
     """
 
+    kept: int
     log_probs: int
     update: int
 
@@ -49,12 +53,7 @@ class PassPeaks:
     def of(cls, memory: RankMemory) -> PassPeaks:
         """Returns the peaks of a memory count."""
         step = max(memory.update.peak, memory.optimizer_step.peak)
-        return cls(memory.kept + memory.log_probs.peak, memory.kept + step)
-
-    @property
-    def largest(self) -> int:
-        """The larger one."""
-        return max(self.log_probs, self.update)
+        return cls(memory.kept, memory.kept + memory.log_probs.peak, memory.kept + step)
 
 
 def synthetic_trajectories(settings: StressSettings, length: int, count: int) -> list[Trajectory]:
@@ -146,11 +145,12 @@ def _run_passes(
     gc.collect()
     cuda = actor.layout.device.type == "cuda"
     resident = ResidentMemory()
+    kept = torch.cuda.memory_allocated() if cuda else 0
     old, first, first_peak = _timed(lambda: actor.log_probs([mini_batch], trajectories), cuda)
     (metrics,), second, second_peak = _timed(lambda: actor.update([mini_batch], trajectories, old), cuda)
     found = {
         "seconds": {"log_probs": first, "update": second},
-        "allocated": PassPeaks(first_peak, second_peak),
+        "allocated": PassPeaks(kept, first_peak, second_peak),
         "resident_growth": resident.growth(),
         "skipped": metrics.skipped,
     }
@@ -171,9 +171,11 @@ def _timed(work: Callable[[], Any], cuda: bool) -> tuple[Any, float, int]:
 
 
 class ResidentMemory:
-    """The peak resident memory of this process since its creation, as Linux counts it."""
+    """The peak resident memory of this process since the object was created, as Linux counts it."""
 
     def __init__(self) -> None:
+        with suppress(OSError, AttributeError):  # glibc keeps freed memory, which would hide what is allocated next
+            ctypes.CDLL(None).malloc_trim(0)
         self._start = _resident("VmRSS")
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

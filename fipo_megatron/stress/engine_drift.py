@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def measure_drift(
         "half_life": half_life,
         "positions": [
             {"from": int(start), "to": int(end), **_statistics(differences, summed, start, end)}
-            for start, end in zip(edges[:-1], edges[1:], strict=True)
+            for start, end in pairwise(edges)
             if end > start
         ],
         "metrics": whole,

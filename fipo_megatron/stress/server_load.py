@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +22,7 @@ class LoadSample:
 
     Attributes:
         url: URL of the server.
-        seconds: Time of ``time.monotonic``.
+        seconds: Time at which the server looked, in seconds on its clock.
         running: Requests that are sampled.
         waiting: Requests that wait for a place.
         used: Tokens in the KV cache that belong to requests.
@@ -85,11 +84,15 @@ class LoadMonitor:
         while True:
             try:
                 answers = await self._client.look_up(_PATH)
-                now = time.monotonic()
-                self.samples += [sample for url, answer in answers.items() for sample in load_samples(url, answer, now)]
+                self._add([sample for url, answer in answers.items() for sample in load_samples(url, answer)])
             except (EngineError, KeyError, TypeError, ValueError) as error:  # a lost server does not answer
                 self.problem = f"{type(error).__name__}: {error}"
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _add(self, samples: Sequence[LoadSample]) -> None:
+        """Adds what is new; a server that is busy answers with the load at which it looked last."""
+        last = {sample.url: sample.seconds for sample in self.samples}
+        self.samples += [sample for sample in samples if sample.seconds > last.get(sample.url, 0.0)]
 
     def summary(self) -> dict[str, Any] | None:
         """Returns the largest use of a server's KV cache and the longest queue; None if no server told its load."""
@@ -116,14 +119,14 @@ class LoadMonitor:
         return found
 
 
-def load_samples(url: str, answer: dict[str, Any], now: float) -> list[LoadSample]:
-    """Returns the loads in an answer of ``/v1/loads`` of SGLang 0.5.23, one for each data-parallel rank.
+def load_samples(url: str, answer: dict[str, Any]) -> list[LoadSample]:
+    """Returns the loads in an answer of ``/v1/loads`` of SGLang 0.5.23.
 
     Raises:
         KeyError: The answer lacks a field.
     """
     names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens")
-    return [LoadSample(url, now, *(int(load[name]) for name in names)) for load in answer["loads"]]
+    return [LoadSample(url, float(load["timestamp"]), *(int(load[name]) for name in names)) for load in answer["loads"]]
 
 
 def seconds_by_position(intervals: Sequence[Interval], longest: int, parts: int = 8) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The command ``fipo stress``: reads its options, runs its parts, writes the results and compares them with a budget."""
+"""The command ``fipo stress``: reads its options, runs its parts, writes results and compares them with a budget."""
 
 from __future__ import annotations
 
@@ -273,7 +273,8 @@ class _Stress:
             if "seconds" in row:
                 seconds = row["seconds"]
                 self._report(
-                    f"actor: {length:,} tokens: log-probs {seconds['log_probs']:.1f} s, update {seconds['update']:.1f} s"
+                    f"actor: {length:,} tokens: log-probs {seconds['log_probs']:.1f} s, "
+                    f"update {seconds['update']:.1f} s"
                 )
             self._results["actor"].append(row)
             self._write()

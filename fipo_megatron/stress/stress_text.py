@@ -122,14 +122,14 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, str]:
 def _peaks(row: Mapping[str, Any], rank: Mapping[str, Any]) -> dict[str, str]:
     measured, planned = rank["measured"], rank["planned"]
     pair = {name: f"{measured[name] / _MIB:,.1f} / {planned[name] / _MIB:,.1f}" for name in ("log_probs", "update")}
-    growth = rank["resident_growth"]
+    growth, room = rank["resident_growth"], max(planned.values()) - planned["kept"]
     return {
         "tokens": _tokens(row),
         "rank": str(rank["rank"]),
         "log-probs": pair["log_probs"],
         "update": pair["update"],
         "largest difference": f"{rank['plan_error']:.1%}",
-        "resident growth": "-" if growth is None else f"{growth / _MIB:,.1f}",
+        "resident growth": "-" if growth is None else f"{growth / _MIB:,.1f} / {room / _MIB:,.1f}",
     }
 
 
