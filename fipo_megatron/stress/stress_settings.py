@@ -115,6 +115,8 @@ def read_settings(options: StressOptions, environment: Mapping[str, str]) -> Str
     """
     limits = read_limits(options.budget, options.parts, options.lengths) if options.budget else ()
     plain = load_config(options.config, options.overrides)
+    if plain.algorithm.kind == "sft":
+        raise ValueError("algorithm.kind = sft: must be fipo, dapo or grpo; supervised fine-tuning samples nothing")
     check_world_size(plain.actor.parallel, Launch.from_environment(environment).world_size)
     if not plain.model.path:
         raise ValueError("model.path: missing; the directory of a Hugging Face model")
