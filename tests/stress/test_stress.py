@@ -11,7 +11,7 @@ from tests.processes import run_ranks
 from tests.stress import drift_worker
 from tests.stress.tiny_run import write_run
 
-LENGTHS = (96, 512)
+LENGTHS = (96, 256)
 RESPONSES, PROMPT = 4, 16
 
 
@@ -31,7 +31,7 @@ def stress(config, out, *options, ranks=None):
 def one_rank(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     budget = out / "budget.yaml"
-    budget.write_text("drift.p99: 1.0e-4\nengine.failures: 0\nactor.plan_error: {96: 0.05, 512: 0.05}\n")
+    budget.write_text("drift.p99: 1.0e-4\nengine.failures: 0\nactor.plan_error: {96: 0.05, 256: 0.05}\n")
     options = ("--lengths", ",".join(map(str, LENGTHS)), "--responses", str(RESPONSES), "--budget", str(budget))
     done, found = stress(config, out, *options)
     assert done.code == 0, done.output
@@ -80,7 +80,7 @@ def test_files_tables_and_the_kept_budget(one_rank):
 
 @pytest.mark.distributed
 def test_the_peak_follows_the_plan_and_falls_with_context_parallelism(one_rank, config, tmp_path):
-    options = ("actor.parallel.context_parallel=2", "--parts", "actor", "--lengths", "96,512", "--sequences", "2")
+    options = ("actor.parallel.context_parallel=2", "--parts", "actor", "--lengths", "96,256", "--sequences", "2")
     done, found = stress(config, tmp_path, *options, ranks=2)
     assert done.code == 0, done.output
     for alone, shared in zip(one_rank[1]["actor"], found["actor"], strict=True):
@@ -154,8 +154,7 @@ def test_a_violated_budget_ends_with_code_1_and_names_each_limit(config, tmp_pat
         (("--parts", "engine,actors"), "--parts engine,actors: there is no part 'actors'; valid: engine, actor, drift"),
         (("model.path=missing", "--lengths", "96"), "model.path = 'missing': has no config.json"),
         (("model.path=missing", "--lengths", "96", "--parts", "actor"), "model.path = missing: has no config.json"),
-        (("algorithm.kind=sft", "--lengths", "96"), "algorithm.kind = sft: must be fipo, dapo or grpo; "),
-        (("actor.parallel.context_parallel=2", "--lengths", "96"), "actor.parallel.context_parallel = 2"),
+        (("actor.parallel.context_parallel=2", "--lengths", "96"), "needs a multiple of 2 ranks, there are 1"),
         (("actor.parallel.tensor_parallels=2", "--lengths", "96"), "did you mean actor.parallel.tensor_parallel?"),
         (("actor.transformer={num_layer: 3}", "--lengths", "96"), "actor.transformer.num_layer"),
         (("--budget", "missing.yaml"), "--budget missing.yaml: cannot be read: "),
@@ -168,6 +167,13 @@ def test_mistakes_are_told_in_one_sentence_before_anything_starts(config, option
     assert "Traceback" not in shown.err
     assert shown.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_supervised_fine_tuning_is_refused(tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    path.write_text("algorithm: {kind: sft}\n")
+    assert cli.main(["stress", str(path), "--lengths", "96"]) == 2
+    assert capsys.readouterr().err.startswith("algorithm.kind = sft: must be fipo, dapo or grpo; ")
 
 
 def test_a_server_that_cannot_be_reached_ends_the_command_without_a_traceback(config, capsys, tmp_path):
