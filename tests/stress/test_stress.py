@@ -80,7 +80,7 @@ def test_files_tables_and_the_kept_budget(one_rank):
 
 @pytest.mark.distributed
 def test_the_peak_follows_the_plan_and_falls_with_context_parallelism(one_rank, config, tmp_path):
-    options = ("actor.parallel.context_parallel=2", "--parts", "actor", "--lengths", "96,256", "--sequences", "2")
+    options = ("actor.parallel.context_parallel=2", "--parts", "actor,drift", "--lengths", "96,256", "--sequences", "2")
     done, found = stress(config, tmp_path, *options, ranks=2)
     assert done.code == 0, done.output
     for alone, shared in zip(one_rank[1]["actor"], found["actor"], strict=True):
@@ -94,6 +94,10 @@ def test_the_peak_follows_the_plan_and_falls_with_context_parallelism(one_rank, 
                 assert 0.95 < rank["measured"][name] / rank["planned"][name] < 1.2
                 assert rank["measured"][name] < single["measured"][name]
         assert min(shared["seconds"].values()) > 0
+    assert "engine" not in found
+    for row in found["drift"]:  # the first rank sampled, and the others were given its responses
+        assert (row["responses"], row["metrics"]["future_kl_max"] < 1e-3) == (8, True)
+        assert 0 < row["metrics"]["max"] < 1e-4
 
 
 @pytest.mark.distributed
@@ -184,6 +188,16 @@ def test_a_server_that_cannot_be_reached_ends_the_command_without_a_traceback(co
     assert "fipo stress: EngineError: http://127.0.0.1:9" in shown
     assert "cannot be reached" in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.distributed
+def test_an_engine_that_does_not_open_ends_every_rank(config, tmp_path):
+    overrides = ("rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:9']")
+    arguments = (config, *overrides, "actor.parallel.context_parallel=2", "--lengths", "96", "--output", str(tmp_path))
+    done = run_ranks("tests.stress.stress_worker", *arguments, ranks=2)
+    assert done.code == 1
+    assert done.output.count("fipo stress: EngineError: http://127.0.0.1:9") == 1
+    assert "Traceback" not in done.output
 
 
 def test_the_peak_of_an_update_includes_the_optimizer_step():
