@@ -3,6 +3,7 @@
 import pytest
 
 from fipo_megatron.stress.limits import METRICS, Limit, read_limits, violations
+from tests.processes import ROOT
 
 PARTS, LENGTHS = ("engine", "actor"), (64, 128)
 
@@ -63,6 +64,12 @@ def test_violations():
     assert violated("failures", 0.0) == ["engine.failures at 128 tokens: 1, must be at most 0"]
     assert violated("failures", 1.0) == []
     assert violated("kv_usage", 0.5) == ["engine.kv_usage at 64 tokens: has no value; must be at most 0.5"]
+
+
+def test_the_documentation_lists_every_metric():
+    page = (ROOT / "docs" / "stress.md").read_text(encoding="utf-8")
+    rows = [f"| `{metric}` | {direction} | {meaning} |" for metric, (direction, meaning) in METRICS.items()]
+    assert not [row for row in rows if row not in page]
 
 
 def test_a_length_that_was_not_measured_violates_its_limits():
