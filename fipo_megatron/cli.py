@@ -23,6 +23,11 @@ COMMANDS = {
         "CONFIG [key=value ...]",
         "plan memory and time of a run before it is queued",
     ),
+    "stress": (
+        "fipo_megatron.stress.stress_command",
+        "CONFIG [key=value ...]",
+        "measure engine and actor at long sequences",
+    ),
     "convert": (
         "fipo_megatron.convert",
         "hf-to-megatron|megatron-to-hf ...",

@@ -98,6 +98,7 @@ class Generation:
         selected: ``[R]`` bool: tokens for which a rule departed from the primary of two models; all false, or
             empty, with one.
         changed: ``[R]`` bool: selected tokens that the primary model would not have drawn.
+        retractions: Times that the engine discarded the KV cache of the request for lack of room, and read it again.
     """
 
     tokens: NDArray[np.int32]
@@ -106,6 +107,7 @@ class Generation:
     finish_reason: FinishReason
     selected: NDArray[np.bool_] = field(default_factory=_none)
     changed: NDArray[np.bool_] = field(default_factory=_none)
+    retractions: int = 0
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,14 @@ def _parse(body: bytes) -> Generation:
         entries = meta["output_token_logprobs"] or []
         reason = meta["finish_reason"]["type"]
         spans = tuple(TokenSpan(span["start"], int(span["version"])) for span in meta["weight_versions"])
+        retractions = int(meta.get("num_retractions") or 0)
     except (ValueError, KeyError, TypeError) as error:
         raise MalformedAnswerError(f"not an answer of SGLang: {error!r}: {body[:200]!r}") from error
     log_probs = np.array([entry[0] for entry in entries], dtype=np.float32)
     if [entry[1] for entry in entries] != answer["output_ids"]:
         raise MalformedAnswerError(f"{len(entries)} log-probs for {len(tokens)} tokens, or of other tokens")
     finish: FinishReason = reason if reason in ("stop", "length") else "abort"
-    return Generation(tokens, log_probs, spans if len(tokens) else (), finish)
+    return Generation(tokens, log_probs, spans if len(tokens) else (), finish, retractions)
 
 
 def error_text(body: bytes) -> str:
