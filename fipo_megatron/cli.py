@@ -17,6 +17,11 @@ USAGE = 2
 COMMANDS = {
     "train": ("fipo_megatron.train", "CONFIG [key=value ...]", "train a policy, or resume its run"),
     "evaluate": ("fipo_megatron.evaluate", "CONFIG [key=value ...]", "compute avg@k, cons@k and pass@k of a model"),
+    "compare": (
+        "fipo_megatron.compare.__main__",
+        "shift CONFIG [key=value ...]",
+        "compare two models token by token",
+    ),
     "config": ("fipo_megatron.config.__main__", "CONFIG [key=value ...]", "check and print the complete configuration"),
     "plan": (
         "fipo_megatron.plan.command",

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "fipo_megatron"
 
 ENTRY_POINTS = frozenset({"train", "evaluate", "convert", "cli"})
 LAYERS = (
-    ("report", "slurm"),
+    ("report", "slurm", "compare"),
     ("trainer", "preflight"),
     ("plan",),
     ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint"),

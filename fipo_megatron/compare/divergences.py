@@ -32,6 +32,8 @@ QUANTITIES = (
     "entropy_rl",
     "rank",
     "overlap",
+    "choice_base",
+    "choice_rl",
 )
 """Numbers per position, in the order of the rows of :func:`divergences`."""
 
@@ -100,8 +102,8 @@ def divergences(
     ``log_prob_base`` and ``log_prob_rl`` are the log-probs of the label in nats and ``delta`` is their difference, RL
     minus base. ``kl`` is KL(π_RL ‖ π_base), ``kl_reverse`` is KL(π_base ‖ π_RL). ``js`` is the Jensen-Shannon
     divergence in nats, at most ln 2. ``rank`` is the rank, from 1, of RL's most likely token in the order of the base
-    model. ``overlap`` is the fraction of the k most likely tokens of RL that are among those of the base model. Equal
-    logits are ordered by token id.
+    model. ``overlap`` is the fraction of the k most likely tokens of RL that are among those of the base model.
+    ``choice_base`` and ``choice_rl`` are the ids of the most likely tokens. Equal logits are ordered by token id.
 
     Args:
         base: Output layer and hidden states of the base model.
@@ -161,6 +163,8 @@ def _chunk(logits: list[Tensor], labels_C: Tensor, vocabulary: Vocabulary, colum
             entropy_rl_C,
             ahead_C + 1,
             shared_C,
+            tokens_base[:, 0].double(),
+            tokens_rl[:, 0].double(),
         ]
     )
 

@@ -44,7 +44,8 @@ def by_loop(base, rl, labels, size, temperature=1.0, top_k=10):
         k = min(top_k, size)
         overlap = len(set(order[0][:k]) & set(order[1][:k])) / k
         rank = order[0].index(order[1][0]) + 1
-        rows.append([q[label], p[label], p[label] - q[label], js, kl, reverse, h_base, h_rl, rank, overlap])
+        log_probs = [q[label], p[label], p[label] - q[label]]
+        rows.append([*log_probs, js, kl, reverse, h_base, h_rl, rank, overlap, order[0][0], order[1][0]])
     return torch.tensor(rows, dtype=torch.float64).t()
 
 
