@@ -39,6 +39,7 @@ COMMANDS = {
         "examine the nodes of a job before it starts",
     ),
     "submit": ("fipo_megatron.slurm.submit", "CONFIG [key=value ...] --nodes N", "submit a job to Slurm, or print it"),
+    "moments": ("fipo_megatron.moments.__main__", "RUN|FILE ...", "count Oops and Aha moments in responses"),
     "report": ("fipo_megatron.report.__main__", "RUN [RUN ...]", "draw the curves of one or several runs"),
 }
 """Module, arguments and summary of each command. The module has ``main(arguments) -> int``."""

@@ -20,7 +20,7 @@ LAYERS = (
     ("report", "slurm", "compare"),
     ("trainer", "preflight"),
     ("plan",),
-    ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint"),
+    ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint", "moments"),
     ("data", "weights", "config"),
     ("algorithm", "storage", "testing"),
 )
