@@ -82,6 +82,10 @@ class ObserveConfig:
         trajectory_tokens: Also write log-probs, Future-KL, weight and entropy of every token of these responses.
         trajectory_file_mib: File size in MiB after which a new trajectory file is begun.
         trajectory_mib: Total size of the trajectory files in MiB; beyond it the oldest file is removed.
+        moments: Find the answers within each response, judge them, and report Oops and Aha (``moments/*``). Responses with
+            one answer cost no check.
+        moments_extractor: Extractor of these answers: of ``boxed``, ``answer`` and ``phrase``, separated by commas, or
+            ``python:MODULE.FUNCTION``.
         plain_console: Print plain log lines even on a terminal, without colours and progress bar.
     """
 
@@ -94,6 +98,8 @@ class ObserveConfig:
     trajectory_tokens: bool = False
     trajectory_file_mib: PositiveNumber = 32.0
     trajectory_mib: PositiveNumber = 256.0
+    moments: bool = False
+    moments_extractor: str = "boxed,answer,phrase"
     plain_console: bool = False
 
 

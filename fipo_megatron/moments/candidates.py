@@ -101,7 +101,12 @@ class Phrases:
         try:
             placeholders = re.compile(values["placeholders"], re.IGNORECASE)
             return cls(
-                *map(joined, ("answer", "reflection", "hypothetical", "instruction", "not_values")), placeholders
+                joined("answer"),
+                joined("reflection"),
+                joined("hypothetical"),
+                joined("instruction"),
+                joined("not_values"),
+                placeholders,
             )
         except re.error as error:
             raise ValueError(f"{file}: a pattern is invalid: {error}") from None

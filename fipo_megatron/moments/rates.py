@@ -55,6 +55,13 @@ class MomentCounts:
             self.counts[name] += found
             self.counts[f"{name}_strict"] += found and moments.strict
 
+    def merge(self, other: MomentCounts) -> None:
+        """Adds the counts of other responses."""
+        self.counts.update(other.counts)
+        self.transitions.update(other.transitions)
+        self.after_right += other.after_right
+        self.right += other.right
+
     def as_dict(self) -> dict[str, Any]:
         """Returns counts, transitions and rates for a JSON file."""
         rates = {
