@@ -17,6 +17,11 @@ USAGE = 2
 COMMANDS = {
     "train": ("fipo_megatron.train", "CONFIG [key=value ...]", "train a policy, or resume its run"),
     "evaluate": ("fipo_megatron.evaluate", "CONFIG [key=value ...]", "compute avg@k, cons@k and pass@k of a model"),
+    "compare": (
+        "fipo_megatron.compare.__main__",
+        "shift CONFIG [key=value ...]",
+        "compare two models token by token",
+    ),
     "config": ("fipo_megatron.config.__main__", "CONFIG [key=value ...]", "check and print the complete configuration"),
     "plan": (
         "fipo_megatron.plan.command",
@@ -39,6 +44,7 @@ COMMANDS = {
         "examine the nodes of a job before it starts",
     ),
     "submit": ("fipo_megatron.slurm.submit", "CONFIG [key=value ...] --nodes N", "submit a job to Slurm, or print it"),
+    "moments": ("fipo_megatron.moments.__main__", "RUN|FILE ...", "count Oops and Aha moments in responses"),
     "report": ("fipo_megatron.report.__main__", "RUN [RUN ...]", "draw the curves of one or several runs"),
 }
 """Module, arguments and summary of each command. The module has ``main(arguments) -> int``."""

@@ -11,73 +11,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import transformers
 
-from fipo_megatron.config import Config, ModelConfig, load_config
+from fipo_megatron.config import Config, load_config
 from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.evaluation import evaluation_summary as summary
-from fipo_megatron.evaluation.answering import Response, evaluate
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from fipo_megatron.evaluation.results import Evaluation
-from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.reward.verifier import open_verifier
+from fipo_megatron.evaluation.standalone import sample_and_count
 from fipo_megatron.rollout.engine import EngineError, RequestError
-from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
-from fipo_megatron.rollout.host_address import LOOPBACK, host_address
-from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, place_servers
-from fipo_megatron.rollout.store_coordinator import StoreCoordinator
-from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.storage.output_lock import lock_output
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
 EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
 """Expected failures: logged without a traceback, exit code 1."""
-_PROGRESS_SECONDS = 10.0
-
-
-class ProgressLog:
-    """Logs the progress of an evaluation at intervals.
-
-    Args:
-        total: Number of responses of the evaluation.
-        seconds: Seconds between two lines.
-    """
-
-    def __init__(self, total: int, seconds: float = _PROGRESS_SECONDS) -> None:
-        self._total, self._seconds = total, seconds
-        self._done = self._right = self._tokens = 0
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, response: Response) -> None:
-        """Counts a response and logs a line if one is due."""
-        self._done += 1
-        self._right += response.right
-        self._tokens += response.tokens
-        now = time.monotonic()
-        if now - self._last >= self._seconds or self._done == self._total:
-            self._last = now
-            logger.info(
-                "%d of %d responses, %.1f %% right, %.0f tokens/s",
-                self._done,
-                self._total,
-                100 * self._right / self._done,
-                self._tokens / max(now - self._start, 1e-3),
-            )
 
 
 @contextmanager
@@ -91,21 +47,12 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
     if config.evaluation.checkpoint is None:
         yield inputs.companions
         return
-    target = inputs.output / "hf.temporary"
-    for leftover in (target, partial_of(target)):  # of an evaluation that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    logger.info("converting %s to %s, which is removed at the end", config.evaluation.checkpoint, target)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of Megatron-Core on import
-            from fipo_megatron.actor.hf_conversion import Options, megatron_to_hf
-
-            megatron_to_hf(Path(config.evaluation.checkpoint), target, Options(), inputs.companions)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        yield target
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # warnings of Megatron-Core on import
+        from fipo_megatron.actor.hf_conversion import temporary_hf
+    checkpoint = Path(config.evaluation.checkpoint)
+    with temporary_hf(checkpoint, inputs.output / "hf.temporary", inputs.companions) as directory:
+        yield directory
 
 
 async def cancel_on_sigterm(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
@@ -114,51 +61,6 @@ async def cancel_on_sigterm(work: Coroutine[Any, Any, Evaluation]) -> Evaluation
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await work
-
-
-async def sample_and_count(config: Config, inputs: EvaluationInputs, directory: Path) -> Evaluation:
-    """Opens an engine with the model in the directory, or with the configured servers, evaluates and closes it.
-
-    Raises:
-        EngineError: The engine does not start, fails, or serves another model.
-    """
-    servers = replace(config.rollout.servers, colocated=False)  # no actor shares the memory
-    config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
-    coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
-    host = _host(config, inputs.output)
-    verifier = open_verifier(config.reward)
-    try:
-        opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
-        try:
-            for server in opened.facts:
-                logger.info("%s: SGLang %s, weight version %d", server.url, server.version, server.weight_version)
-            return await evaluate(
-                inputs.problems,
-                opened.engine,
-                coordinator,
-                ResponseScorer(config, verifier, inputs.tokenizer),
-                config,
-                inputs.stop_token_ids,
-                ProgressLog(len(inputs.problems) * config.evaluation.samples_per_prompt),
-            )
-        finally:
-            await opened.close()
-    finally:
-        await verifier.close()
-
-
-def _host(config: Config, output: Path) -> HostInfo:
-    """Returns this host, on which servers have all GPUs to themselves."""
-    cuda, servers = torch.cuda.is_available(), config.rollout.servers
-    return HostInfo(
-        rank=0,
-        local_rank=0,
-        starters=(0,),
-        cuda=cuda,
-        directory=output,
-        address=host_address(servers.interface) if servers.interface else LOOPBACK,
-        gpus=place_servers(config.rollout, (), os.environ.get(VISIBLE)) if cuda and not servers.urls else None,
-    )
 
 
 def settings(config: Config) -> dict[str, Any]:

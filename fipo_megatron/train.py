@@ -63,7 +63,8 @@ def train(trainer: Trainer) -> bool:
                 updates = actor.update(plan, trajectories, old, reference, traced)
         metrics = trainer.reporter.metrics(trainer.step, sampled, updates, noise_floor, trainer.probe_shift)
         health, alarm = trainer.collapse_monitor.check(trainer.step, metrics)
-        trainer.reporter.write(trainer.step, metrics | health, sampled, groups, batch, updates)
+        metrics |= health | trainer.reporter.moments(trainer.scorer)
+        trainer.reporter.write(trainer.step, metrics, sampled, groups, batch, updates)
         if not finish_step(trainer, alarm, sampled, batch, plan, updates):
             return False
     finish_run(trainer)

@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "fipo_megatron"
 
 ENTRY_POINTS = frozenset({"train", "evaluate", "convert", "cli"})
 LAYERS = (
-    ("report", "slurm", "stress"),
+    ("report", "slurm", "stress", "compare"),
     ("trainer", "preflight"),
     ("plan",),
-    ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint"),
+    ("actor", "rollout", "reward", "evaluation", "observe", "checkpoint", "moments"),
     ("data", "weights", "config"),
     ("algorithm", "storage", "testing"),
 )

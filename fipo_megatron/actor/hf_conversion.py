@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,9 +20,12 @@ from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.sharded_checkpoint import load_weights, save_weights
 from fipo_megatron.config import ActorConfig, ParallelConfig
 from fipo_megatron.storage import publishing
+from fipo_megatron.storage.atomic import partial_of
 from fipo_megatron.weights import tables, torch_dist
 from fipo_megatron.weights.architecture import Architecture
 from fipo_megatron.weights.hf_directory import HfDirectory, VerificationError
+
+logger = logging.getLogger(__name__)
 
 Phase = Callable[[str, int], AbstractContextManager[BytesCallback]]
 """Callback at the begin of a phase: takes its name and its bytes on rank 0, returns the callback for bytes done."""
@@ -139,6 +144,31 @@ def megatron_to_hf(source: Path, target: Path, options: Options, hf: Path | None
                 progress=progress,
                 verify=verify if options.verify else _unverified,
             )
+
+
+@contextmanager
+def temporary_hf(checkpoint: Path, target: Path, hf: Path | None = None) -> Iterator[Path]:
+    """Converts a checkpoint to a Hugging Face directory that is removed at the end of the block.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        target: Directory to write. What a killed process has left there is removed.
+        hf: Hugging Face directory with config.json and so on; see :func:`megatron_to_hf`.
+
+    Raises:
+        WeightsError: The checkpoint is damaged or does not fit; see :func:`megatron_to_hf`.
+        OSError: The converted model cannot be written.
+    """
+    for leftover in (target, partial_of(target)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    logger.info("converting %s to %s, which is removed at the end", checkpoint, target)
+    try:
+        megatron_to_hf(checkpoint, target, Options(), hf)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _unverified(written: Path) -> None:

@@ -23,13 +23,14 @@ from fipo_megatron.config.rollout_sections import (
     RolloutConfig,
     ServersConfig,
 )
-from fipo_megatron.config.run_sections import CheckpointConfig, HealthConfig, ObserveConfig, RunConfig
+from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
 from fipo_megatron.config.schema import Config
 
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
+    "CompareConfig",
     "Config",
     "ConfigError",
     "DataConfig",

@@ -1,9 +1,10 @@
-"""The sections about a run as a whole: ``run``, ``checkpoint``, ``observe`` and ``health``."""
+"""The sections about a run as a whole: ``run``, ``checkpoint``, ``observe``, ``health`` and ``compare``."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fipo_megatron.config.field_types import STRICT, Count, Fraction, NotNegative, Positive, PositiveNumber
@@ -85,6 +86,10 @@ class ObserveConfig:
         trajectory_tokens: Also write log-probs, Future-KL, weight and entropy of every token of these responses.
         trajectory_file_mib: File size in MiB after which a new trajectory file is begun.
         trajectory_mib: Total size of the trajectory files in MiB; beyond it the oldest file is removed.
+        moments: Find the answers within each response, judge them, and report Oops and Aha (``moments/*``). Responses with
+            one answer cost no check.
+        moments_extractor: Extractor of these answers: of ``boxed``, ``answer`` and ``phrase``, separated by commas, or
+            ``python:MODULE.FUNCTION``.
         plain_console: Print plain log lines even on a terminal, without colours and progress bar.
     """
 
@@ -97,6 +102,8 @@ class ObserveConfig:
     trajectory_tokens: bool = False
     trajectory_file_mib: PositiveNumber = 32.0
     trajectory_mib: PositiveNumber = 256.0
+    moments: bool = False
+    moments_extractor: str = "boxed,answer,phrase"
     plain_console: bool = False
 
 
@@ -135,3 +142,27 @@ class HealthConfig:
     policy_kl_limit: NotNegative = 0.1
     max_roll_backs: Positive = 2
     roll_back_lr: Fraction = 0.5
+
+
+@dataclass(config=STRICT, frozen=True)
+class CompareConfig:
+    """Comparison of two models, token by token (``fipo compare``).
+
+    Attributes:
+        base: Hugging Face directory of the base model.
+        rl: Hugging Face directory, or Megatron checkpoint (torch_dist), of the model that RL has trained.
+        responses: Responses to compare on: trajectory files, recorded rollouts, or directories of runs or comparisons.
+            If empty, the model that ``sampler`` names answers the problems in ``evaluation.files``.
+        sampler: Model that answers the problems.
+        temperature: Temperature of the compared distributions, for both models.
+        top_k: Number of most likely tokens whose overlap is computed.
+        name: Suffix of the result directory ``compare-NAME`` in ``run.output``; null: the last part of ``rl``.
+    """
+
+    base: str = ""
+    rl: str = ""
+    responses: tuple[str, ...] = ()
+    sampler: Literal["rl", "base"] = "rl"
+    temperature: PositiveNumber = 1.0
+    top_k: Positive = 10
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None

@@ -10,7 +10,7 @@ from fipo_megatron.config.actor_sections import ActorConfig, AlgorithmConfig, Mo
 from fipo_megatron.config.checks import find_conflicts
 from fipo_megatron.config.field_types import STRICT, Seed
 from fipo_megatron.config.rollout_sections import DataConfig, EvaluationConfig, RewardConfig, RolloutConfig
-from fipo_megatron.config.run_sections import CheckpointConfig, HealthConfig, ObserveConfig, RunConfig
+from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -30,6 +30,7 @@ class Config:
         health: The collapse alarm.
         checkpoint: Checkpoints and exports.
         sft: Supervised fine-tuning.
+        compare: Comparison of two models.
         seed: Seed of all random numbers of the run.
     """
 
@@ -45,6 +46,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Response:
         failure: Kind of failure of a check without a verdict; empty if there is a verdict.
         detail: Error text of the failure.
         asked: Whether the verifier was asked.
+        trajectory: Tokens of the response; None if they are not kept.
     """
 
     right: bool
@@ -44,6 +45,7 @@ class Response:
     failure: str = ""
     detail: str = ""
     asked: bool = True
+    trajectory: Trajectory | None = None
 
 
 ResponseCallback = Callable[[Response], None]
@@ -145,7 +147,7 @@ async def _answer_all(
         seed = sampling_seed(config.seed, f"evaluation/{prompt.id}", sample, 0)
         response = await _answer(prompt, sample, engine, scorer, sampling, seed, config.reward.verifier)
         progress(response)
-        return response
+        return replace(response, trajectory=None)  # only the callback needs the tokens
 
     k = settings.samples_per_prompt
     tasks = [asyncio.create_task(answer(prompt, sample)) for prompt in problems for sample in range(k)]
@@ -186,6 +188,7 @@ async def _answer(
         verdict.failure,
         verdict.detail,
         scorer.asks(trajectory),
+        trajectory,
     )
 
 

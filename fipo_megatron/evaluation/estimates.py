@@ -140,3 +140,17 @@ def _tail(count: int) -> float:
     t = z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3)
     return NormalDist().cdf(t * math.sqrt(count / nu))
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson interval of a fraction (Wilson 1927), which holds for few and for rare events, too.
+
+    Args:
+        count: Number of events.
+        total: Number of trials, at least 1.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    share, square = count / total, z * z / total
+    centre = share + square / 2
+    half = z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))

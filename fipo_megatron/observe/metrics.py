@@ -21,6 +21,7 @@ GROUPS = {
     "optimizer": "Optimizer updates of a step.",
     "noise": "Noise floor: the difference of two passes at equal weights (`run.noise_floor_every`), beside the drift.",
     "health": "Inputs of the collapse alarm.",
+    "moments": "Answers within the responses scored in a step, all leaders together (docs/what_rl_changed.md).",
     "evaluation": "Results on held-out problems with the weights at the beginning of the step.",
     "time": "Seconds per step on rank 0.",
     "throughput": "Rates of all ranks together.",
@@ -50,6 +51,7 @@ SMALLER = "steps with fewer groups than configured"
 PROBED = "steps that send weights to SGLang servers"
 VOTED = "verifiers that return a normalised answer"
 HEALTH = "health.action other than off"
+MOMENTS = "observe.moments"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,36 @@ class Metric:
     def group(self) -> str:
         """Part of the tag before the first slash."""
         return self.tag.partition("/")[0]
+
+
+def _moments() -> list[Metric]:
+    counts = {
+        "responses": "Responses that ended by themselves.",
+        "answered": "Of these, with at least one candidate for the answer.",
+        "several": "Of these, with at least two candidates.",
+        "first_wrong": "With at least two candidates, the first one wrong.",
+        "final_wrong": "With at least two candidates, the last one wrong.",
+        "oops": "An earlier candidate is right, and the last one is wrong.",
+        "oops_strict": "Oops with a reflection phrase in between.",
+        "aha": "The first candidate is wrong, and the last one is right.",
+        "aha_strict": "Aha with a reflection phrase in between.",
+        "truncated": "Responses that were cut off at the length limit; they are in no other count.",
+    }
+    ends = {"": "", "_low": ", lower end of the 95 % interval", "_high": ", upper end of the 95 % interval"}
+    return [
+        *(Metric(f"moments/{name}", text, "", MOMENTS) for name, text in counts.items()),
+        *(
+            Metric(f"moments/{name}_fraction{end}", f"{name.title()} per response{text}.", "", MOMENTS)
+            for name in ("oops", "aha")
+            for end, text in ends.items()
+        ),
+        Metric(
+            "moments/tokens_after_right_mean",
+            "Mean number of tokens after the first right candidate, by its share of the characters.",
+            "tokens",
+            MOMENTS,
+        ),
+    ]
 
 
 def _sampler() -> list[Metric]:
@@ -375,6 +407,7 @@ _TIME = [
 METRICS: tuple[Metric, ...] = (
     *_rollout(),
     *_sampler(),
+    *_moments(),
     *(
         Metric(f"sampler/{name}_response_tokens_mean", f"Mean length of the {text}.", "tokens", f"{SAMPLED}, {DROPPED}")
         for name, text in DROPPED_COUNTS.items()

@@ -166,6 +166,17 @@ CHARTS: tuple[Chart, ...] = (
         _lines("rollout", truncated_fraction="truncated"),
         percent=True,
     ),
+    Chart(
+        "moments",
+        OUTCOME,
+        "Oops and Aha (fraction of responses, 95 % intervals)",
+        _lines("moments", oops_fraction="Oops: right, then wrong", aha_fraction="Aha: wrong, then right"),
+        (
+            Band("moments/oops_fraction_low", "moments/oops_fraction_high", "Oops, interval"),
+            Band("moments/aha_fraction_low", "moments/aha_fraction_high", "Aha, interval"),
+        ),
+        percent=True,
+    ),
     Chart("entropy", POLICY, "Entropy (nats per token)", _lines("policy", entropy="entropy"), picture=5),
     Chart("policy-kl", POLICY, "Policy KL, mean of −d (nats)", _lines("policy", policy_kl="policy KL"), picture=6),
     Chart(

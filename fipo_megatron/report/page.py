@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,15 @@ def render(runs: list[Run], *, smooth: int, responses: int, token_limit: int) ->
         responses: Maximum number of responses per run in the token view.
         token_limit: Maximum number of tokens per response.
     """
-    style = (PARTS / "style.css").read_text("utf-8")
-    script = "\n".join((PARTS / name).read_text("utf-8") for name in SCRIPTS)
     data = page_data(runs, smooth=smooth, responses=responses, token_limit=token_limit)
-    page = (PARTS / "page.html").read_text("utf-8")
+    return assemble(PARTS / "page.html", [PARTS / name for name in SCRIPTS], data)
+
+
+def assemble(template: Path, scripts: Sequence[Path], data: Any) -> str:
+    """Returns a self-contained page: the template with the style, the scripts and the data in their places."""
+    style = (PARTS / "style.css").read_text("utf-8")
+    script = "\n".join(path.read_text("utf-8") for path in scripts)
+    page = template.read_text("utf-8")
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 THINKING_END = ("</think>",)
 """End tags of thinking."""
@@ -41,6 +42,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOXED = re.compile(r"[ \t]{0,4}(-?\d[\d.,/]{0,40})|[ \t]{1,4}(\w)")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]{0,8}(?:(?:or|,|;)[\s$]{0,8})")
 _HEADING = re.compile(r"\d+[.)]\s+\w|(?<![\\A-Za-z])[A-Za-z]{3,}")
+_FIRST_SENTENCE = re.compile(r"(?<=[\w$})\]*>\"'`])[.!?](?=\s+\S)|[。！？]|[!?](?=[\u4e00-\u9fff])")
 _BLANK = re.compile(r"[ *_>]*|[ >]*```\w*[ ]*")
 """A blank line, or the beginning of a code block."""
 _CLOSER = re.compile(r"^[ \t]*(?:\*\*\*|\*\*|\*|__|_|\}|`|\")(?=\s)")
@@ -96,22 +98,82 @@ def clean_characters(text: str) -> str:
     return text if text.isascii() and "\t" not in text and "\r" not in text else text.translate(_CHARACTERS)
 
 
-def _marks(text: str) -> list[re.Match[str]]:
+@dataclass(frozen=True)
+class MarkedAnswer:
+    r"""An answer with its mark.
+
+    Attributes:
+        kind: Kind of the mark: ``answer``, ``header``, ``box``, ``hash`` or ``tag``.
+        start: Position of the mark.
+        end: Position after the text that was read for the answer.
+        text: Unwrapped answer, not empty.
+    """
+
+    kind: str
+    start: int
+    end: int
+    text: str
+
+
+def marked_answers(text: str, most: int) -> list[MarkedAnswer]:
+    r"""Returns the answers of all marks in order, each answer once: of ``Answer: \boxed{5}`` that of the box.
+
+    Args:
+        text: Cleaned text (:func:`clean_characters`); thinking is not left out.
+        most: Largest number of marks of each word, counted from the end.
+    """
+    marks = _marks(text, most)
+    closing = _matching_braces(text, marks[0].start()) if any(mark.lastgroup == "box" for mark in marks) else {}
+    found: list[MarkedAnswer] = []
+    for index, mark in enumerate(marks):
+        start, end = mark.start(), _answer_end(text, mark, closing)
+        answer = _answer_at(text, marks, index, closing)
+        if answer and mark.lastgroup in ("answer", "header"):
+            answer = unwrap(unbox(_CLOSER.sub("", text[mark.end() : end])))
+        if answer and mark.lastgroup == "box":
+            span = _box_span(text, mark, closing)
+            joined = found and found[-1].kind == "box" and span is not None and ", " in answer
+            if joined and answer != text[slice(*span or (0, 0))].strip() and _BETWEEN_BOXES.fullmatch(
+                text, found[-1].end, start
+            ):  # fmt: skip
+                start = found.pop().start
+        while answer and found and start < found[-1].end:
+            start = min(start, found.pop().start)  # a mark within the passage of another
+        if answer:
+            found.append(MarkedAnswer(str(mark.lastgroup), start, end, answer))
+    return found
+
+
+def _answer_end(text: str, mark: re.Match[str], closing: dict[int, int]) -> int:
+    """Returns the position after the first sentence of the text that :func:`_answer_at` reads."""
+    if mark.lastgroup == "box":
+        span = _box_span(text, mark, closing)
+        return mark.end() if span is None else span[1] + (text[span[1] : span[1] + 1] == "}")
+    if mark.lastgroup == "tag":
+        return text.find("</answer>", mark.end()) + len("</answer>")
+    passage = _passage(text, mark.end(), below=mark.lastgroup != "hash")
+    start = max(mark.end(), text.find(passage, mark.end()))
+    sentence = _FIRST_SENTENCE.search(passage)
+    return start + (sentence.end() if sentence else len(passage))
+
+
+def _marks(text: str, most: int = _ATTEMPTS) -> list[re.Match[str]]:
     """Returns the last marks of each kind in their order. Searching words is faster than matching at each character."""
-    starts = {position for word in (r"\boxed", r"\fbox", r"\framebox") for position in _last_positions(text, word)}
+    boxes = (r"\boxed", r"\fbox", r"\framebox")
+    starts = {position for word in boxes for position in _last_positions(text, word, most)}
     for word in ("nswer", "NSWER", "####"):
-        for position in _last_positions(text, word):
+        for position in _last_positions(text, word, most):
             line = text.rfind("\n", max(0, position - 40), position) + 1
             starts |= {max(0, position - 1), max(0, position - 2), line}
     found = (_MARK.match(text, start) for start in sorted(starts))
     return [match for match in found if match is not None]
 
 
-def _last_positions(text: str, word: str) -> list[int]:
+def _last_positions(text: str, word: str, most: int = _ATTEMPTS) -> list[int]:
     """Returns the positions of the last occurrences of a word, the last one first."""
     found: list[int] = []
     position = text.rfind(word)
-    while position >= 0 and len(found) <= _ATTEMPTS:
+    while position >= 0 and len(found) <= most:
         found.append(position)
         position = text.rfind(word, 0, position)
     return found

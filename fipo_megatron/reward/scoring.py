@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fipo_megatron.algorithm.advantages import overlong_penalty
 from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Score, Trajectory
+from fipo_megatron.moments.recording import MomentRecorder, MomentTotals
+from fipo_megatron.moments.transitions import judge_with
 from fipo_megatron.reward.verifier_protocol import Answer, Verdict, Verifier
 from fipo_megatron.testing import fail_points
 
@@ -28,6 +30,7 @@ class ResponseScorer:
     def __init__(self, config: Config, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._verifier, self._tokenizer = config, verifier, tokenizer
         self._pending, self._since, self._seconds = 0, 0.0, 0.0
+        self._moments = MomentRecorder(config.observe.moments_extractor) if config.observe.moments else None
 
     async def __call__(self, trajectory: Trajectory) -> Score:
         """Returns the accuracy, 0 or 1, and the reward: ±1 plus the overlong penalty, which is ≤ 0.
@@ -37,6 +40,8 @@ class ResponseScorer:
         fail_points.reach("reward")
         verdict = await self.verdict(trajectory)
         reward = self._config.reward
+        if self._moments is not None:
+            await self._record_moments(self._moments, trajectory, verdict)
         if verdict.failure and reward.on_failure == "mask":
             return Score(None, None, verdict.failure, verdict.detail)
         penalty = overlong_penalty(
@@ -73,6 +78,17 @@ class ResponseScorer:
         )
         with self._timed():
             return await self._verifier.verify(answer)
+
+    async def _record_moments(self, recorder: MomentRecorder, trajectory: Trajectory, verdict: Verdict) -> None:
+        prompt = trajectory.prompt
+        text = str(self._tokenizer.decode(prompt.tokens.tolist()))
+        judge = judge_with(self._verifier, self._config.reward.verifier, prompt.ground_truth, text, prompt.data_source)
+        with self._timed():
+            await recorder.record(self.text(trajectory), trajectory, verdict, judge)
+
+    def take_moments(self) -> MomentTotals:
+        """Returns the moments of the responses scored since the last call; none without ``observe.moments``."""
+        return MomentTotals() if self._moments is None else self._moments.take()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

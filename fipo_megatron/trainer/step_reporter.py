@@ -15,11 +15,13 @@ from fipo_megatron.data.batch import Batch
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.packing import MiniBatch
 from fipo_megatron.data.trajectory import Group
+from fipo_megatron.moments.recording import MomentTotals
 from fipo_megatron.observe.devices import peak_flops
 from fipo_megatron.observe.run_log import RunLog
 from fipo_megatron.observe.step_metrics import noise_metrics, probe_metrics, rollout_metrics, update_metrics
 from fipo_megatron.observe.throughput import FORWARD, TRAINING, balance, model_flops, throughput
 from fipo_megatron.observe.trajectory_files import choose, row_of, token_columns
+from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.rollout.sampler import SampledGroups
 from fipo_megatron.rollout.weight_sync.probe import ProbeShift
 from fipo_megatron.trainer.step_timer import StepTimer
@@ -75,6 +77,17 @@ class StepReporter:
         values = rollout_metrics(sampled, step) | self._missing_groups(sampled)
         values |= update_metrics(updates, sft=self._config.algorithm.kind == "sft") | probe_metrics(probe)
         return values | noise_metrics(noise, values, fipo=self._config.algorithm.kind == "fipo")
+
+    def moments(self, scorer: ResponseScorer | None) -> dict[str, Any]:
+        """Returns the metrics ``moments/*`` of the responses scored since the last call, over all leaders.
+
+        A collective of all ranks with ``observe.moments``; nothing otherwise.
+        """
+        if not self._config.observe.moments or scorer is None:
+            return {}
+        everyone: list[MomentTotals] = [MomentTotals()] * self._layout.world_size
+        dist.all_gather_object(everyone, scorer.take_moments(), group=self._group)
+        return MomentTotals.total(everyone).metrics()
 
     def _missing_groups(self, sampled: SampledGroups | None) -> dict[str, int]:
         """Returns the number of groups that a sampled step lacks; empty if it has as many as configured."""

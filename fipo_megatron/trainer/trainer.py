@@ -248,6 +248,7 @@ class Trainer:
             self.session.drop_carried()
         if self.scorer is not None:
             self.scorer.take_seconds()  # those of the step that is undone
+            self.scorer.take_moments()
         self.collapse_monitor.record_rollback(alarm, path, self.prompts.given, self.actor.learning_rate_factor)
         self.restore(path)
         self.collapse_monitor.restore(self.step)

@@ -21,6 +21,7 @@ from fipo_megatron.data.tokenized_prompts import read_prompts
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.evaluation.results import name_problems
+from fipo_megatron.moments.candidates import CandidateExtractor
 from fipo_megatron.observe.trackers import tracker_problems
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
@@ -109,6 +110,7 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             check_verifier(config.reward.verifier)
         except ValueError as error:
             problems.append(str(error))
+        problems += _extractor_problems(config)
     problems += _launch_problems(config)
     problems += _server_problems(config, architecture)
     problems += tracker_problems(
@@ -124,6 +126,16 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             "run evaluates its own weights"
         )
     return problems
+
+
+def _extractor_problems(config: Config) -> list[str]:
+    """Lists why the extractor of moments is invalid."""
+    try:
+        if config.observe.moments:
+            CandidateExtractor.named(config.observe.moments_extractor)
+    except ValueError as error:
+        return [f"observe.moments_extractor: {error}"]
+    return []
 
 
 def _samples(config: Config) -> bool:

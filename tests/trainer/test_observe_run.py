@@ -16,7 +16,15 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 FAILED = tuple(f"{when}, {registry.FAILED}" for when in (registry.SAMPLED, registry.EVALUATED))
 ABSENT = (
-    *(registry.KL, registry.IMPORTANCE, registry.PEAK, registry.PROBED, registry.BASELINE, registry.SMALLER),
+    *(
+        registry.KL,
+        registry.IMPORTANCE,
+        registry.PEAK,
+        registry.PROBED,
+        registry.BASELINE,
+        registry.SMALLER,
+        registry.MOMENTS,
+    ),
     *(f"{registry.SAMPLED}, {registry.DROPPED}", f"{registry.HEALTH}, {registry.LOST}"),
     *(f"{registry.EVALUATED}, {registry.VOTED}", *FAILED),
 )

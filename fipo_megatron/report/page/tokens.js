@@ -1,11 +1,13 @@
-// The token view: tokens coloured by a value, and all values of the token under the pointer.
-const MODES = [
+// The token view: tokens coloured by a value, and all values of the token under the pointer. A page may bring values of
+// its own in data.token_modes: their key in the tokens, label and centre (null: from 0 on).
+const MODES = data.token_modes?.map((mode) => ({ ...mode, of: (t, i) => t[mode.key]?.[i] })) ?? [
   { key: "weight", label: "Future-KL weight f", centre: 1, of: (t, i) => t.weight?.[i] },
   { key: "shift", label: "log-prob shift d", centre: 0, of: (t, i) => t.shift?.[i] },
   { key: "entropy", label: "entropy", centre: null, of: (t, i) => t.entropy?.[i] },
   { key: "future_kl", label: "Future-KL F", centre: 0, of: (t, i) => t.future_kl?.[i] },
   { key: "mismatch", label: "engine mismatch (old − behaviour)", centre: 0, of: (t, i) => difference(t.old_log_prob?.[i], t.behaviour_log_prob?.[i]) },
 ];
+const ROW = data.row_name ?? "step"; // what the number of a row counts
 const STRONGEST = 62; // percent of colour: the text stays readable
 
 function difference(a, b) {
@@ -34,8 +36,9 @@ class TokenView {
     byId("filters").replaceChildren(
       ...(several ? [select("run", "Run", [["", "all"], ...data.runs.map((run, i) => [i, run.name])])] : []),
       select("answer", "Answer", [["", "all"], ["right", "right"], ["wrong", "wrong"]]),
-      between("step", "Steps", 1), between("response_tokens", "Tokens", 1), between("reward", "Reward", "any"),
-      select("order", "Order", [["step", "by step"], ["response_tokens", "longest first"], ["reward", "highest reward first"]]),
+      between("step", `${ROW[0].toUpperCase()}${ROW.slice(1)}s`, 1), between("response_tokens", "Tokens", 1),
+      ...(data.token_modes ? [] : [between("reward", "Reward", "any")]),
+      select("order", "Order", [["step", `by ${ROW}`], ["response_tokens", "longest first"], ...(data.token_modes ? [] : [["reward", "highest reward first"]])]),
       make("button", { type: "reset", class: "plain", text: "Reset", onclick: () => { this.filters = {}; setTimeout(() => this.list()); } }));
   }
 
@@ -67,7 +70,7 @@ class TokenView {
   entry(response) {
     const length = response.response_tokens === null ? "" : `${response.response_tokens.toLocaleString("en")} tokens`;
     const button = make("button", { type: "button", class: "row", onclick: () => this.choose(response) },
-      this.badge(response), make("span", { text: `step ${response.step}` }),
+      this.badge(response), make("span", { text: `${ROW} ${response.step}` }),
       ...(several ? [make("span", { class: `of-run ${colour(response.run)}` }, make("span", { class: "dot" }), data.runs[response.run].name)] : []),
       make("span", { class: "quiet", text: length }),
       make("span", { class: "quiet", text: response.tokens ? "" : "text only" }));
@@ -105,7 +108,7 @@ class TokenView {
   facts(response) {
     const versions = response.versions.map(([version, count]) => `${version} (${count} tokens)`).join(", ");
     const facts = [
-      ["Run", several ? data.runs[response.run].name : undefined], ["Step", response.step], ["Problem", response.prompt_id],
+      ["Run", several ? data.runs[response.run].name : undefined], [ROW[0].toUpperCase() + ROW.slice(1), response.step], ["Problem", response.prompt_id],
       ["Sample", response.sample], ["Data", response.data_source], ["Reward", response.reward], ["Advantage", response.advantage],
       ["Tokens", response.response_tokens], ["Finished by", response.finish_reason], ["Update", response.mini_batch],
       ["Weight versions", versions], ["Right answer", response.ground_truth]];
@@ -185,24 +188,29 @@ class TokenView {
       ...(points.length > 1 ? [svg("path", { class: "line c0", d: `M${points.join("L")}` })] : []));
   }
 
-  tell(span, x, y) {
-    const { tokens, versions } = this.chosen, i = span.index;
-    this.at?.classList.remove("at");
-    this.at = span;
-    span.classList.add("at");
+  values(tokens, versions, i) {
+    if (data.token_rows) return data.token_rows.map(([key, name]) => [name, tokens[key]?.[i]]);
     const shift = tokens.shift?.[i], old = tokens.old_log_prob?.[i];
     const version = versions.reduce(([left, found], [name, count]) =>
       found === null && i < left + count ? [left, name] : [left + count, found], [0, null])[1];
-    const rows = [
+    return [
       ["log π behaviour (engine)", tokens.behaviour_log_prob?.[i]], ["log π old", old],
       ["log π current", Number.isFinite(old) && Number.isFinite(shift) ? old + shift : undefined], ["shift d", shift],
       ["ratio", Number.isFinite(shift) ? Math.exp(shift) : undefined],
       ["engine mismatch", difference(old, tokens.behaviour_log_prob?.[i])], ["Future-KL F", tokens.future_kl?.[i]],
       ["weight f", tokens.weight?.[i]], ["entropy", tokens.entropy?.[i]], ["weight version", version]];
+  }
+
+  tell(span, x, y) {
+    const { tokens, versions } = this.chosen, i = span.index;
+    this.at?.classList.remove("at");
+    this.at = span;
+    span.classList.add("at");
+    const rows = this.values(tokens, versions, i);
     byId("tip").replaceChildren(
       make("strong", {}, `token ${i + 1} of ${this.chosen.response_tokens ?? tokens.text.length}: `, make("code", { text: JSON.stringify(tokens.text[i]) })),
       make("table", {}, ...rows.filter(([, value]) => value !== undefined && value !== null).map(([name, value]) =>
-        make("tr", {}, make("td", { text: name }), make("td", { class: "value", text: number(value) })))));
+        make("tr", {}, make("td", { text: name }), make("td", { class: "value", text: typeof value === "string" ? JSON.stringify(value) : number(value) })))));
     placeTip(byId("tip"), x, y, true);
   }
 

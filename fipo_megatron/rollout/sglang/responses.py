@@ -59,7 +59,7 @@ def _parse(body: bytes) -> Generation:
     if [entry[1] for entry in entries] != answer["output_ids"]:
         raise MalformedAnswerError(f"{len(entries)} log-probs for {len(tokens)} tokens, or of other tokens")
     finish: FinishReason = reason if reason in ("stop", "length") else "abort"
-    return Generation(tokens, log_probs, spans if len(tokens) else (), finish, retractions)
+    return Generation(tokens, log_probs, spans if len(tokens) else (), finish, retractions=retractions)
 
 
 def error_text(body: bytes) -> str:

@@ -1,0 +1,1 @@
+"""Candidates for the final answer within a response, and how their correctness changes (``fipo moments``)."""
