@@ -64,8 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     data = output / "data"
-    files = {name: data / f"{name}.jsonl" for name in ("examples", "problems", "held_out")}
-    stages = Stages(output, model=data / "model", **files)
+    examples, problems, held_out = (data / f"{name}.jsonl" for name in ("examples", "problems", "held_out"))
+    stages = Stages(output, data / "model", examples, problems, held_out)
     if not (stages.sft / "hf").exists():
         build(data, stages.seed)
         config = output / "sft.yaml"

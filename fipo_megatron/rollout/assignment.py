@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fipo_megatron.data.group_record import GroupRecord
 
 
-@dataclass(frozen=True)
-class Share:
-    """A leader's share of a batch: partial groups first, then new prompts.
-
-    Attributes:
-        continued: Number of partial groups.
-        new: Indices of the new prompts.
-        begun: Number of its groups that are begun at once; the others are begun in place of groups that are dropped.
-    """
-
-    continued: int
-    new: tuple[int, ...]
-    begun: int
-
-
-def assign_prompts(wanted: int, spare: int, partial: Sequence[int]) -> list[Share]:
+def assign_prompts(wanted: int, partial: Sequence[int]) -> tuple[list[int], list[list[int]]]:
     """Assigns the prompts of a batch to leaders, about as many to each.
 
     Partial groups come first; each stays with the leader that has it.
 
     Args:
-        wanted: Number of prompts that are begun at once.
-        spare: Number of further prompts.
+        wanted: Number of prompts of the batch.
         partial: Number of partial groups of each leader.
 
     Returns:
-        The share of each leader.
+        For each leader: the number of partial groups that it continues, and the indices of the new prompts that it
+        begins.
     """
-    begun = [taken + len(new) for taken, new in zip(*_assign(wanted, partial), strict=True)]
-    taken, new = _assign(wanted + spare, partial)
-    return [Share(*share) for share in zip(taken, map(tuple, new), begun, strict=True)]
-
-
-def _assign(wanted: int, partial: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """Returns the number of partial groups and the indices of the new prompts of each leader."""
     left, taken = list(partial), [0] * len(partial)
     for _ in range(min(wanted, sum(partial))):
         most = max(range(len(left)), key=lambda n: (left[n], -n))

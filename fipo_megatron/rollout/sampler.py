@@ -2,9 +2,8 @@
 
 A step samples batches of prompts until enough groups are kept. A group is kept unless its responses are all right or
 all wrong; in place of a group that is not kept, a prompt of the next batch is begun at once. With over-sampling the
-slowest responses are aborted as soon as enough groups are kept. Partial groups, prompts that were not begun, and
-complete groups beyond those needed, are carried to the next step, if their weights may be that old (DAPO discards them;
-see docs/rollout.md).
+slowest responses are aborted as soon as enough groups are kept. Partial groups, and complete groups beyond those
+needed, are carried to the next step, if their weights may be that old (DAPO discards them; see docs/rollout.md).
 
 Each leader samples its share of a batch. The leaders exchange metadata (:mod:`.assignment`), from which every rank,
 leader or not, makes the same decisions. With one leader and the embedded engine no result depends on time.
@@ -20,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch.distributed as dist
 
@@ -28,7 +27,7 @@ from fipo_megatron.algorithm.advantages import is_informative
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.group_record import GroupRecord
 from fipo_megatron.data.trajectory import Group, Prompt, Score, Trajectory
-from fipo_megatron.rollout.assignment import Share, assign_prompts, interleave_by_leader
+from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
 from fipo_megatron.rollout.carry_over import Carried, PartialGroup, is_usable, sampled_lengths
 from fipo_megatron.rollout.engine import RolloutEngine, SamplingParameters
 from fipo_megatron.rollout.group_sampler import GroupSampler
@@ -41,6 +40,19 @@ _LOOK_SECONDS = 0.1
 
 Scorer = Callable[[Trajectory], Awaitable[Score]]
 """Scores one response; must not raise because of its text."""
+
+
+class PromptSource(Protocol):
+    """A source of prompts, such as :class:`.data.prompts.PromptStream`.
+
+    Attributes:
+        given: Cursor: prompts returned so far. The sampler moves it back by prompts that it did not begin.
+    """
+
+    given: int
+
+    def __call__(self, count: int) -> Sequence[Prompt]:
+        """Returns this many new prompts; fewer if there are no more."""
 
 
 class SamplingExhaustedError(RuntimeError):
@@ -153,15 +165,15 @@ class Sampler:
         """Counts of this rank in the last step."""
         return self._counts
 
-    async def step(self, next_prompts: Callable[[int], Sequence[Prompt]], version: int) -> SampledGroups:
+    async def step(self, next_prompts: PromptSource, version: int) -> SampledGroups:
         """Samples the groups of a step; all ranks must call it.
 
         Args:
-            next_prompts: Returns this many new prompts, the same on every rank; fewer if there are no more.
+            next_prompts: Source of the prompts, the same on every rank.
             version: Version of the engine's weights.
 
         Returns:
-            Carried groups first, then the others in the order in which they were complete.
+            Carried groups first, then the others by batch, in the order of their prompts.
 
         Raises:
             SamplingExhaustedError: too few groups were kept, and ``on_exhausted`` is ``error``; or none was kept, and
@@ -197,7 +209,7 @@ class Sampler:
         return SampledGroups(used, groups, statistics, time.perf_counter() - start)
 
     async def _sample(
-        self, mine: dict[str, Group], next_prompts: Callable[[int], Sequence[Prompt]]
+        self, mine: dict[str, Group], next_prompts: PromptSource
     ) -> tuple[list[GroupRecord], int, dict[str, int], bool]:
         """Samples batches of prompts until enough groups are kept; adds the groups of this rank to ``mine``.
 
@@ -210,21 +222,28 @@ class Sampler:
         while len(kept) < need and batches < self.settings.max_batches:
             missing = need - len(kept)
             wanted = math.ceil(missing * self.settings.over_sampling)
-            # The next batch is assigned, too: its prompts are begun in place of groups that are dropped.
-            spare = wanted if self.settings.dynamic_sampling and batches + 1 < self.settings.max_batches else 0
-            prompts = next_prompts(asked := max(0, wanted + spare - sum(partial)))
+            prompts = next_prompts(asked := max(0, wanted - sum(partial)))
             no_more |= len(prompts) < asked
-            available = min(wanted + spare, sum(partial) + len(prompts))
-            if not available:
+            continued, new = assign_prompts(min(wanted, sum(partial) + len(prompts)), partial)
+            if not sum(continued) + len(prompts):
                 break
-            wanted = min(wanted, available)
-            shares = assign_prompts(wanted, available - wanted, partial)
+            has_next = self.settings.dynamic_sampling and batches + 1 < self.settings.max_batches
+            spare = next_prompts(wanted) if has_next else ()
             before = everyone.get("prompts_begun_early", 0)
-            found, error = await self._sample_share(shares, prompts, missing)
+            found, error = await self._sample_share(continued, new, prompts, spare, missing)
             mine |= {group.prompt.id: group for group in found}
-            records, partial, everyone = await self._exchange_metadata(found, error)
-            kept += records
-            batches += 1 + (everyone.get("prompts_begun_early", 0) > before)
+            try:
+                records, partial, everyone = await self._exchange_metadata(found, error)
+                begun = everyone.get("prompts_begun_early", 0) - before
+            except BaseException:
+                begun = min(self._coordinator.close_claims(), len(spare))
+                raise
+            finally:
+                if begun < len(spare):
+                    next_prompts.given -= len(spare) - begun
+            order = {prompt.id: place for place, prompt in enumerate([*prompts, *spare])}
+            kept += sorted(records, key=lambda record: order.get(record.prompt, -1))
+            batches += 1 + (begun > 0)
         return kept, batches, everyone, no_more and not sum(partial)
 
     def _exhaustion(self, kept: int, batches: int, statistics: Mapping[str, int], out_of_prompts: bool) -> str:
@@ -277,8 +296,10 @@ class Sampler:
 
     async def _sample_share(
         self,
-        shares: Sequence[Share],
+        continued: Sequence[int],
+        new: Sequence[Sequence[int]],
         prompts: Sequence[Prompt],
+        spare: Sequence[Prompt],
         missing: int,
     ) -> tuple[list[Group], BaseException | None]:
         """Samples this leader's share of a batch; returns an error, so that it can be raised on all ranks.
@@ -287,15 +308,15 @@ class Sampler:
         """
         if self._coordinator.rank not in self._coordinator.leaders:
             return [], None
-        share = shares[self._coordinator.leaders.index(self._coordinator.rank)]
-        batch = [self._partial.popleft() for _ in range(share.continued)]
+        place = self._coordinator.leaders.index(self._coordinator.rank)
+        batch = [self._partial.popleft() for _ in range(continued[place])]
         self._counts["prompts_carried_in"] += len(batch)
-        batch += [self._new_group(prompts[number]) for number in share.new]
-        responses = sum(one.continued + len(one.new) for one in shares) * self.settings.samples_per_prompt
+        batch += [self._new_group(prompts[number]) for number in new[place]]
+        responses = (sum(continued) + len(prompts) + len(spare)) * self.settings.samples_per_prompt
         most_failures = self.settings.max_failure_fraction * (self._checks.everyone.checks + responses)
         try:
             async with self._coordinator.alive():
-                return await self._sample_groups(batch, share.begun, missing, most_failures), None
+                return await self._sample_groups(batch, spare, missing, most_failures), None
         except VerifierError as error:
             self._checks.error = str(error)
             return [], None
@@ -345,13 +366,13 @@ class Sampler:
             self._partial.append(self._new_group(one.prompt))
 
     async def _sample_groups(
-        self, batch: Sequence[PartialGroup], begun: int, missing: int, most_failures: float
+        self, batch: Sequence[PartialGroup], spare: Sequence[Prompt], missing: int, most_failures: float
     ) -> list[Group]:
         """Samples groups; returns those that are kept, in the order in which they were complete.
 
         Args:
-            batch: Groups to complete. The first ``begun`` are begun at once, the others in place of dropped groups.
-            begun: See ``batch``.
+            batch: Groups to complete.
+            spare: Prompts that any leader begins, in this order, in place of a group that it drops.
             missing: Number of groups that all leaders together still need.
             most_failures: See :meth:`.GroupSampler.sample_batch`.
         """
@@ -359,7 +380,8 @@ class Sampler:
         assert sampler is not None
         kept: list[Group] = []
         dropped_unchecked: list[Prompt] = []
-        running, spare = begun, deque(batch[begun:])
+        begun = list(batch)
+        running = len(batch)
 
         async def decide(group: Group) -> PartialGroup | None:
             nonlocal running
@@ -372,22 +394,23 @@ class Sampler:
                 return None
             if _has_failure(group.trajectories):
                 dropped_unchecked.append(group.prompt)
-            wanted = begun - len(kept) * self.settings.over_sampling
-            if not spare or sampler.aborting or running >= wanted:
+            wanted = len(batch) - len(kept) * self.settings.over_sampling
+            if sampler.aborting or running >= wanted or (number := self._coordinator.claim()) >= len(spare):
                 return None
             running += 1
             self._counts["prompts_begun_early"] += 1
-            return spare.popleft()
+            begun.append(self._new_group(spare[number]))
+            return begun[-1]
 
         try:
             async with self._watching_other_ranks(sampler, missing):
-                partial = await sampler.sample_batch(batch[:begun], decide, most_failures)
+                partial = await sampler.sample_batch(batch, decide, most_failures)
         except BaseException:
             # All prompts of this share are sampled again, also those of kept groups: no prompt is lost.
-            self._partial.extendleft(reversed(batch))
+            self._partial.extendleft(reversed(begun))
             raise
         self._checks.dropped_unchecked += dropped_unchecked
-        self._partial.extend([*partial, *spare])
+        self._partial.extend(partial)
         return kept
 
     @asynccontextmanager

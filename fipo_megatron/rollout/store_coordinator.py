@@ -19,6 +19,7 @@ from fipo_megatron.rollout.silence_timer import SilenceTimer
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.002, 0.2
 _BEAT_SECONDS = 1.0
+_CLOSED = 1 << 40
 
 
 class StoreCoordinator:
@@ -91,7 +92,7 @@ class StoreCoordinator:
                     self._store.delete_key(f"{key}/{leader}")
             found: list[Any] = orjson.loads(await self._take(key, 0))
             if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for the others to read
-                for name in (key, f"{key}/heard", f"count/{self._round}"):
+                for name in (key, f"{key}/heard", f"count/{self._round}", f"claims/{self._round}"):
                     self._store.delete_key(name)
             return found
         finally:
@@ -106,6 +107,17 @@ class StoreCoordinator:
     def count(self, more: int) -> int:
         """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
         return int(self._store.add(f"count/{self._round}", more))
+
+    def claim(self) -> int:
+        """Returns a number that no other claim gets until the next :meth:`gather`: 0, 1, 2, …"""
+        return int(self._store.add(f"claims/{self._round}", 1)) - 1
+
+    def close_claims(self) -> int:
+        """Returns how many claims were made before a :meth:`gather` that failed, the same number on every rank.
+
+        Claims that are made afterwards get numbers of at least 2^40.
+        """
+        return int(self._store.add(f"claims/{self._round - 1}", _CLOSED)) % _CLOSED
 
     def look(self) -> None:
         """Raises EngineError if another rank has failed, LostRankError if one is lost."""

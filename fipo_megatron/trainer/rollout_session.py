@@ -31,7 +31,14 @@ from fipo_megatron.rollout.engine import (
 )
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.event_loop import EventLoopThread
-from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplerSettings, SamplingExhaustedError, Scorer
+from fipo_megatron.rollout.sampler import (
+    PromptSource,
+    SampledGroups,
+    Sampler,
+    SamplerSettings,
+    SamplingExhaustedError,
+    Scorer,
+)
 from fipo_megatron.rollout.sampling_progress import ProgressSnapshot, combine_snapshots
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -167,11 +174,11 @@ class RolloutSession:
                 self._release("kv_cache", "weights", "cuda_graph")
         self.weights.check_probe(responses)
 
-    def sample(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> SampledGroups:
+    def sample(self, next_prompts: PromptSource) -> SampledGroups:
         """Samples and scores the groups of a step; call it within :meth:`serving_weights`.
 
         Args:
-            next_prompts: Returns the next prompts, at most as many as asked for; the same on every rank.
+            next_prompts: Source of the prompts, the same on every rank.
 
         Raises:
             EngineError: No server is left, or another rank failed; what was sampled so far is carried over.
@@ -191,7 +198,7 @@ class RolloutSession:
         self.weights.send(self.weights.version)
         return self._loop.run(self.sampler.step(next_prompts, self.weights.version))
 
-    def prefetch(self, next_prompts: Callable[[int], Sequence[Prompt]]) -> None:
+    def prefetch(self, next_prompts: PromptSource) -> None:
         """Starts to sample the groups of the next step with the weights that the engine has now."""
         self._prefetched = self._loop.begin(self.sampler.step(next_prompts, self.weights.version))
 

@@ -70,7 +70,7 @@ def test_kept_refilled_and_carried_as_computed_by_hand(path):
     """Prompts 0 1 2, of which 1 is kept; 3 4 in place of 0 2, of which 3 is kept; and 5 in place of 4."""
     prompts = Prompts([0, 2, 4, 1, 4, 3, 2, 2])
     _, [(groups, statistics)] = run(EmbeddedEngine(path), SETTINGS, prompts)
-    assert prompts.asked == [3 + 3]
+    assert (prompts.asked, prompts.given) == ([3, 3], 6)
     assert names(groups) == [1, 3, 5]
     assert {k: v for k, v in statistics.items() if v} == {
         "batches": 2,
@@ -162,9 +162,8 @@ def test_groups_kept_before_the_error_are_carried(path):
         return [names((await sampler.step(prompts, 0)).groups), prompts.asked]
 
     groups, asked = asyncio.run(go())
-    # 0 1 2, and 3 4 5 in place of those that are dropped; 3 is begun in place of 1, 4 in place of 2, 5 in place of 3.
-    # Then, 0 being carried, 6 7, and 8 9 in place of those that are dropped.
-    assert asked == [3 + 3, 2 + 2]
+    # 0 1 2, and 3 4 5 in place of 1 2 3. Then, 0 being carried, 6 7, and 8 in place of 6.
+    assert asked == [3, 3, 2, 2]
     assert groups == [0, 7, 8]
 
 
@@ -173,7 +172,8 @@ def test_surplus_groups_are_carried_to_the_next_step(path):
     prompts = Prompts([2] * 12)
     settings = replace(SETTINGS, over_sampling=2.0)
     _, found = run(EmbeddedEngine(path), settings, prompts, steps=3)
-    assert prompts.asked == [6 + 6, 6]  # the spare prompts of the first step are begun in the third
+    assert prompts.asked == [6, 6, 6, 6]  # in the first and the third step: a batch, and one that is given back
+    assert prompts.given == 12
     assert [statistics["groups_carried_in"] for _, statistics in found] == [0, 3, 0]
     assert sorted(names(found[0][0]) + names(found[1][0])) == list(range(6))
     assert found[1][1].get("batches", 0) == 0
@@ -208,10 +208,11 @@ def test_a_prompt_is_begun_in_place_of_a_dropped_group_while_others_are_sampled(
         place for place, (kind, number) in enumerate(engine.events) if kind == "ended" and number < 4
     )
     assert ("begun", 4) in engine.events[:first_batch_ends]
-    assert sorted(names(groups)) == [3, 4, 6, 8]
-    assert prompts.asked == [4 + 4, 1 + 1]  # 8 waits for the end of the others: the spare prompts are used up
+    assert names(groups) == [3, 4, 6, 8], "in the order of the prompts"
+    assert prompts.asked == [4, 4, 1, 1]  # 8 waits for the end of the others: the spare prompts are used up
+    assert prompts.given == 9, "a prompt that was not begun is given back"
     assert (statistics["prompts_begun_early"], statistics["groups_sampled"], statistics["batches"]) == (4, 9, 3)
-    assert [int(one.prompt.id) for one in sampler.carried()[1]] == [9], "a prompt that was not begun is carried"
+    assert sampler.carried() == ([], [])
     alone = EmbeddedEngine(path, slots=16)
     for group in groups:
         for trajectory in group.trajectories:
