@@ -125,7 +125,8 @@ class RolloutConfig:
         silence_seconds: Seconds without a sign of life after which a rank counts as lost, which ends the run.
         engine: ``sglang`` uses SGLang servers; ``embedded`` runs transformers in the trainer's own processes and needs
             no GPU.
-        embedded_slots: Requests that the embedded engine samples at the same time.
+        embedded_slots: Most requests that the embedded engine samples at the same time. A slot that is not in use
+            costs memory only.
         servers: The SGLang servers; a section of its own.
         sglang: Arguments of the servers that the run starts, by the names of SGLang's ``ServerArgs``. ``base_gpu_id``
             is the first GPU of a host's servers. Its default is the first one after those of the trainer's ranks, or 0
