@@ -229,16 +229,12 @@ class Sampler:
                 break
             has_next = self.settings.dynamic_sampling and batches + 1 < self.settings.max_batches
             spare = next_prompts(wanted) if has_next else ()
-            before = everyone.get("prompts_begun_early", 0)
             found, error = await self._sample_share(continued, new, prompts, spare, missing)
             mine |= {group.prompt.id: group for group in found}
             try:
                 records, partial, everyone = await self._exchange_metadata(found, error)
-                begun = everyone.get("prompts_begun_early", 0) - before
-            except BaseException:
-                begun = min(self._coordinator.close_claims(), len(spare))
-                raise
             finally:
+                begun = min(self._coordinator.close_claims(), len(spare))
                 if begun < len(spare):
                     next_prompts.given -= len(spare) - begun
             order = {prompt.id: place for place, prompt in enumerate([*prompts, *spare])}

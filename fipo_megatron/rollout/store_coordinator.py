@@ -92,7 +92,8 @@ class StoreCoordinator:
                     self._store.delete_key(f"{key}/{leader}")
             found: list[Any] = orjson.loads(await self._take(key, 0))
             if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for the others to read
-                for name in (key, f"{key}/heard", f"count/{self._round}", f"claims/{self._round}"):
+                used = (key, f"{key}/heard", f"count/{self._round}", f"claims/{self._round - 1}")
+                for name in used:
                     self._store.delete_key(name)
             return found
         finally:
@@ -113,9 +114,10 @@ class StoreCoordinator:
         return int(self._store.add(f"claims/{self._round}", 1)) - 1
 
     def close_claims(self) -> int:
-        """Returns how many claims were made before a :meth:`gather` that failed, the same number on every rank.
+        """Returns how many claims were made before the last :meth:`gather`, the same number on every rank.
 
-        Claims that are made afterwards get numbers of at least 2^40.
+        Must be called before the next :meth:`gather`. After a failed one, another rank may still make claims; they get
+        numbers of at least 2^40.
         """
         return int(self._store.add(f"claims/{self._round - 1}", _CLOSED)) % _CLOSED
 

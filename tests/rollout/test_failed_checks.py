@@ -142,6 +142,26 @@ def test_too_many_failures_end_the_step_and_the_prompts_are_sampled_again(path, 
     assert responses == {t.name: t.tokens.tolist() for group in whole.groups for t in group.trajectories}
 
 
+def test_prompts_begun_early_are_neither_lost_nor_begun_twice_if_the_verifier_fails(path):
+    """Prompts 1 and 2 are dropped, 3 and 4 begun in their place; then 4 of 20 checks turn out to have failed."""
+    failing = Failing([2, 0, 4, 2, 2, 2], ["0/0", "3/0", "3/2", "4/0"], mask=True)
+
+    async def run():
+        sampler = Sampler(EmbeddedEngine(path), replace(SETTINGS, max_failure_fraction=0.17), failing.score)
+        with pytest.raises(VerifierError, match="max_failure_fraction"):
+            await sampler.step(failing, 0)
+        groups, partial = sampler.carried()
+        return [group.prompt.id for group in groups], [one.prompt.id for one in partial], sampler.statistics
+
+    groups, partial, statistics = asyncio.run(run())
+    assert statistics["prompts_begun_early"] == 2
+    carried = sorted(map(int, [*groups, *partial]))
+    assert len({*carried}) == len(carried)
+    assert {0, 3, 4} <= {*carried}
+    assert failing.given == 5, "prompt 5 was not begun"
+    assert max(carried) < failing.given
+
+
 def test_a_verifier_that_never_works_ends_the_step_early(path):
     """The step ends as soon as the share is certain to be too large, not after all of its responses."""
     prompts = Failing([2] * 50, [f"{n}/{m}" for n in range(50) for m in range(4)])
