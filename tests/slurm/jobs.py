@@ -141,6 +141,15 @@ class Job:
         (process,) = [pid for pid in found if pid not in parents or len(found) == 1]
         return process
 
+    def processes(self) -> set[int]:
+        """Returns the processes of the job on all nodes, without Slurm's own."""
+        mark, found = f"SLURM_JOB_ID={self.number}".encode(), set()
+        for pid in self.cluster.processes(of_jobs=True):
+            with suppress(OSError):
+                if mark in (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0"):
+                    found.add(pid)
+        return found
+
     def kill_rank(self, rank: int, number: signal.Signals) -> None:
         """Sends a signal to a rank."""
         os.kill(self.rank(rank), number)

@@ -30,8 +30,11 @@ def test_a_disturbed_job_ends_as_one_that_was_not(cluster, data, whole, tmp_path
     job.wait_for_step(start=3)
     assert "USR1: the run ends after its step" in job.log
     assert "stopped (USR1)" in job.log
+    running = job.processes()
+    assert len(running) > 2
     job.kill_rank(1, signal.SIGKILL)
     job.wait_for_step(start=4)
+    assert not running & job.processes(), "the other rank, and all of its children, are gone"
     cluster.run("scancel", "--signal=KILL", job.step())
     job.wait_for_step(start=5)
     job.kill_rank(1, signal.SIGSTOP)
