@@ -23,6 +23,11 @@ SETTINGS = (
 PATIENCE = 400.0
 
 
+def _command(pid):
+    with suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
 @dataclass(eq=False)
 class Job:
     """A job of a cluster.
@@ -113,6 +118,14 @@ class Job:
                 f"no {what}: {self.state()}\n{self.all_logs()}"
             )
             time.sleep(0.1)
+
+    def wait_for_end_of_processes(self) -> None:
+        """Waits until no process of any job is left on any node; Slurm itself may need some seconds to end the last."""
+        end = time.monotonic() + 60
+        while left := self.cluster.processes(of_jobs=True):
+            commands = [_command(pid) for pid in left]
+            assert time.monotonic() < end, commands
+            time.sleep(0.2)
 
     def wait_for_step(self, start: int) -> None:
         """Waits until the start with this number, counted from 1, has finished a step for the first time."""

@@ -61,4 +61,4 @@ def test_a_disturbed_job_ends_as_one_that_was_not(cluster, data, whole, tmp_path
     assert {row["run/restarts"] for row in whole.rows("timing.jsonl")} == {0}
     assert whole.starts == 1
     assert sorted(path.name for path in whole.logs.iterdir()) == ["rank-0000.log", "rank-0001.log"]
-    job.wait_for(lambda: not cluster.processes(of_jobs=True), "end of all processes")
+    job.wait_for_end_of_processes()
