@@ -72,7 +72,7 @@ def test_each_broken_host_is_named_and_the_job_does_not_start(hosts, tmp_path_fa
     assert table == {"n1": "trainer", "n4": "servers", "n5": "servers"}
     excluded = [_field(hosts, int(job.number) + number, "ExcNodeList") for number in (0, 1)]
     assert excluded == ["n2,n3,n4,n5"] * 2
-    assert job.state() == "PENDING"
+    job.wait_for(lambda: job.state() == "PENDING", "end of the first start")
     hosts.run("scancel", job.number)
     assert not list((directory / "shared").rglob("rank-*.log"))
     assert not list((directory / "shared").rglob("engine-*.log"))
