@@ -24,8 +24,8 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
 NOT_VALID = 2
 _WIDTH = 110
 _LOSS_OF_A_NODE = (
-    "the loss of a rollout node ends the trainer as well: Slurm lets a job go on without a node only if the trainer and "
-    "the servers have at least two nodes each"
+    "the loss of a rollout node ends the trainer as well: Slurm lets a job go on without a node only if the trainer "
+    "and the servers have at least two nodes each"
 )
 
 

@@ -1,12 +1,12 @@
 """A job over trainer and rollout nodes, each a host of its own in a network namespace, most of them broken."""
 
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.preflight.nodes import write_inputs
+from tests.preflight.test_broken_nodes import needs_faketime, needs_networks
 from tests.slurm.conftest import prepared
 from tests.slurm.hosts import HostCluster
 from tests.slurm.jobs import ROOT, Job
@@ -44,7 +44,8 @@ def hosts(tmp_path_factory):
         found.stop()
 
 
-@pytest.mark.skipif(not shutil.which("faketime"), reason="faketime is not installed")
+@needs_faketime
+@needs_networks
 def test_each_broken_host_is_named_and_the_job_does_not_start(hosts, tmp_path_factory):
     """The job asks for other nodes; there are none, so that it waits."""
     directory = hosts.directory.parent / "inputs"
