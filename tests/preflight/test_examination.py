@@ -120,6 +120,20 @@ def test_xid_errors_of_the_hardware_count_for_a_day():
     ]
 
 
+@pytest.mark.processes
+def test_the_plan_is_compared_with_the_gpus(nvidia_smi, config_file, monkeypatch, capsys):
+    """Torch is told that it has two GPUs, of 16 MiB; nothing is computed on them."""
+    row = "NVIDIA H100 80GB HBM3, 580.82.07, 0, No, No, [N/A], 16"
+    nvidia_smi(f"0, {row}\n1, {row}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("fipo_megatron.preflight.installed_versions.trainer_version", lambda: "2.30.7")
+    assert program.main([str(config_file), "--min-bandwidth", "0", "run.steps=1"]) == 1
+    said = capsys.readouterr().out
+    assert " of 0.0 GiB" in said.splitlines()[1]
+    assert "job: stage 0: " in said
+
+
 def test_versions_are_those_of_the_installed_packages_and_sources():
     versions = trainer_versions()
     assert versions["python"] == sys.version.split()[0]

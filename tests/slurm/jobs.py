@@ -23,6 +23,11 @@ SETTINGS = (
 PATIENCE = 400.0
 
 
+def _command(pid):
+    with suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
 @dataclass(eq=False)
 class Job:
     """A job of a cluster.
@@ -114,6 +119,14 @@ class Job:
             )
             time.sleep(0.1)
 
+    def wait_for_end_of_processes(self) -> None:
+        """Waits until no process of any job is left on any node; Slurm itself may need some seconds to end the last."""
+        end = time.monotonic() + 60
+        while left := self.cluster.processes(of_jobs=True):
+            commands = [_command(pid) for pid in left]
+            assert time.monotonic() < end, commands
+            time.sleep(0.2)
+
     def wait_for_step(self, start: int) -> None:
         """Waits until the start with this number, counted from 1, has finished a step for the first time."""
 
@@ -140,6 +153,15 @@ class Job:
         parents = {int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
         (process,) = [pid for pid in found if pid not in parents or len(found) == 1]
         return process
+
+    def processes(self) -> set[int]:
+        """Returns the processes of the job on all nodes, without Slurm's own."""
+        mark, found = f"SLURM_JOB_ID={self.number}".encode(), set()
+        for pid in self.cluster.processes(of_jobs=True):
+            with suppress(OSError):
+                if mark in (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0"):
+                    found.add(pid)
+        return found
 
     def kill_rank(self, rank: int, number: signal.Signals) -> None:
         """Sends a signal to a rank."""

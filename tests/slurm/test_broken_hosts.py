@@ -1,12 +1,12 @@
 """A job over trainer and rollout nodes, each a host of its own in a network namespace, most of them broken."""
 
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.preflight.nodes import write_inputs
+from tests.preflight.test_broken_nodes import needs_faketime, needs_networks
 from tests.slurm.conftest import prepared
 from tests.slurm.hosts import HostCluster
 from tests.slurm.jobs import ROOT, Job
@@ -44,7 +44,8 @@ def hosts(tmp_path_factory):
         found.stop()
 
 
-@pytest.mark.skipif(not shutil.which("faketime"), reason="faketime is not installed")
+@needs_faketime
+@needs_networks
 def test_each_broken_host_is_named_and_the_job_does_not_start(hosts, tmp_path_factory):
     """The job asks for other nodes; there are none, so that it waits."""
     directory = hosts.directory.parent / "inputs"
@@ -72,7 +73,7 @@ def test_each_broken_host_is_named_and_the_job_does_not_start(hosts, tmp_path_fa
     assert table == {"n1": "trainer", "n4": "servers", "n5": "servers"}
     excluded = [_field(hosts, int(job.number) + number, "ExcNodeList") for number in (0, 1)]
     assert excluded == ["n2,n3,n4,n5"] * 2
-    assert job.state() == "PENDING"
+    job.wait_for(lambda: job.state() == "PENDING", "end of the first start")
     hosts.run("scancel", job.number)
     assert not list((directory / "shared").rglob("rank-*.log"))
     assert not list((directory / "shared").rglob("engine-*.log"))

@@ -30,8 +30,11 @@ def test_a_disturbed_job_ends_as_one_that_was_not(cluster, data, whole, tmp_path
     job.wait_for_step(start=3)
     assert "USR1: the run ends after its step" in job.log
     assert "stopped (USR1)" in job.log
+    running = job.processes()
+    assert len(running) > 2
     job.kill_rank(1, signal.SIGKILL)
     job.wait_for_step(start=4)
+    assert not running & job.processes(), "the other rank, and all of its children, are gone"
     cluster.run("scancel", "--signal=KILL", job.step())
     job.wait_for_step(start=5)
     job.kill_rank(1, signal.SIGSTOP)
@@ -58,4 +61,4 @@ def test_a_disturbed_job_ends_as_one_that_was_not(cluster, data, whole, tmp_path
     assert {row["run/restarts"] for row in whole.rows("timing.jsonl")} == {0}
     assert whole.starts == 1
     assert sorted(path.name for path in whole.logs.iterdir()) == ["rank-0000.log", "rank-0001.log"]
-    job.wait_for(lambda: not cluster.processes(of_jobs=True), "end of all processes")
+    job.wait_for_end_of_processes()

@@ -62,4 +62,4 @@ def test_a_run_outlives_a_killed_engine_step_and_a_lost_rollout_node(cluster, da
         groups = rollout_dump.read(job.run / "rollouts", step, keep=True).groups
         names = [trajectory.name for group in groups for trajectory in group.trajectories]
         assert len(names) == len({*names}) == 16
-    job.wait_for(lambda: not cluster.processes(of_jobs=True), "end of all processes")
+    job.wait_for_end_of_processes()

@@ -133,7 +133,11 @@ def test_a_cancelled_job_is_not_requeued(cluster, data, tmp_path):
 
 
 def test_a_job_saves_before_its_time_limit_and_is_ended_by_its_user(cluster, data, tmp_path):
-    """Slurm looks every 30 s, and signals the script 40 to 70 s after its start; later the user does."""
+    """Slurm looks every 30 s, and signals the script 40 to 70 s after its start; later the user does.
+
+    The steps before and after the time limit are those of another job, bit for bit.
+    """
+    undisturbed = Job.train(cluster, data, tmp_path / "undisturbed")
     job = Job.train(cluster, data, tmp_path, options=["--time=2", "--signal=B:USR1@50"])
     with job.held():
         job.wait_for(lambda: "USR1: the run ends after its step" in job.log, "signal before the time limit")
@@ -142,6 +146,9 @@ def test_a_job_saves_before_its_time_limit_and_is_ended_by_its_user(cluster, dat
     cluster.run("scancel", "--batch", "--signal=INT", job.number)
     job.wait()
     assert len(job.rows()) == 2
+    undisturbed.wait_for(lambda: len(undisturbed.rows()) >= 2, "second step")
+    cluster.run("scancel", undisturbed.number, check=False)
+    assert job.rows() == undisturbed.rows()[:2]
     assert (job.run / "checkpoints" / "step-000002").is_dir()
 
 
