@@ -172,7 +172,7 @@ def _fill(
 
 
 def _assign(bins: Sequence[MicroBatch], ranks: int, cost_of: Callable[[int], int]) -> MiniBatch:
-    """Deals the bins to the ranks in rounds of falling cost; within a round the cheapest rank gets the dearest bin."""
+    """Assigns bins to ranks in rounds of falling cost; the rank with the least cost gets the most expensive bin."""
     costs = [sum(map(cost_of, members)) for members in bins]
     order = sorted(range(len(bins)), key=lambda number: (-costs[number], number))
     totals = [0] * ranks

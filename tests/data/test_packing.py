@@ -77,7 +77,7 @@ def test_balance_by_cost(limit, budget, idle):
     assert imbalance([by_tokens], lengths, cost, lockstep=8) > 1 + 8 * idle
 
 
-def test_no_rank_always_has_the_dearest_micro_batch():
+def test_no_rank_always_has_the_most_expensive_micro_batch():
     (plan,) = plan_micro_batches([8, 7, 6, 5], [range(4)], token_budget=8, data_parallel_size=2)
     assert plan.micro_batches == (((0,), (3,)), ((1,), (2,)))
     assert imbalance([plan], [8, 7, 6, 5], TOKENS) == 1
