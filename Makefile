@@ -93,6 +93,7 @@ docs-serve: setup ## The documentation at http://127.0.0.1:8000, built again whe
 
 bench: setup sglang-env ## Benchmarks: print tables, write benchmarks/results/
 	$(RUN) -m benchmarks.future_kl
+	$(RUN) -m benchmarks.future_kl_share
 	$(RUN) -m benchmarks.log_probs
 	$(RUN) -m benchmarks.actor
 	$(RUN) -m benchmarks.balance

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ CASES = (
     Case("Qwen2.5-32B", 32_768, 1024, {"tensor_parallel": 8} | _SP),
     Case("Qwen2.5-7B", 24_576, 2048, {"tensor_parallel": 2} | _SP),
     Case("Qwen2.5-32B", 131_072, 1024, {"tensor_parallel": 8, "context_parallel": 4} | _SP, 16_384, 131_072),
-    Case("Qwen3-30B-A3B", 32_768, 1024, {"expert_parallel": 2}),
+    Case("Qwen3-30B-A3B", 32_768, 1024, {"expert_parallel": 8}),
 )
 
 
@@ -110,6 +110,8 @@ def planned_idle(case: Case, plan: Sequence[MiniBatch], lengths: Sequence[int], 
 
 def measure(case: Case, ranks: int) -> dict[str, Any]:
     """Plans the mini-batches of a step under both rules."""
+    if case.parallel.get("expert_parallel", 1) > ranks:
+        case = replace(case, parallel={"expert_parallel": ranks})
     rng = np.random.default_rng(ranks)
     count = case.responses * MINI_BATCHES
     sampled = np.minimum(rng.lognormal(np.log(case.median), case.spread, count), case.limit).astype(int)
@@ -133,7 +135,7 @@ def measure(case: Case, ranks: int) -> dict[str, Any]:
         "data_parallel": ranks,
         "plan_seconds": seconds,
     }
-    lockstep = case.actor.parallel.expert_parallel > 1
+    lockstep = case.actor.parallel.data_ranks_in_lockstep
     for rule, plan in plans.items():
         ratio = imbalance(plan, lengths, cost, lockstep=lockstep)
         found[rule] = {

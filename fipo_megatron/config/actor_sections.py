@@ -102,6 +102,12 @@ class ParallelConfig:
         """Tensor-parallel size of the experts, with the default resolved."""
         return self.expert_tensor_parallel or (1 if self.expert_parallel > 1 else self.tensor_parallel)
 
+    @property
+    def data_ranks_in_lockstep(self) -> int:
+        """Consecutive data-parallel ranks that share experts, and therefore wait for each other in every layer."""
+        experts, replica = self.expert_parallel * self.expert_tensor_size, self.tensor_parallel * self.context_parallel
+        return -(-experts // replica)
+
 
 @dataclass(config=STRICT, frozen=True)
 class ActorConfig:

@@ -172,7 +172,7 @@ def _fill(
 
 
 def _assign(bins: Sequence[MicroBatch], ranks: int, cost_of: Callable[[int], int]) -> MiniBatch:
-    """Deals the bins to the ranks in rounds of falling cost; within a round the cheapest rank gets the dearest bin."""
+    """Assigns bins to ranks in rounds of falling cost; the rank with the least cost gets the most expensive bin."""
     costs = [sum(map(cost_of, members)) for members in bins]
     order = sorted(range(len(bins)), key=lambda number: (-costs[number], number))
     totals = [0] * ranks
@@ -185,9 +185,7 @@ def _assign(bins: Sequence[MicroBatch], ranks: int, cost_of: Callable[[int], int
     return MiniBatch(tuple(map(tuple, shares)))
 
 
-def imbalance(
-    plan: Sequence[MiniBatch], lengths: Sequence[int], cost: SequenceCost, *, lockstep: bool = False
-) -> float:
+def imbalance(plan: Sequence[MiniBatch], lengths: Sequence[int], cost: SequenceCost, *, lockstep: int = 1) -> float:
     """Returns the cost of the most expensive data-parallel rank over the mean of all, ≥ 1.
 
     Its inverse is the fraction of the time in which an average rank computes; in the rest it waits for the others.
@@ -196,7 +194,8 @@ def imbalance(
         plan: Mini-batches of a step. The ranks wait for each other at the end of each.
         lengths: Tokens of each trajectory.
         cost: Cost of a sequence.
-        lockstep: Whether the ranks wait for each other in every micro-batch, as experts on several ranks make them.
+        lockstep: Consecutive ranks that wait for each other in every micro-batch, because they share experts
+            (:attr:`.ParallelConfig.data_ranks_in_lockstep`).
     """
     most = total = 0
     for mini_batch in plan:
@@ -204,7 +203,8 @@ def imbalance(
             [sum(cost.of(lengths[i]) for i in members) for members in micro_batches]
             for micro_batches in mini_batch.micro_batches
         ]
-        most += sum(map(max, zip(*by_rank, strict=True))) if lockstep else max(map(sum, by_rank))
+        groups = [by_rank[first : first + lockstep] for first in range(0, len(by_rank), lockstep)]
+        most += max(sum(map(max, zip(*group, strict=True))) for group in groups)
         total += sum(map(sum, by_rank))
     return most * len(plan[0].micro_batches) / total
 

@@ -57,7 +57,7 @@ def sequence_cost(architecture: Architecture) -> SequenceCost:
 
 
 def balance(
-    plan: Sequence[MiniBatch], lengths: Sequence[int], architecture: Architecture, *, lockstep: bool
+    plan: Sequence[MiniBatch], lengths: Sequence[int], architecture: Architecture, *, lockstep: int = 1
 ) -> dict[str, float | None]:
     """Returns the metrics of how equally the data-parallel ranks share the FLOPs of a step, by tag.
 
@@ -65,7 +65,7 @@ def balance(
         plan: Mini-batches of the step, at least one.
         lengths: Tokens of each trajectory.
         architecture: Architecture of the model.
-        lockstep: Whether the ranks wait for each other in every micro-batch (:func:`.data.packing.imbalance`).
+        lockstep: Ranks that wait for each other in every micro-batch (:func:`.data.packing.imbalance`).
     """
     ratio = imbalance(plan, lengths, sequence_cost(architecture), lockstep=lockstep)
     return {"throughput/cost_imbalance": ratio, "throughput/idle_fraction": 1 - 1 / ratio}

@@ -242,8 +242,9 @@ class ActorTime:
         """Returns the seconds of a mini-batch: busy on average, waiting for the slowest rank, and pipeline bubble."""
         parallel, slots = self._actor.parallel, seconds.total
         mean = float(slots.sum(axis=1).mean())
-        # Experts of other data-parallel ranks take part in every layer, so ranks run micro-batch by micro-batch.
-        slowest = float(slots.max(axis=0).sum() if parallel.expert_parallel > 1 else slots.sum(axis=1).max())
+        # Experts of other data-parallel ranks take part in every layer, so these ranks run micro-batch by micro-batch.
+        groups = slots.reshape(-1, min(parallel.data_ranks_in_lockstep, len(slots)), slots.shape[1])
+        slowest = float(groups.max(axis=1).sum(axis=1).max())
         # While the pipeline fills and drains, the stages before the last have no output layer.
         inner = float((slots - seconds.output).mean())
         bubble = (parallel.pipeline_parallel - 1) * inner / parallel.virtual_pipeline

@@ -48,7 +48,7 @@ class StepReporter:
         self._group = dist.new_group(backend="gloo")
         name = torch.cuda.get_device_name() if layout.device.type == "cuda" else ""
         peak = peak_flops(name)
-        self._lockstep = config.actor.parallel.expert_parallel > 1  # experts are on several data-parallel ranks
+        self._lockstep = config.actor.parallel.data_ranks_in_lockstep
         self._peak = None if peak is None else peak * layout.world_size
 
     def traced(self, records: Sequence[GroupRecord], batch: Batch, step: int) -> frozenset[int]:

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fipo_megatron.config import ParallelConfig
 from fipo_megatron.data.context_parallel import CpLayout
-from fipo_megatron.data.packing import TOKENS, SequenceCost, imbalance, pack, plan_micro_batches, split_mini_batches
+from fipo_megatron.data.packing import (
+    TOKENS,
+    MiniBatch,
+    SequenceCost,
+    imbalance,
+    pack,
+    plan_micro_batches,
+    split_mini_batches,
+)
 from fipo_megatron.data.trajectory import Prompt, Trajectory
 
 
@@ -64,16 +73,34 @@ def test_balance_by_cost(limit, budget, idle):
     (by_tokens,) = plan_micro_batches(lengths, [range(512)], token_budget=budget, data_parallel_size=8)
     assert len(plan.micro_batches[0]) <= len(by_tokens.micro_batches[0])
     assert imbalance([plan], lengths, cost) <= 1 + idle < imbalance([by_tokens], lengths, cost)
-    assert imbalance([plan], lengths, cost, lockstep=True) <= 1 + 4 * idle
-    assert imbalance([by_tokens], lengths, cost, lockstep=True) > 1 + 8 * idle
+    assert imbalance([plan], lengths, cost, lockstep=8) <= 1 + 4 * idle
+    assert imbalance([by_tokens], lengths, cost, lockstep=8) > 1 + 8 * idle
 
 
-def test_no_rank_always_has_the_dearest_micro_batch():
+def test_no_rank_always_has_the_most_expensive_micro_batch():
     (plan,) = plan_micro_batches([8, 7, 6, 5], [range(4)], token_budget=8, data_parallel_size=2)
     assert plan.micro_batches == (((0,), (3,)), ((1,), (2,)))
     assert imbalance([plan], [8, 7, 6, 5], TOKENS) == 1
-    assert imbalance([plan], [8, 7, 6, 5], TOKENS, lockstep=True) == 14 / 13
+    assert imbalance([plan], [8, 7, 6, 5], TOKENS, lockstep=2) == 14 / 13
     assert imbalance([plan, plan], [8, 7, 6, 5], SequenceCost(0, 1)) == 89 / 87
+    pairs = [MiniBatch((((0,), (3,)), ((1,), (2,)), ((2,), (1,)), ((3,), (0,))))]  # each pair waits by itself
+    assert imbalance(pairs, [8, 7, 6, 5], TOKENS, lockstep=2) == 14 / 13
+    assert imbalance(pairs, [8, 7, 6, 5], TOKENS, lockstep=4) == 16 / 13
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [
+        ({}, 1),
+        ({"tensor_parallel": 8}, 1),
+        ({"expert_parallel": 8}, 8),
+        ({"expert_parallel": 8, "tensor_parallel": 2}, 4),
+        ({"expert_parallel": 4, "tensor_parallel": 2, "context_parallel": 4}, 1),
+        ({"expert_parallel": 4, "expert_tensor_parallel": 2, "tensor_parallel": 2}, 4),
+    ],
+)
+def test_ranks_that_share_experts(sizes, ranks):
+    assert ParallelConfig(**sizes).data_ranks_in_lockstep == ranks
 
 
 def test_equal_tokens_where_only_they_fit_the_budget():

@@ -51,7 +51,7 @@ def test_ranks_wait_for_the_most_expensive():
     shape, lengths = architecture("Qwen2.5-7B"), [20_000, 10_000, 10_000]
     plan = [MiniBatch((((0,),), ((1, 2),)))]
     flops = [model_flops(shape, [20_000]), model_flops(shape, [10_000, 10_000])]
-    found = balance(plan, lengths, shape, lockstep=False)
+    found = balance(plan, lengths, shape)
     assert found["throughput/cost_imbalance"] == pytest.approx(flops[0] / (sum(flops) / 2))
     assert found["throughput/idle_fraction"] == pytest.approx((flops[0] - sum(flops) / 2) / flops[0])
 
