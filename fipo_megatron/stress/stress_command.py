@@ -157,6 +157,8 @@ class _Stress:
         from fipo_megatron.weights.hf_directory import WeightsError
 
         try:
+            if self._launch.rank == 0:
+                self._settings.output.mkdir(parents=True, exist_ok=True)
             responses = self._engine_part() if self._settings.samples else {}
             if {"actor", "drift"} & self._results.keys():
                 self._actor_parts(responses)

@@ -190,6 +190,14 @@ def test_a_server_that_cannot_be_reached_ends_the_command_without_a_traceback(co
     assert "Traceback" not in shown
 
 
+def test_an_output_that_is_a_file_is_told_before_anything_starts(config, capsys, tmp_path):
+    (tmp_path / "out").touch()
+    assert cli.main(["stress", config, "--lengths", "96", "--output", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("fipo stress: FileExistsError")
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.distributed
 def test_an_engine_that_does_not_open_ends_every_rank(config, tmp_path):
     overrides = ("rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:9']")
