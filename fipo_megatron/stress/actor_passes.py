@@ -70,7 +70,7 @@ def synthetic_trajectories(settings: StressSettings, length: int, count: int) ->
 
 
 def measure_actor(
-    actor: MegatronActor, settings: StressSettings, length: int, planned: Mapping[int, RankMemory]
+    actor: MegatronActor, settings: StressSettings, length: int, planned: Mapping[int, RankMemory] | None
 ) -> dict[str, Any]:
     """Measures log-probs, Future-KL and update of one mini-batch. A collective; changes the weights.
 
@@ -80,7 +80,7 @@ def measure_actor(
         actor: Actor of this rank.
         settings: Settings of the stress run.
         length: Tokens of a sequence; :attr:`.MegatronActor.config` becomes the configuration of this length.
-        planned: Planned memory of a rank, by pipeline stage.
+        planned: Planned memory of a rank, by pipeline stage; None if it could not be traced.
 
     Returns:
         The row of ``stress.json``, the same on every rank.
@@ -100,13 +100,13 @@ def measure_actor(
     timed, old = _run_passes(actor, mini_batch, trajectories)
     timed["seconds"] |= _loss_seconds(actor, mini_batch, trajectories, old)
     peaks = counted or timed["allocated"]
-    plan = PassPeaks.of(planned[layout.pipeline_rank])
+    plan = PassPeaks.of(planned[layout.pipeline_rank]) if planned else None
     mine = {
         "rank": layout.rank,
         "stage": layout.pipeline_rank,
         "measured": vars(peaks),
-        "planned": vars(plan),
-        "plan_error": max(abs(getattr(peaks, name) / getattr(plan, name) - 1) for name in ("log_probs", "update")),
+        "planned": vars(plan) if plan else None,
+        "plan_error": _plan_error(peaks, plan) if plan else None,
         "resident_growth": timed["resident_growth"],
         "seconds": timed["seconds"],
     }
@@ -126,7 +126,11 @@ def measure_actor(
     }
 
 
-def _metrics(seconds: Mapping[str, float], ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _plan_error(peaks: PassPeaks, plan: PassPeaks) -> float:
+    return max(abs(peaks.log_probs / plan.log_probs - 1), abs(peaks.update / plan.update - 1))
+
+
+def _metrics(seconds: Mapping[str, float], ranks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     passes = seconds["log_probs"] + seconds["update"]
     return {
         "log_probs_seconds": seconds["log_probs"],
@@ -134,7 +138,7 @@ def _metrics(seconds: Mapping[str, float], ranks: Sequence[Mapping[str, Any]]) -
         "future_kl_fraction": seconds["future_kl"] / passes,
         "loss_fraction": seconds["loss"] / passes,
         "peak_gib": max(max(rank["measured"].values()) for rank in ranks) / GIB,
-        "plan_error": max(rank["plan_error"] for rank in ranks),
+        "plan_error": None if ranks[0]["plan_error"] is None else max(rank["plan_error"] for rank in ranks),
     }
 
 

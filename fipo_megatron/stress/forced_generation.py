@@ -86,7 +86,6 @@ async def opened_engine(settings: StressSettings) -> AsyncIterator[RolloutEngine
     config = replace(config, rollout=replace(config.rollout, servers=servers))
     coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
     assert settings.tokenizer is not None
-    settings.output.mkdir(parents=True, exist_ok=True)
     opened = await open_engine(
         config, _host(settings, config), coordinator, starters, settings.tokenizer, settings.architecture.vocab
     )

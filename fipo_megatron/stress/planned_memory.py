@@ -21,6 +21,8 @@ def planned_memory(
 ) -> dict[int, dict[int, RankMemory]]:
     """Returns the planned memory of a rank by length and pipeline stage; traces in worker processes.
 
+    A fault of the trace is reported and leaves its length out: it must not keep the actor from being measured.
+
     Args:
         settings: Settings of the stress run.
         world_size: Number of the actor's ranks.
@@ -36,7 +38,11 @@ def planned_memory(
             for length, config in settings.configs.items()
         }
         for length, traces in begun.items():
-            of_kind = {kind: trace.result() for kind, trace in zip(kinds, traces, strict=True)}
+            try:
+                of_kind = {kind: trace.result() for kind, trace in zip(kinds, traces, strict=True)}
+            except Exception as error:
+                report(f"plan: {length:,} tokens cannot be traced: {type(error).__name__}: {error}")
+                continue
             found[length] = {stage: memory for kind, memory in of_kind.items() for stage in kind.stages}
             report(f"plan: traced {length:,} tokens")
     return found

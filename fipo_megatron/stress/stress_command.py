@@ -157,13 +157,19 @@ class _Stress:
         from fipo_megatron.weights.hf_directory import WeightsError
 
         try:
+            if self._launch.rank == 0:
+                self._settings.output.mkdir(parents=True, exist_ok=True)
             responses = self._engine_part() if self._settings.samples else {}
             if {"actor", "drift"} & self._results.keys():
                 self._actor_parts(responses)
             return self._finish() if self._launch.rank == 0 else DONE
-        except (EngineError, LostRankError, RequestError, WeightsError, OSError) as error:
+        except (EngineError, LostRankError, RequestError) as error:  # on all ranks
             if self._launch.rank == 0:
                 print(f"fipo stress: {type(error).__name__}: {error}", file=sys.stderr)
+            return FAILED
+        except (WeightsError, OSError) as error:
+            rank = f"rank {self._launch.rank}: " if self._launch.world_size > 1 else ""
+            print(f"fipo stress: {rank}{type(error).__name__}: {error}", file=sys.stderr)
             return FAILED
         finally:
             parallel.destroy()
@@ -255,19 +261,16 @@ class _Stress:
         from fipo_megatron.stress.planned_memory import planned_memory
 
         settings, world_size = self._settings, self._launch.world_size
-        planned = planned_memory(settings, world_size, self._report) if self._launch.rank == 0 else None
+        planned = planned_memory(settings, world_size, self._report) if self._launch.rank == 0 else {}
         planned = broadcast_from_first_rank(planned, actor.layout.device)
-        assert planned is not None
         failure = ""
         for length in settings.configs:
             row: dict[str, Any] = {"length": length, "metrics": {}}
             try:
-                row |= {"failure": failure} if failure else measure_actor(actor, settings, length, planned[length])
+                row |= {"failure": failure} if failure else measure_actor(actor, settings, length, planned.get(length))
             except torch.OutOfMemoryError as error:
                 if world_size > 1:  # the other ranks wait in a collective
-                    raise OSError(
-                        f"actor: {length} tokens: out of memory on rank {self._launch.rank}: {error}"
-                    ) from None
+                    raise OSError(f"actor: out of memory at {length} tokens: {error}") from None
                 failure = f"out of memory at {length} tokens: {' '.join(str(error).split())}"
                 row["failure"] = failure
             if "seconds" in row:

@@ -24,7 +24,6 @@ img { max-width: 100%; }
 
 def write_results(directory: Path, data: Mapping[str, Any]) -> Path:
     """Writes stress.json and returns its path."""
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "stress.json"
     write_atomic(path, json.dumps(data, indent=1) + "\n")
     return path

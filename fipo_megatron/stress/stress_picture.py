@@ -92,9 +92,10 @@ def _seconds(axis: Axes, rows: Rows) -> None:
 def _peaks(axis: Axes, rows: Rows) -> None:
     for number, (name, label) in enumerate({"log_probs": "log-probs", "update": "update"}.items()):
         for kind, style in (("measured", "solid"), ("planned", "dashed")):
-            values = [max(rank[kind][name] for rank in row["ranks"]) / _MIB for row in rows]
-            marker = "o" if kind == "measured" else ""
-            axis.plot(_lengths(rows), values, ls=style, marker=marker, color=COLOURS[number], label=f"{label}, {kind}")
+            shown = [row for row in rows if row["ranks"][0][kind]]
+            values = [max(rank[kind][name] for rank in row["ranks"]) / _MIB for row in shown]
+            marker, colour = "o" if kind == "measured" else "", COLOURS[number]
+            axis.plot(_lengths(shown), values, ls=style, marker=marker, color=colour, label=f"{label}, {kind}")
     axis.set_ylim(bottom=0)
 
 

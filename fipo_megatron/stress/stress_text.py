@@ -120,17 +120,21 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _peaks(row: Mapping[str, Any], rank: Mapping[str, Any]) -> dict[str, str]:
-    measured, planned = rank["measured"], rank["planned"]
-    pair = {name: f"{measured[name] / _MIB:,.1f} / {planned[name] / _MIB:,.1f}" for name in ("log_probs", "update")}
-    growth, room = rank["resident_growth"], max(planned.values()) - planned["kept"]
+    measured, planned, growth = rank["measured"], rank["planned"], rank["resident_growth"]
+    plan = dict.fromkeys(measured) if planned is None else planned
+    room = None if planned is None else max(planned.values()) - planned["kept"]
     return {
         "tokens": _tokens(row),
         "rank": str(rank["rank"]),
-        "log-probs": pair["log_probs"],
-        "update": pair["update"],
-        "largest difference": f"{rank['plan_error']:.1%}",
-        "resident growth": "-" if growth is None else f"{growth / _MIB:,.1f} / {room / _MIB:,.1f}",
+        "log-probs": f"{_mib(measured['log_probs'])} / {_mib(plan['log_probs'])}",
+        "update": f"{_mib(measured['update'])} / {_mib(plan['update'])}",
+        "largest difference": "-" if planned is None else f"{rank['plan_error']:.1%}",
+        "resident growth": f"{_mib(growth)} / {_mib(room)}",
     }
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / _MIB:,.1f}"
 
 
 def _drift(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

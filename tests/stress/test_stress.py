@@ -1,12 +1,15 @@
 """``fipo stress`` as a user runs it, with the embedded engine: results, files, the budget, and errors."""
 
 import json
+import re
 
 import pytest
 
 from fipo_megatron import cli
 from fipo_megatron.plan.rank_memory import PassMemory, RankMemory
 from fipo_megatron.stress.actor_passes import PassPeaks
+from fipo_megatron.stress.stress_files import page
+from fipo_megatron.stress.stress_picture import draw
 from tests.processes import run_ranks
 from tests.stress import drift_worker
 from tests.stress.tiny_run import write_run
@@ -190,6 +193,14 @@ def test_a_server_that_cannot_be_reached_ends_the_command_without_a_traceback(co
     assert "Traceback" not in shown
 
 
+def test_an_output_that_is_a_file_is_told_before_anything_starts(config, capsys, tmp_path):
+    (tmp_path / "out").touch()
+    assert cli.main(["stress", config, "--lengths", "96", "--output", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("fipo stress: FileExistsError")
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.distributed
 def test_an_engine_that_does_not_open_ends_every_rank(config, tmp_path):
     overrides = ("rollout.engine=sglang", "rollout.servers.urls=['http://127.0.0.1:9']")
@@ -198,6 +209,18 @@ def test_an_engine_that_does_not_open_ends_every_rank(config, tmp_path):
     assert done.code == 1
     assert done.output.count("fipo stress: EngineError: http://127.0.0.1:9") == 1
     assert "Traceback" not in done.output
+
+
+@pytest.mark.processes
+def test_results_without_a_plan_are_shown(one_rank):
+    data = json.loads(json.dumps(one_rank[1]))
+    for row in data["actor"]:
+        row["metrics"]["plan_error"] = row["ranks"][0]["planned"] = row["ranks"][0]["plan_error"] = None
+    data["drift"][0] = {"length": 96, "failure": "no response of the engine", "metrics": {}}
+    assert draw(data).startswith(b"\x89PNG")
+    shown = page(data, None)
+    assert re.search(r"<td>[\d.]+ / -</td>", shown)
+    assert "<td>no response of the engine</td>" in shown
 
 
 def test_the_peak_of_an_update_includes_the_optimizer_step():
