@@ -159,7 +159,7 @@ def test_another_vocabulary_is_named(data, tmp_path, capsys, file, old, new, mes
         ("evaluation.files=[] run.evaluate_every=0", "name responses, or problems to answer"),
         ("compare.responses=[/nowhere]", "/nowhere: holds no responses"),
         (
-            "compare.responses=[{compared}] data.max_prompt_tokens=8 rollout.max_response_tokens=8 actor.token_budget=28",
+            "compare.responses=[{compared}] data.max_prompt_tokens=8 actor.token_budget=28",
             "actor.token_budget = 28: must be at least ",
         ),
         ("compare.temperature=0", "compare.temperature"),
