@@ -69,8 +69,13 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     data = output / "data"
-    files = {name: data / f"{name}.jsonl" for name in ("examples", "problems", "held_out")}
-    stages = Stages(output, model=data / "model", **files)
+    stages = Stages(
+        output,
+        model=data / "model",
+        examples=data / "examples.jsonl",
+        problems=data / "problems.jsonl",
+        held_out=data / "held_out.jsonl",
+    )
     if not (stages.sft / "hf").exists():
         build(data, stages.seed)
         config = output / "sft.yaml"
