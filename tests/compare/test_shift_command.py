@@ -104,8 +104,9 @@ def test_a_checkpoint_has_the_numbers_of_its_model(data, compared, tmp_path):
 
 
 def test_several_ranks_write_the_same_numbers(data, compared, tmp_path):
-    """The second rank reads the same inputs, and only the first one writes."""
-    given = arguments(data, tmp_path, f"compare.responses=[{compared}]", "actor.parallel.tensor_parallel=2")
+    """The second rank reads the same inputs, has only padding of the vocabulary, and writes nothing."""
+    split = ["actor.parallel.tensor_parallel=2", "actor.vocab_multiple=512"]
+    given = arguments(data, tmp_path, f"compare.responses=[{compared}]", *split)
     done = run_ranks("fipo_megatron.cli", given, ranks=2)
     assert done.code == 0, done.output[-4000:]
     for one, other in zip(rows(compared), rows(tmp_path / "compare-changed"), strict=True):
