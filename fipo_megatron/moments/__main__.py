@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         " arguments or files",
     )
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="RUN|FILE", help="directory of a run, or a .jsonl file")
+    add("paths", nargs="+", type=Path, metavar="RUN|FILE", help="directory of a run or comparison, or a .jsonl file")
     add("--verifier", metavar="NAME", help="reward.verifier (default: that of the run's config.yaml, else math)")
     add(
         "--extractor",

@@ -103,6 +103,11 @@ def test_a_checkpoint_has_the_numbers_of_its_model(data, compared, tmp_path):
     assert (tmp_path / "compare-changed" / "tokens.jsonl").read_bytes() == (compared / "tokens.jsonl").read_bytes()
 
 
+def test_moments_reads_its_responses(compared, capsys):
+    assert cli.main(["moments", str(compared), "--verifier", "exact"]) == 0
+    assert "truncated responses: " in capsys.readouterr().out
+
+
 def test_several_ranks_write_the_same_numbers(data, compared, tmp_path):
     """The second rank reads the same inputs, has only padding of the vocabulary, and writes nothing."""
     split = ["actor.parallel.tensor_parallel=2", "actor.vocab_multiple=512"]
