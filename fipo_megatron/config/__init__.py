@@ -23,12 +23,20 @@ from fipo_megatron.config.rollout_sections import (
     RolloutConfig,
     ServersConfig,
 )
-from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
+from fipo_megatron.config.run_sections import (
+    AmplifyConfig,
+    CheckpointConfig,
+    CompareConfig,
+    HealthConfig,
+    ObserveConfig,
+    RunConfig,
+)
 from fipo_megatron.config.schema import Config
 
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "AmplifyConfig",
     "CheckpointConfig",
     "CompareConfig",
     "Config",

@@ -10,7 +10,14 @@ from fipo_megatron.config.actor_sections import ActorConfig, AlgorithmConfig, Mo
 from fipo_megatron.config.checks import find_conflicts
 from fipo_megatron.config.field_types import STRICT, Seed
 from fipo_megatron.config.rollout_sections import DataConfig, EvaluationConfig, RewardConfig, RolloutConfig
-from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
+from fipo_megatron.config.run_sections import (
+    AmplifyConfig,
+    CheckpointConfig,
+    CompareConfig,
+    HealthConfig,
+    ObserveConfig,
+    RunConfig,
+)
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -31,6 +38,7 @@ class Config:
         checkpoint: Checkpoints and exports.
         sft: Supervised fine-tuning.
         compare: Comparison of two models.
+        amplify: Extrapolation beyond RL at test time.
         seed: Seed of all random numbers of the run.
     """
 
@@ -47,6 +55,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    amplify: AmplifyConfig = field(default_factory=AmplifyConfig)
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -99,6 +99,8 @@ class Generation:
             empty, with one.
         changed: ``[R]`` bool: selected tokens that the primary model would not have drawn.
         retractions: Times that the engine discarded the KV cache of the request for lack of room, and read it again.
+        entropies: ``[R, F]`` float64, entropies of the distributions of the tokens in nats, at the F temperatures that
+            the embedded engine was asked for; empty if they are not measured.
     """
 
     tokens: NDArray[np.int32]
@@ -108,6 +110,7 @@ class Generation:
     selected: NDArray[np.bool_] = field(default_factory=_none)
     changed: NDArray[np.bool_] = field(default_factory=_none)
     retractions: int = 0
+    entropies: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class _Sequence:
     versions: list[int] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
+    entropies: list[NDArray[np.float64]] = field(default_factory=list)
     aborted: bool = False
 
     def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
@@ -78,6 +79,7 @@ class _Sequence:
             reason,
             np.array(self.selected, dtype=np.bool_),
             np.array(self.changed, dtype=np.bool_),
+            entropies=np.array(self.entropies) if self.entropies else np.empty((0, 0)),
         )
 
 
@@ -92,6 +94,8 @@ class EmbeddedEngine:
         weight_version: Version of the weights in ``path``.
         second: A second model with the same vocabulary, and the rule by which tokens are drawn from both; None draws
             from the one in ``path``.
+        entropy_at: Factors of each request's temperature at which the entropy of the distribution that its tokens are
+            drawn from is measured.
 
     Attributes:
         model: The model of transformers.
@@ -109,6 +113,7 @@ class EmbeddedEngine:
         slots: int = 32,
         weight_version: int = 0,
         second: tuple[str | Path, TwoModelRule] | None = None,
+        entropy_at: Sequence[float] = (),
     ) -> None:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
@@ -116,6 +121,7 @@ class EmbeddedEngine:
         self._models, self._rule = [self._model], second[1] if second is not None else None
         if second is not None:
             self._models.append(SlotModel(second[0], dtype, slots, weight_version))
+        self._entropy_at = tuple(entropy_at)
         self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings
         self.slots = slots
@@ -221,12 +227,17 @@ class EmbeddedEngine:
             torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64),
             np.array([s.request.sampling.top_p for s in sequences]),
             np.array([[stream.random() for stream in s.random[: len(self._models)]] for s in sequences]).T,
+            self._entropy_at,
         )
         logits = [model.next_logits(slots).double() for model in self._models]
         drawn = self._rule(logits[0], logits[1], how) if self._rule is not None else draw_from_one(logits[0], how)
         columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
-        for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
+        entropies = drawn.entropies
+        rows = zip(running, *(column.tolist() for column in columns), strict=True)
+        for number, ((slot, s), token, *rest) in enumerate(rows):
             s.append(token, *rest, self._model.version)
+            if entropies is not None:
+                s.entropies.append(entropies[number])
             stopped = token in s.request.sampling.stop_token_ids
             if stopped or len(s.tokens) == s.request.sampling.max_tokens:
                 self._finish(s, "stop" if stopped else "length")
