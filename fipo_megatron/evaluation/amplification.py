@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 from fipo_megatron.config import Config
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
-from fipo_megatron.evaluation.amplify_runs import MatchedTemperature, Runs, settings_of
+from fipo_megatron.evaluation.amplify_runs import Runs, settings_of
 from fipo_megatron.evaluation.amplify_table import Amplification, Amplified
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs
 from fipo_megatron.evaluation.evaluation_summary import AMPLIFY
 from fipo_megatron.storage.atomic import write_atomic
 
+logger = logging.getLogger("fipo_megatron")
 _SETTINGS = "settings.json"
 
 
@@ -63,12 +65,13 @@ async def amplify(config: Config, inputs: EvaluationInputs, rl: Path, settings: 
         settings: Settings of the evaluation by name, copied into the results.
     """
     runs = Runs(config, inputs, rl)
-    alone = await runs.alone()
+    alone = await runs.alone(config.evaluation.temperature)
+    grid = settings_of(config)
     amplified = []
-    for setting in settings_of(config):
+    for number, setting in enumerate(grid, start=1):
+        logger.info("setting %d of %d: %s", number, len(grid), setting)
         run = await runs.amplified(setting)
-        matched = MatchedTemperature.of(alone, run.entropy)
-        amplified.append(Amplified(setting, run, matched, await runs.control(setting, matched.temperature)))
+        amplified.append(Amplified(setting, run, await runs.control(run.entropy)))
     result = Amplification(alone, amplified)
     write_atomic(inputs.output / AMPLIFY, json.dumps({**settings, **result.as_json()}, indent=2) + "\n")
     return f"{result.table()}\n\n{inputs.output}/{AMPLIFY}, runs/"

@@ -1,4 +1,4 @@
-"""The runs of an amplification: RL alone, each γ and threshold, and RL alone at matched temperatures.
+"""The runs of an amplification: each γ and threshold, and RL alone at several temperatures.
 
 All runs answer the same problems with the same seeds. A finished run is kept in two files and not sampled again:
 ``runs/NAME.jsonl`` has the rows of its problems; ``runs/NAME.json``, written last, has its means over tokens.
@@ -27,7 +27,10 @@ from fipo_megatron.storage.atomic import write_atomic
 logger = logging.getLogger("fipo_megatron")
 FACTORS = tuple(2 ** (k / 4) for k in range(-12, 5))
 """Factors of the temperature at which the entropy of RL is measured: 1/8 to 2."""
-_DIGITS = 6
+TOLERANCE = 0.05
+"""Largest relative difference of the entropies of an amplified run and its control."""
+_ATTEMPTS = 4
+_DIGITS = 3
 """Significant digits of a matched temperature."""
 
 
@@ -135,32 +138,45 @@ class Runs:
 
     def __init__(self, config: Config, inputs: EvaluationInputs, rl: Path) -> None:
         self._config, self._inputs, self._rl = config, inputs, rl
-        self._number, self._total = 0, 1 + 2 * len(settings_of(config))
+        self._alone: dict[float, Run] = {}
+        """Runs of RL alone by temperature."""
 
-    async def alone(self) -> Run:
-        """Returns the run of RL alone, with its entropies at all of :data:`FACTORS`."""
-        return await self._run("rl", "RL alone", self._config.evaluation.temperature, None, FACTORS)
+    async def alone(self, temperature: float) -> Run:
+        """Returns the run of RL alone at a temperature."""
+        if temperature not in self._alone:
+            name = f"rl-temperature-{json.dumps(temperature)}"
+            self._alone[temperature] = await self._run(name, temperature, None, FACTORS)
+        return self._alone[temperature]
 
     async def amplified(self, setting: Setting) -> Run:
         """Returns the run of a setting."""
-        temperature = self._config.evaluation.temperature
-        return await self._run(setting.name, str(setting), temperature, setting, (1.0,))
+        return await self._run(setting.name, self._config.evaluation.temperature, setting, (1.0,))
 
-    async def control(self, setting: Setting, temperature: float) -> Run:
-        """Returns the run of RL alone at the temperature that matches a setting."""
-        title = f"RL alone at temperature {temperature:g}, for {setting}"
-        return await self._run(f"control-{setting.name}", title, temperature, None, (1.0,))
+    async def control(self, entropy: float) -> Run:
+        """Returns a run of RL alone whose mean entropy per token is nearly this one.
 
-    async def _run(
-        self, name: str, title: str, temperature: float, setting: Setting | None, factors: Sequence[float]
-    ) -> Run:
-        self._number += 1
+        Starts from the run whose entropy is nearest so far. The temperature is interpolated in the entropies of that
+        run, which are those of its own responses, linearly in the logarithm of the temperature. The responses change
+        with the temperature, so this is repeated until the entropy is within :data:`TOLERANCE`, or
+        :data:`_ATTEMPTS` times.
+        """
+        for _ in range(_ATTEMPTS):
+            nearest = self._nearest(entropy)
+            temperature = temperature_at(nearest.means, entropy)
+            if matches(nearest, entropy) or temperature in self._alone:
+                break
+            await self.alone(temperature)
+        return self._nearest(entropy)
+
+    def _nearest(self, entropy: float) -> Run:
+        return min(self._alone.values(), key=lambda run: abs(run.entropy - entropy))
+
+    async def _run(self, name: str, temperature: float, setting: Setting | None, factors: Sequence[float]) -> Run:
         file = self._inputs.output / "runs" / f"{name}.json"
-        finished = _read(file)
-        if finished is not None and finished.means.temperature == temperature:
-            logger.info("run %d of %d: %s: finished before", self._number, self._total, title)
+        if (finished := _read(file)) is not None:
+            logger.info("%s: finished before", name)
             return finished
-        logger.info("run %d of %d: %s", self._number, self._total, title)
+        logger.info("%s", name)
         evaluation = replace(self._config.evaluation, temperature=temperature)
         count = _TokenCount()
         found = await sample_and_count(
@@ -195,26 +211,15 @@ def _read(file: Path) -> Run | None:
     return Run(rows, TokenMeans(**means | {"entropies": tuple(means["entropies"])}))
 
 
-@dataclass(frozen=True)
-class MatchedTemperature:
-    """The temperature at which RL alone has a given mean entropy per token.
+def temperature_at(means: TokenMeans, entropy: float) -> float:
+    """Returns the temperature at which the responses of a run of RL alone have this mean entropy per token.
 
-    Attributes:
-        temperature: The temperature.
-        within: Whether the entropy lies between those at the lowest and the highest temperature that are measured;
-            otherwise the temperature is the nearer of the two.
+    Beyond the entropies that the run has measured, it is the lowest or the highest temperature of them.
     """
+    factor = math.exp(np.interp(entropy, np.maximum.accumulate(means.entropies), np.log(FACTORS)))
+    return float(f"{means.temperature * factor:.{_DIGITS}g}")
 
-    temperature: float
-    within: bool
 
-    @classmethod
-    def of(cls, alone: Run, entropy: float) -> MatchedTemperature:
-        """Interpolates the entropies of RL alone linearly in the logarithm of the temperature.
-
-        The entropies are those at the positions of the run of RL alone at its own temperature.
-        """
-        curve = np.maximum.accumulate(alone.means.entropies)
-        factor = math.exp(np.interp(entropy, curve, np.log(FACTORS)))
-        temperature = float(f"{alone.means.temperature * factor:.{_DIGITS}g}")
-        return cls(temperature, bool(curve[0] <= entropy <= curve[-1]))
+def matches(run: Run, entropy: float) -> bool:
+    """Returns whether a run has this mean entropy per token, within :data:`TOLERANCE`."""
+    return abs(run.entropy - entropy) <= TOLERANCE * entropy

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fipo_megatron.evaluation.amplify_runs import MatchedTemperature, Run, Setting
+from fipo_megatron.evaluation.amplify_runs import TOLERANCE, Run, Setting, matches
 from fipo_megatron.evaluation.estimates import LEVEL, Estimate, estimate
 from fipo_megatron.evaluation.evaluation_summary import aligned, percent
 
@@ -22,14 +22,17 @@ class Amplified:
     Attributes:
         setting: γ and threshold.
         run: The amplified run.
-        matched: Temperature of the control.
-        control: RL alone at this temperature.
+        control: RL alone at the temperature that matches the entropy of ``run``.
     """
 
     setting: Setting
     run: Run
-    matched: MatchedTemperature
     control: Run
+
+    @property
+    def matched(self) -> bool:
+        """Whether the control has the entropy of the amplified run."""
+        return matches(self.control, self.run.entropy)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Amplification:
         return {
             **asdict(one.setting),
             **_run_values(one.run),
-            "control": _run_values(one.control) | {"within_measured_temperatures": one.matched.within},
+            "control": _run_values(one.control) | {"matched": one.matched},
             **asdict(self.compare(one)),
         }
 
@@ -139,7 +142,7 @@ class Amplification:
             f"{means.changed / means.tokens:.1%}",
             f"{one.run.response_tokens:.1f}",
             f"{one.run.entropy:.3f}",
-            f"{one.matched.temperature:.3f}{'' if one.matched.within else '*'}",
+            f"{one.control.means.temperature:g}{'' if one.matched else '*'}",
             f"{one.control.entropy:.3f}",
         ]
 
@@ -157,8 +160,8 @@ class Amplification:
 _NOTE = f"""\
 Accuracy over all problems; differences in points. In brackets: {LEVEL:.0%} bootstrap intervals over problems, paired.
 Amplified, changed: share of tokens. Entropy: mean per token of the distribution drawn from, in nats. Control: RL alone
-at the temperature T at which its entropy, over its own responses, is that of the amplified run (*: T is the nearest
-that is measured). The best of many rows is flattered by chance; therefore:"""
+at the temperature T at which it has the same entropy (*: not within {TOLERANCE:.0%}). The best of many rows is
+flattered by chance; γ and threshold are therefore chosen on one half of the problems and reported on the other."""
 
 
 def points(difference: Estimate) -> str:
