@@ -106,7 +106,7 @@ class Amplification:
             "choice": {
                 **asdict(chosen.setting),
                 **{
-                    name: {"problems": len(numbers), **asdict(self.compare(chosen, numbers))}
+                    name: {"problems": len(numbers), "accuracy": asdict(self.compare(chosen, numbers))}
                     for name, numbers in halves.items()
                 },
             },
@@ -115,9 +115,9 @@ class Amplification:
     def _setting_values(self, one: Amplified) -> dict[str, Any]:
         return {
             **asdict(one.setting),
-            **_run_values(one.run),
+            "amplified": _run_values(one.run),
             "control": _run_values(one.control) | {"matched": one.matched},
-            **asdict(self.compare(one)),
+            "accuracy": asdict(self.compare(one)),
         }
 
     def table(self) -> str:
