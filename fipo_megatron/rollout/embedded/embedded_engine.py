@@ -53,6 +53,7 @@ class _Sequence:
     versions: list[int] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
+    quantities: list[NDArray[np.float64]] = field(default_factory=list)
     aborted: bool = False
 
     def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
@@ -78,6 +79,7 @@ class _Sequence:
             reason,
             np.array(self.selected, dtype=np.bool_),
             np.array(self.changed, dtype=np.bool_),
+            np.stack(self.quantities) if self.quantities else None,
         )
 
 
@@ -95,6 +97,7 @@ class EmbeddedEngine:
 
     Attributes:
         model: The model of transformers.
+        rule: Rule of the two models; may be replaced by another one while no request is in flight.
         context: Tokens that a prompt and its response may have together.
 
     Raises:
@@ -113,7 +116,7 @@ class EmbeddedEngine:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
         self._model = SlotModel(path, dtype, slots, weight_version)
-        self._models, self._rule = [self._model], second[1] if second is not None else None
+        self._models, self.rule = [self._model], second[1] if second is not None else None
         if second is not None:
             self._models.append(SlotModel(second[0], dtype, slots, weight_version))
         self.model = self._model.module
@@ -223,7 +226,10 @@ class EmbeddedEngine:
             np.array([[stream.random() for stream in s.random[: len(self._models)]] for s in sequences]).T,
         )
         logits = [model.next_logits(slots).double() for model in self._models]
-        drawn = self._rule(logits[0], logits[1], how) if self._rule is not None else draw_from_one(logits[0], how)
+        drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
+        if drawn.quantities is not None:
+            for sequence, quantities in zip(sequences, drawn.quantities, strict=True):
+                sequence.quantities.append(quantities)
         columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
         for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
             s.append(token, *rest, self._model.version)
