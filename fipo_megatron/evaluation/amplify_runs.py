@@ -117,8 +117,9 @@ class _TokenCount:
         one, drawn = response.trajectory, response.generation
         assert one is not None
         assert drawn is not None
+        assert drawn.quantities is not None
         counts = len(drawn.tokens), int(drawn.selected.sum()), int(drawn.changed.sum())
-        self._responses[one.prompt.id, one.sample] = *counts, drawn.entropies.sum(axis=0).tolist()
+        self._responses[one.prompt.id, one.sample] = *counts, drawn.quantities.sum(axis=0).tolist()
 
     def means(self, temperature: float) -> TokenMeans:
         """Returns the measures of a run at this temperature."""

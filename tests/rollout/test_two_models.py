@@ -148,8 +148,8 @@ def test_entropies_are_those_of_the_distribution_that_tokens_have(threshold, top
     rows = [torch.from_numpy(each[None]) for each in LOGITS]
     uniform = np.full((2, 1), 0.3)
     how = Draw(torch.tensor([[temperature]], dtype=torch.float64), np.array([top_p]), uniform, factors)
-    amplified = Amplify(0.5, threshold)(*rows, how).entropies[0]
-    plain = draw_from_one(rows[0], how).entropies[0]
+    amplified = Amplify(0.5, threshold)(*rows, how).quantities[0]
+    plain = draw_from_one(rows[0], how).quantities[0]
     for number, factor in enumerate(factors):
         rl, base = (softmax(each / (temperature * factor)) for each in LOGITS)
         own = nucleus(rl, top_p)
@@ -167,5 +167,5 @@ def test_measuring_entropies_changes_no_response(pair):
     found = asyncio.run(all_of(engine, requests))
     plain = sampled(pair[0], requests=requests)
     identical(found, plain)
-    assert [one.entropies.shape for one in found] == [(len(one.tokens), 2) for one in found]
-    assert all(one.entropies.size == 0 for one in plain)
+    assert [one.quantities.shape for one in found] == [(len(one.tokens), 2) for one in found]
+    assert all(one.quantities is None for one in plain)

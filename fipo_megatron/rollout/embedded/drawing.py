@@ -19,6 +19,7 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 _LARGEST_DISTANCE = 700.0  # exp overflows in float64 beyond it
 Selector = Literal["delta", "js", "kl", "kl_reverse", "entropy", "random"]
+"""Quantity that selects the positions of :class:`Swap`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +32,15 @@ class Drawn:
             nucleus filtering.
         selected: ``[B]`` bool: positions at which a rule departed from the primary model.
         changed: ``[B]`` bool: selected positions at which the primary model would have drawn another token.
-        entropies: ``[B, F]`` float64, entropies of the distributions of the drawn tokens in nats, one for each of
-            ``Draw.entropy_at``; None if the rule does not measure them.
+        quantities: ``[B, Q]`` float64: quantities by which a rule selects, or the entropies in nats, at
+            ``Draw.entropy_at``, of the distributions that the tokens have; None if it reports none.
     """
 
     tokens: NDArray[np.int64]
     log_probs: Floats
     selected: NDArray[np.bool_]
     changed: NDArray[np.bool_]
-    entropies: Floats | None = None
+    quantities: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ class Draw:
         return normalised
 
     def entropies(self, distribution: Callable[[Draw], Floats]) -> Floats | None:
-        """Returns ``Drawn.entropies``.
+        """Returns ``Drawn.quantities``: the entropies of distributions, or None if none are asked for.
 
         Args:
             distribution: Returns the distributions of the tokens, ``[B, V]``, under a draw at other temperatures.
@@ -123,31 +124,34 @@ class Swap:
         """Draws one token per sequence; see :class:`TwoModelRule`."""
         first, other = how.log_probs(primary), how.log_probs(second)
         own = how.tokens(first)
+        quantity = _quantity(self.selector, first, other, own, how)
         if self.selector == "delta":
-            selected = _of(other, own) - _of(first, own) < self.threshold
+            selected = quantity < self.threshold
             theirs = how.tokens(other, stream=1)
         else:
-            selected = self._quantity(first, other, how) > self.threshold
+            selected = quantity > self.threshold
             theirs = how.tokens(other)
         tokens = np.where(selected, theirs, own)
         log_probs = np.where(selected, _of(other, theirs), _of(first, own))
-        return Drawn(tokens, log_probs, selected, selected & (theirs != own))
+        return Drawn(tokens, log_probs, selected, selected & (theirs != own), quantity[:, None])
 
-    def _quantity(self, first: Floats, other: Floats, how: Draw) -> Floats:
-        if self.selector == "random":
-            random: Floats = how.uniform[1]
-            return random
-        if self.selector == "entropy":
-            return _expectation(first, -first)
-        if self.selector == "kl":
-            return _expectation(other, other - first)
-        if self.selector == "kl_reverse":
-            return _expectation(first, first - other)
-        # log of the mean of both distributions over one of them, exactly 0 where they are equal
-        distance = np.clip(other - first, -_LARGEST_DISTANCE, _LARGEST_DISTANCE)
-        over_first, over_other = np.log1p(np.expm1(distance) / 2), np.log1p(np.expm1(-distance) / 2)
-        js: Floats = -(_expectation(first, over_first) + _expectation(other, over_other)) / 2
-        return js
+
+@dataclass(frozen=True)
+class PrimaryAlone:
+    """Draws from the primary model alone, and reports the quantities by which :class:`Swap` would select.
+
+    Attributes:
+        selectors: Quantities to report.
+    """
+
+    selectors: tuple[Selector, ...]
+
+    def __call__(self, primary: Tensor, second: Tensor, how: Draw) -> Drawn:
+        """Draws one token per sequence; see :class:`TwoModelRule`."""
+        drawn = draw_from_one(primary, how)
+        first, other = how.log_probs(primary), how.log_probs(second)
+        columns = [_quantity(selector, first, other, drawn.tokens, how) for selector in self.selectors]
+        return replace(drawn, quantities=np.stack(columns, axis=1))
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,34 @@ def _of(log_probs: Floats, tokens: NDArray[np.int64]) -> Floats:
     """Returns the log-probs of tokens, ``[B]``."""
     found: Floats = log_probs[np.arange(len(tokens)), tokens]
     return found
+
+
+def _quantity(selector: Selector, first: Floats, other: Floats, own: NDArray[np.int64], how: Draw) -> Floats:
+    """Returns a quantity at each position, ``[B]``.
+
+    Args:
+        selector: The quantity.
+        first: ``[B, V]``, log-probs of the primary model.
+        other: ``[B, V]``, log-probs of the second model.
+        own: ``[B]``, tokens that the primary model draws.
+        how: Draw with the random numbers of ``random``.
+    """
+    if selector == "delta":
+        return _of(other, own) - _of(first, own)
+    if selector == "random":
+        random: Floats = how.uniform[1]
+        return random
+    if selector == "entropy":
+        return _expectation(first, -first)
+    if selector == "kl":
+        return _expectation(other, other - first)
+    if selector == "kl_reverse":
+        return _expectation(first, first - other)
+    # log of the mean of both distributions over one of them, exactly 0 where they are equal
+    distance = np.clip(other - first, -_LARGEST_DISTANCE, _LARGEST_DISTANCE)
+    over_first, over_other = np.log1p(np.expm1(distance) / 2), np.log1p(np.expm1(-distance) / 2)
+    js: Floats = -(_expectation(first, over_first) + _expectation(other, over_other)) / 2
+    return js
 
 
 def _expectation(log_probs: Floats, values: Floats) -> Floats:

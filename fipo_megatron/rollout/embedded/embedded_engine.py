@@ -53,7 +53,7 @@ class _Sequence:
     versions: list[int] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
-    entropies: list[NDArray[np.float64]] = field(default_factory=list)
+    quantities: list[NDArray[np.float64]] = field(default_factory=list)
     aborted: bool = False
 
     def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
@@ -79,7 +79,7 @@ class _Sequence:
             reason,
             np.array(self.selected, dtype=np.bool_),
             np.array(self.changed, dtype=np.bool_),
-            entropies=np.array(self.entropies) if self.entropies else np.empty((0, 0)),
+            np.stack(self.quantities) if self.quantities else None,
         )
 
 
@@ -95,10 +95,11 @@ class EmbeddedEngine:
         second: A second model with the same vocabulary, and the rule by which tokens are drawn from both; None draws
             from the one in ``path``.
         entropy_at: Factors of each request's temperature at which the entropy of the distribution that its tokens are
-            drawn from is measured.
+            drawn from is measured, as ``Generation.quantities``.
 
     Attributes:
         model: The model of transformers.
+        rule: Rule of the two models; may be replaced by another one while no request is in flight.
         context: Tokens that a prompt and its response may have together.
 
     Raises:
@@ -118,7 +119,7 @@ class EmbeddedEngine:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
         self._model = SlotModel(path, dtype, slots, weight_version)
-        self._models, self._rule = [self._model], second[1] if second is not None else None
+        self._models, self.rule = [self._model], second[1] if second is not None else None
         if second is not None:
             self._models.append(SlotModel(second[0], dtype, slots, weight_version))
         self._entropy_at = tuple(entropy_at)
@@ -230,14 +231,13 @@ class EmbeddedEngine:
             self._entropy_at,
         )
         logits = [model.next_logits(slots).double() for model in self._models]
-        drawn = self._rule(logits[0], logits[1], how) if self._rule is not None else draw_from_one(logits[0], how)
+        drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
+        if drawn.quantities is not None:
+            for sequence, quantities in zip(sequences, drawn.quantities, strict=True):
+                sequence.quantities.append(quantities)
         columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
-        entropies = drawn.entropies
-        rows = zip(running, *(column.tolist() for column in columns), strict=True)
-        for number, ((slot, s), token, *rest) in enumerate(rows):
+        for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
             s.append(token, *rest, self._model.version)
-            if entropies is not None:
-                s.entropies.append(entropies[number])
             stopped = token in s.request.sampling.stop_token_ids
             if stopped or len(s.tokens) == s.request.sampling.max_tokens:
                 self._finish(s, "stop" if stopped else "length")
