@@ -17,20 +17,14 @@ from fipo_megatron.config.actor_sections import (
 from fipo_megatron.config.checks import layout_conflicts, notices
 from fipo_megatron.config.files import ConfigError, as_dict, keys, load_config
 from fipo_megatron.config.rollout_sections import (
+    AmplifyConfig,
     DataConfig,
     EvaluationConfig,
     RewardConfig,
     RolloutConfig,
     ServersConfig,
 )
-from fipo_megatron.config.run_sections import (
-    AmplifyConfig,
-    CheckpointConfig,
-    CompareConfig,
-    HealthConfig,
-    ObserveConfig,
-    RunConfig,
-)
+from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
 from fipo_megatron.config.schema import Config
 
 __all__ = [

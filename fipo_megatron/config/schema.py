@@ -9,15 +9,14 @@ from pydantic.dataclasses import dataclass
 from fipo_megatron.config.actor_sections import ActorConfig, AlgorithmConfig, ModelConfig, SftConfig
 from fipo_megatron.config.checks import find_conflicts
 from fipo_megatron.config.field_types import STRICT, Seed
-from fipo_megatron.config.rollout_sections import DataConfig, EvaluationConfig, RewardConfig, RolloutConfig
-from fipo_megatron.config.run_sections import (
+from fipo_megatron.config.rollout_sections import (
     AmplifyConfig,
-    CheckpointConfig,
-    CompareConfig,
-    HealthConfig,
-    ObserveConfig,
-    RunConfig,
+    DataConfig,
+    EvaluationConfig,
+    RewardConfig,
+    RolloutConfig,
 )
+from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
 
 
 @dataclass(config=STRICT, frozen=True)
