@@ -4,6 +4,8 @@ python -m fipo_megatron.evaluate CONFIG.yaml [key=value ...]
 
 The model is the Hugging Face directory model.path; with evaluation.checkpoint=DIR a Megatron checkpoint; with
 rollout.servers.urls=[...] the model that these SGLang servers serve. Results: run.output/evaluation-NAME/.
+With amplify.base=DIR, extrapolates beyond this model, away from a base model (docs/what_rl_changed.md). Results:
+run.output/amplify-NAME/; start it again to go on after an interruption.
 Exit code 0: the evaluation is complete; 1: it failed; 2: the configuration, or an input that it names, is invalid.
 """
 
@@ -17,21 +19,23 @@ import warnings
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 
 from fipo_megatron.config import Config, load_config
 from fipo_megatron.data.failed_checks import VerifierError
+from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.evaluation import evaluation_summary as summary
+from fipo_megatron.evaluation.amplification import amplify, check_settings
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
-from fipo_megatron.evaluation.results import Evaluation
 from fipo_megatron.evaluation.standalone import sample_and_count
 from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.storage.output_lock import lock_output
 from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
+_Result = TypeVar("_Result")
 EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
 """Expected failures: logged without a traceback, exit code 1."""
 
@@ -55,7 +59,7 @@ def model_directory(config: Config, inputs: EvaluationInputs) -> Iterator[Path]:
         yield directory
 
 
-async def cancel_on_sigterm(work: Coroutine[Any, Any, Evaluation]) -> Evaluation:
+async def cancel_on_sigterm(work: Coroutine[Any, Any, _Result]) -> _Result:
     """Awaits the result. SIGTERM cancels the work, as Ctrl-C does, so that it ends the processes it started."""
     task = asyncio.current_task()
     assert task is not None
@@ -82,6 +86,25 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
+def _evaluate(config: Config, inputs: EvaluationInputs) -> str:
+    """Evaluates the model, writes the results and returns them as text."""
+    with model_directory(config, inputs) as directory:
+        evaluation = asyncio.run(cancel_on_sigterm(sample_and_count(config, inputs, directory)))
+    summary.write(inputs.output, evaluation, settings(config))
+    return f"{summary.table(evaluation)}\n\n{inputs.output}/{summary.SUMMARY}, {summary.PROBLEMS}"
+
+
+def _amplify(config: Config, inputs: EvaluationInputs) -> str:
+    """Amplifies the model, writes the results and returns them as text.
+
+    Raises:
+        InputError: The directory holds runs with other settings.
+    """
+    shared = check_settings(config, inputs, settings(config))
+    with model_directory(config, inputs) as directory:
+        return asyncio.run(cancel_on_sigterm(amplify(config, inputs, directory, shared)))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -100,16 +123,18 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM removes temporary files, too
     try:
         with lock_output(inputs.output):
-            with model_directory(config, inputs) as directory:
-                evaluation = asyncio.run(cancel_on_sigterm(sample_and_count(config, inputs, directory)))
-            summary.write(inputs.output, evaluation, settings(config))
+            text = _amplify(config, inputs) if config.amplify.base else _evaluate(config, inputs)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     except EXPECTED as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.error("interrupted; there is no result")
+        kept = "finished runs are kept" if config.amplify.base else "there is no result"
+        logger.error("interrupted; %s", kept)
         return 1
-    print(f"\n{summary.table(evaluation)}\n\n{inputs.output}/{summary.SUMMARY}, {summary.PROBLEMS}")
+    print(f"\n{text}")
     return 0
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fipo_megatron.actor.launch import Launch
 from fipo_megatron.compare.response_file import NAME, GivenResponses, read_responses
 from fipo_megatron.config import Config, EvaluationConfig, ModelConfig, RunConfig, layout_conflicts
 from fipo_megatron.data.model_directory import ModelDirectory, read_model_directory
 from fipo_megatron.data.tokenizer import InputError
+from fipo_megatron.data.vocabulary import Vocabulary, vocabulary_difference
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from fipo_megatron.evaluation.results import data_set_name
 from fipo_megatron.storage.output_directory import output_problems
@@ -46,6 +46,10 @@ class ComparedModel:
         """Whether the model is a Megatron checkpoint."""
         return self.path != self.companions
 
+    def vocabulary(self, role: str) -> Vocabulary:
+        """Returns the vocabulary of the model ``compare.ROLE``."""
+        return Vocabulary(f"compare.{role} = {self.path}", self.architecture.vocab, self.tokenizer, self.companions)
+
 
 @dataclass(frozen=True)
 class ShiftInputs:
@@ -78,7 +82,7 @@ def read_shift_inputs(config: Config) -> ShiftInputs:
     problems = layout_conflicts(config.actor.parallel, world_size)
     for model in (base, rl):
         problems += [f"{model.path}: {problem}" for problem in model.architecture.problems(config.actor)]
-    if difference := vocabulary_difference(base, rl):
+    if difference := vocabulary_difference(base.vocabulary("base"), rl.vocabulary("rl")):
         problems.append(difference)
     output = output_directory(config)
     problems += output_problems(output, "auto")
@@ -130,38 +134,6 @@ def _model(config: Config, role: str, path: Path) -> ComparedModel:
     if found.problems or found.tokenizer is None:
         raise InputError("\n".join(problem.replace("model.path", field) for problem in found.problems))
     return ComparedModel(path, companions, found.architecture, found.tokenizer)
-
-
-def vocabulary_difference(base: ComparedModel, rl: ComparedModel) -> str:
-    """Describes how vocabulary or tokenizer of the two models differ; empty if they are equal."""
-    sizes = base.architecture.vocab, rl.architecture.vocab
-    if sizes[0] != sizes[1]:
-        return (
-            f"compare.rl = {rl.path}: has a vocabulary of {sizes[1]} tokens, compare.base = {base.path} of {sizes[0]}; "
-            "they must be equal"
-        )
-    tokens_base, tokens_rl = ({i: t for t, i in m.tokenizer.get_vocab().items()} for m in (base, rl))
-    for token_id in sorted(tokens_base.keys() | tokens_rl.keys()):
-        pair = tokens_base.get(token_id), tokens_rl.get(token_id)
-        if pair[0] != pair[1]:
-            return (
-                f"compare.rl = {rl.path}: token {token_id} is {pair[1]!r}, in compare.base = {base.path} {pair[0]!r}; "
-                "the tokenizers must be equal"
-            )
-    parts_base, parts_rl = (_tokenizer_parts(m.companions) for m in (base, rl))
-    if names := sorted(n for n in parts_base.keys() | parts_rl.keys() if parts_base.get(n) != parts_rl.get(n)):
-        return (
-            f"compare.rl = {rl.path}: tokenizer.json differs from that of compare.base = {base.path} in "
-            f"{', '.join(names)}; the tokenizers must be equal"
-        )
-    return ""
-
-
-def _tokenizer_parts(directory: Path) -> dict[str, Any]:
-    """Returns the parts of tokenizer.json that decide how text becomes tokens."""
-    file = directory / "tokenizer.json"
-    whole = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "decoder")}
 
 
 def _check_lengths(config: Config, responses: GivenResponses) -> None:

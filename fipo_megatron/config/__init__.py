@@ -17,6 +17,7 @@ from fipo_megatron.config.actor_sections import (
 from fipo_megatron.config.checks import layout_conflicts, notices
 from fipo_megatron.config.files import ConfigError, as_dict, keys, load_config
 from fipo_megatron.config.rollout_sections import (
+    AmplifyConfig,
     DataConfig,
     EvaluationConfig,
     RewardConfig,
@@ -29,6 +30,7 @@ from fipo_megatron.config.schema import Config
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "AmplifyConfig",
     "CheckpointConfig",
     "CompareConfig",
     "Config",

@@ -1,4 +1,4 @@
-"""The sections about data, responses and rewards: ``data``, ``rollout``, ``reward`` and ``evaluation``."""
+"""The sections about data, responses and rewards: ``data``, ``rollout``, ``reward``, ``evaluation`` and ``amplify``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fipo_megatron.config.field_types import (
     Count,
     Fraction,
     NotNegative,
+    Number,
     Positive,
     PositiveNumber,
 )
@@ -207,3 +208,23 @@ class EvaluationConfig:
     top_p: Fraction = 0.7
     checkpoint: str | None = None
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+
+
+@dataclass(config=STRICT, frozen=True)
+class AmplifyConfig:
+    """Extrapolation beyond RL at test time (``fipo evaluate``): draws from (1 + γ)·log π_RL − γ·log π_base.
+
+    The evaluated model is RL.
+
+    Attributes:
+        base: Hugging Face directory of the base model; empty evaluates RL alone.
+        gamma: Values of γ.
+        threshold: Thresholds of log π_RL − log π_base: a token of the primary model below it is drawn again from the
+            mixture. With null, every token is drawn from the mixture.
+        primary: Model that draws first.
+    """
+
+    base: str = ""
+    gamma: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    threshold: Annotated[tuple[Number | None, ...], Field(min_length=1)] = (None, -0.3, 0.0)
+    primary: Literal["rl", "base"] = "rl"

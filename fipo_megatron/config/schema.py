@@ -9,7 +9,13 @@ from pydantic.dataclasses import dataclass
 from fipo_megatron.config.actor_sections import ActorConfig, AlgorithmConfig, ModelConfig, SftConfig
 from fipo_megatron.config.checks import find_conflicts
 from fipo_megatron.config.field_types import STRICT, Seed
-from fipo_megatron.config.rollout_sections import DataConfig, EvaluationConfig, RewardConfig, RolloutConfig
+from fipo_megatron.config.rollout_sections import (
+    AmplifyConfig,
+    DataConfig,
+    EvaluationConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from fipo_megatron.config.run_sections import CheckpointConfig, CompareConfig, HealthConfig, ObserveConfig, RunConfig
 
 
@@ -31,6 +37,7 @@ class Config:
         checkpoint: Checkpoints and exports.
         sft: Supervised fine-tuning.
         compare: Comparison of two models.
+        amplify: Extrapolation beyond RL at test time.
         seed: Seed of all random numbers of the run.
     """
 
@@ -47,6 +54,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    amplify: AmplifyConfig = field(default_factory=AmplifyConfig)
     seed: Seed = 0
 
     def __post_init__(self) -> None:

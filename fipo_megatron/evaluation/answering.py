@@ -17,7 +17,7 @@ from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Response:
         detail: Error text of the failure.
         asked: Whether the verifier was asked.
         trajectory: Tokens of the response; None if they are not kept.
+        generation: What the engine returned; None if it is not kept.
     """
 
     right: bool
@@ -46,6 +47,7 @@ class Response:
     detail: str = ""
     asked: bool = True
     trajectory: Trajectory | None = None
+    generation: Generation | None = None
 
 
 ResponseCallback = Callable[[Response], None]
@@ -147,7 +149,7 @@ async def _answer_all(
         seed = sampling_seed(config.seed, f"evaluation/{prompt.id}", sample, 0)
         response = await _answer(prompt, sample, engine, scorer, sampling, seed, config.reward.verifier)
         progress(response)
-        return replace(response, trajectory=None)  # only the callback needs the tokens
+        return replace(response, trajectory=None, generation=None)  # only the callback needs the tokens
 
     k = settings.samples_per_prompt
     tasks = [asyncio.create_task(answer(prompt, sample)) for prompt in problems for sample in range(k)]
@@ -189,6 +191,7 @@ async def _answer(
         verdict.detail,
         scorer.asks(trajectory),
         trajectory,
+        completion,
     )
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fipo_megatron.config import Config
-from fipo_megatron.data.model_directory import read_model_directory
+from fipo_megatron.data.model_directory import ModelDirectory, read_model_directory
 from fipo_megatron.data.prompts import DataError
 from fipo_megatron.data.tokenized_prompts import read_prompts
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Prompt
-from fipo_megatron.evaluation.evaluation_summary import SUMMARY
+from fipo_megatron.data.vocabulary import Vocabulary, vocabulary_difference
+from fipo_megatron.evaluation.evaluation_summary import AMPLIFY, SUMMARY
 from fipo_megatron.evaluation.results import data_set_name, name_problems
 from fipo_megatron.reward.verifier import check_verifier
 from fipo_megatron.rollout.engine_factory import context_problem
@@ -49,10 +50,10 @@ class EvaluationInputs:
 
 
 def output_directory(config: Config) -> Path:
-    """Returns the directory of the results: ``evaluation-NAME`` in ``run.output``."""
+    """Returns the directory of the results in ``run.output``: ``evaluation-NAME``, or ``amplify-NAME``."""
     path = Path(config.evaluation.checkpoint or config.model.path)
     name = config.evaluation.name or data_set_name(path.resolve().name)
-    return Path(config.run.output) / f"evaluation-{name}"
+    return Path(config.run.output) / f"{'amplify' if config.amplify.base else 'evaluation'}-{name}"
 
 
 def read_evaluation_inputs(config: Config) -> EvaluationInputs:
@@ -69,9 +70,11 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
         problems.append(problem)
     output = output_directory(config)
     problems += output_problems(output, "auto")
-    if (output / SUMMARY).exists():
+    if (output / (AMPLIFY if config.amplify.base else SUMMARY)).exists():
         problems.append(f"{output}: already holds an evaluation; choose another name with evaluation.name")
     problems += model.problems
+    if config.amplify.base:
+        problems += _amplify_problems(config, companions, model)
     try:
         if config.evaluation.checkpoint is not None:
             torch_dist.check(Path(config.evaluation.checkpoint), model.architecture, companions)
@@ -111,6 +114,36 @@ def _setting_problems(config: Config) -> list[str]:
         check_verifier(config.reward.verifier)
     except ValueError as error:
         problems.append(str(error))
+    return problems
+
+
+def _amplify_problems(config: Config, companions: Path, rl: ModelDirectory) -> list[str]:
+    """Describes why the base model cannot be mixed with the evaluated one, one line each."""
+    problems = []
+    if config.rollout.engine != "embedded":
+        problems.append(
+            f"rollout.engine = {config.rollout.engine}: must be embedded with amplify.base; a server has no second "
+            "model to mix log-probs with"
+        )
+    path = Path(config.amplify.base)
+    try:
+        base = read_model_directory(path, config.data, weights=True)
+    except ValueError as error:
+        return [*problems, str(error).replace("model.path", "amplify.base")]
+    problems += [problem.replace("model.path", "amplify.base") for problem in base.problems]
+    if problem := context_problem(config, base.architecture.max_positions):
+        problems.append(f"amplify.base = {path}: {problem}")
+    if base.tokenizer is not None and rl.tokenizer is not None:
+        name = (
+            f"evaluation.checkpoint = {config.evaluation.checkpoint}"
+            if config.evaluation.checkpoint is not None
+            else f"model.path = {companions}"
+        )
+        difference = vocabulary_difference(
+            Vocabulary(f"amplify.base = {path}", base.architecture.vocab, base.tokenizer, path),
+            Vocabulary(name, rl.architecture.vocab, rl.tokenizer, companions),
+        )
+        problems += [difference] if difference else []
     return problems
 
 

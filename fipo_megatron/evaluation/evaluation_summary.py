@@ -12,7 +12,7 @@ from fipo_megatron.evaluation.estimates import LEVEL, Estimate
 from fipo_megatron.evaluation.results import DataSetResult, Evaluation, write_problems
 from fipo_megatron.storage.atomic import write_atomic
 
-SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
+SUMMARY, PROBLEMS, AMPLIFY = "summary.json", "problems.jsonl", "amplify.json"
 
 
 def table(evaluation: Evaluation) -> str:
@@ -24,22 +24,23 @@ def table(evaluation: Evaluation) -> str:
         [
             data_set.name,
             str(data_set.problems),
-            *map(_percent, (data_set.avg, data_set.cons, data_set.passes[k])),
+            *map(percent, (data_set.avg, data_set.cons, data_set.passes[k])),
             f"{data_set.response_tokens:.1f}",
             f"{data_set.truncated_fraction:.1%}",
         ]
         for data_set in data_sets
     ]
-    text = _aligned([heads, *rows])
+    text = aligned([heads, *rows])
     if k > 1:
-        by_k = [[data_set.name, *map(_percent, data_set.passes.values())] for data_set in data_sets]
-        text += "\n\n" + _aligned([["data set", *(f"pass@{k}" for k in data_sets[0].passes)], *by_k])
+        by_k = [[data_set.name, *map(percent, data_set.passes.values())] for data_set in data_sets]
+        text += "\n\n" + aligned([["data set", *(f"pass@{k}" for k in data_sets[0].passes)], *by_k])
     if evaluation.failed_checks:
         text += f"\n\n{evaluation.failed_checks} responses whose check failed are left out."
     return f"{text}\n\nIn brackets: {LEVEL:.0%} bootstrap intervals over problems."
 
 
-def _percent(mean: Estimate) -> str:
+def percent(mean: Estimate) -> str:
+    """Formats a fraction in percent, with its interval in brackets."""
     if mean.value is None:
         return "–"
     if mean.low is None or mean.high is None:
@@ -47,7 +48,8 @@ def _percent(mean: Estimate) -> str:
     return f"{mean.value:.1%} ({100 * mean.low:.1f}–{100 * mean.high:.1f})"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Formats rows of cells in columns; the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "   ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

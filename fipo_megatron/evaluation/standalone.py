@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs
 from fipo_megatron.evaluation.results import Evaluation
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
-from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
+from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine, open_engine
 from fipo_megatron.rollout.host_address import LOOPBACK, host_address
 from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, place_servers
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -57,7 +59,11 @@ class ProgressLog:
 
 
 async def sample_and_count(
-    config: Config, inputs: EvaluationInputs, directory: Path, keep: ResponseCallback = lambda response: None
+    config: Config,
+    inputs: EvaluationInputs,
+    directory: Path,
+    keep: ResponseCallback = lambda response: None,
+    embedded: Callable[[Path], EmbeddedEngine] | None = None,
 ) -> Evaluation:
     """Opens an engine with the model in the directory, or with the configured servers, evaluates and closes it.
 
@@ -66,6 +72,7 @@ async def sample_and_count(
         inputs: Its inputs.
         directory: Hugging Face directory of the model.
         keep: Callback for each checked response.
+        embedded: Opens an embedded engine with the model in a directory; None: the configured engine.
 
     Raises:
         EngineError: The engine does not start, fails, or serves another model.
@@ -82,7 +89,10 @@ async def sample_and_count(
         progress(response)
 
     try:
-        opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
+        if embedded is not None:
+            opened = OpenedEngine(embedded(directory))
+        else:
+            opened = await open_engine(config, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
         try:
             for server in opened.facts:
                 logger.info("%s: SGLang %s, weight version %d", server.url, server.version, server.weight_version)

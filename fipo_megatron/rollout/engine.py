@@ -98,6 +98,8 @@ class Generation:
         selected: ``[R]`` bool: tokens for which a rule departed from the primary of two models; all false, or
             empty, with one.
         changed: ``[R]`` bool: selected tokens that the primary model would not have drawn.
+        quantities: ``[R, Q]`` float64: quantities by which the rule selects, or entropies that the embedded engine was
+            asked for; None if there are none.
         retractions: Times that the engine discarded the KV cache of the request for lack of room, and read it again.
     """
 
@@ -107,6 +109,7 @@ class Generation:
     finish_reason: FinishReason
     selected: NDArray[np.bool_] = field(default_factory=_none)
     changed: NDArray[np.bool_] = field(default_factory=_none)
+    quantities: NDArray[np.float64] | None = None
     retractions: int = 0
 
 

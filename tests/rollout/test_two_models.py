@@ -135,3 +135,37 @@ def test_log_probs_are_those_of_the_distribution_that_a_token_was_drawn_from():
     np.testing.assert_allclose(drawn.log_probs, wanted, atol=1e-12)
     assert (drawn.changed <= drawn.selected).all()
     assert drawn.changed.any()
+
+
+def entropy(probabilities):
+    return -np.sum(probabilities * np.log(np.where(probabilities > 0, probabilities, 1)))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("threshold", [None, -0.3])
+def test_entropies_are_those_of_the_distribution_that_tokens_have(threshold, top_p):
+    factors, temperature = (0.5, 1.0, 1.7), 0.8
+    rows = [torch.from_numpy(each[None]) for each in LOGITS]
+    uniform = np.full((2, 1), 0.3)
+    how = Draw(torch.tensor([[temperature]], dtype=torch.float64), np.array([top_p]), uniform, factors)
+    amplified = Amplify(0.5, threshold)(*rows, how).quantities[0]
+    plain = draw_from_one(rows[0], how).quantities[0]
+    for number, factor in enumerate(factors):
+        rl, base = (softmax(each / (temperature * factor)) for each in LOGITS)
+        own = nucleus(rl, top_p)
+        mixed = nucleus(softmax((1.5 * LOGITS[0] - 0.5 * LOGITS[1]) / (temperature * factor)), top_p)
+        if threshold is not None:
+            stays = np.log(rl / base) >= threshold
+            mixed = own * stays + own[~stays].sum() * mixed
+        np.testing.assert_allclose(amplified[number], entropy(mixed), atol=1e-12)
+        np.testing.assert_allclose(plain[number], entropy(own), atol=1e-12)
+
+
+def test_measuring_entropies_changes_no_response(pair):
+    engine = EmbeddedEngine(pair[0], slots=16, entropy_at=(0.5, 1.0))
+    requests = [request(n) for n in range(6)]
+    found = asyncio.run(all_of(engine, requests))
+    plain = sampled(pair[0], requests=requests)
+    identical(found, plain)
+    assert [one.quantities.shape for one in found] == [(len(one.tokens), 2) for one in found]
+    assert all(one.quantities is None for one in plain)

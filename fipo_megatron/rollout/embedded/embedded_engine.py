@@ -53,6 +53,7 @@ class _Sequence:
     versions: list[int] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
+    quantities: list[NDArray[np.float64]] = field(default_factory=list)
     aborted: bool = False
 
     def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
@@ -78,6 +79,7 @@ class _Sequence:
             reason,
             np.array(self.selected, dtype=np.bool_),
             np.array(self.changed, dtype=np.bool_),
+            np.stack(self.quantities) if self.quantities else None,
         )
 
 
@@ -92,9 +94,12 @@ class EmbeddedEngine:
         weight_version: Version of the weights in ``path``.
         second: A second model with the same vocabulary, and the rule by which tokens are drawn from both; None draws
             from the one in ``path``.
+        entropy_at: Factors of each request's temperature at which the entropy of the distribution that its tokens are
+            drawn from is measured, as ``Generation.quantities``.
 
     Attributes:
         model: The model of transformers.
+        rule: Rule of the two models; may be replaced by another one while no request is in flight.
         context: Tokens that a prompt and its response may have together.
 
     Raises:
@@ -109,13 +114,15 @@ class EmbeddedEngine:
         slots: int = 32,
         weight_version: int = 0,
         second: tuple[str | Path, TwoModelRule] | None = None,
+        entropy_at: Sequence[float] = (),
     ) -> None:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
         self._model = SlotModel(path, dtype, slots, weight_version)
-        self._models, self._rule = [self._model], second[1] if second is not None else None
+        self._models, self.rule = [self._model], second[1] if second is not None else None
         if second is not None:
             self._models.append(SlotModel(second[0], dtype, slots, weight_version))
+        self._entropy_at = tuple(entropy_at)
         self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings
         self.slots = slots
@@ -221,9 +228,13 @@ class EmbeddedEngine:
             torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64),
             np.array([s.request.sampling.top_p for s in sequences]),
             np.array([[stream.random() for stream in s.random[: len(self._models)]] for s in sequences]).T,
+            self._entropy_at,
         )
         logits = [model.next_logits(slots).double() for model in self._models]
-        drawn = self._rule(logits[0], logits[1], how) if self._rule is not None else draw_from_one(logits[0], how)
+        drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
+        if drawn.quantities is not None:
+            for sequence, quantities in zip(sequences, drawn.quantities, strict=True):
+                sequence.quantities.append(quantities)
         columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
         for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
             s.append(token, *rest, self._model.version)
