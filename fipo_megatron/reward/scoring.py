@@ -19,7 +19,7 @@ from fipo_megatron.testing import fail_points
 
 
 class ResponseScorer:
-    """Scores responses with a verifier; a :data:`.rollout.sampler.Scorer`.
+    """Scores responses with a verifier; a :data:`.rollout.sampler_settings.Scorer`.
 
     Args:
         config: Configuration of the run; ``reward`` and ``rollout.max_response_tokens`` are read.

@@ -16,43 +16,27 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch.distributed as dist
 
 from fipo_megatron.algorithm.advantages import is_informative
 from fipo_megatron.data.failed_checks import CheckCounts, VerifierError
 from fipo_megatron.data.group_record import GroupRecord
-from fipo_megatron.data.trajectory import Group, Prompt, Score, Trajectory
+from fipo_megatron.data.trajectory import Group, Prompt, Trajectory
 from fipo_megatron.rollout.assignment import assign_prompts, interleave_by_leader
 from fipo_megatron.rollout.carry_over import Carried, PartialGroup, is_usable, sampled_lengths
-from fipo_megatron.rollout.engine import RolloutEngine, SamplingParameters
+from fipo_megatron.rollout.engine import RolloutEngine
 from fipo_megatron.rollout.group_sampler import GroupSampler
+from fipo_megatron.rollout.sampler_settings import PromptSource, SamplerSettings, Scorer
 from fipo_megatron.rollout.sampling_progress import SamplingProgress
 from fipo_megatron.rollout.step_checks import StepChecks
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
-
-Scorer = Callable[[Trajectory], Awaitable[Score]]
-"""Scores one response; must not raise because of its text."""
-
-
-class PromptSource(Protocol):
-    """A source of prompts, such as :class:`.data.prompts.PromptStream`.
-
-    Attributes:
-        given: Cursor: prompts returned so far. The sampler moves it back by prompts that it did not begin.
-    """
-
-    given: int
-
-    def __call__(self, count: int) -> Sequence[Prompt]:
-        """Returns this many new prompts; fewer if there are no more."""
 
 
 class SamplingExhaustedError(RuntimeError):
@@ -65,38 +49,6 @@ class SamplingExhaustedError(RuntimeError):
     def __init__(self, message: str, *, out_of_prompts: bool = False) -> None:
         super().__init__(message)
         self.out_of_prompts = out_of_prompts
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """The settings of a sampler.
-
-    Attributes:
-        prompts_per_step: Number of groups of a step.
-        samples_per_prompt: G, number of responses of a group.
-        sampling: Sampling parameters; ``max_tokens`` is the limit of a whole response.
-        run_seed: Seed of the run; see :func:`.engine.sampling_seed`.
-        dynamic_sampling: Whether only groups that are neither all right nor all wrong are kept.
-        max_batches: Most batches of prompts in a step.
-        over_sampling: Oversampling factor. Once enough groups are kept, the rest are aborted.
-        max_staleness: Largest age of a token's weights, in versions. With 0, aborted responses start from the prompt
-            again, and complete groups are carried only while their weights are current.
-        on_exhausted: Action after ``max_batches`` without enough groups: ``error``, or ``smaller`` for a smaller step.
-        max_empty_steps: Steps in a row without any group after which ``smaller`` is an error, too.
-        max_failure_fraction: Largest fraction of failed checks in a step.
-    """
-
-    prompts_per_step: int
-    samples_per_prompt: int
-    sampling: SamplingParameters
-    run_seed: int = 0
-    dynamic_sampling: bool = True
-    max_batches: int = 10
-    over_sampling: float = 1.0
-    max_staleness: int = 0
-    on_exhausted: Literal["error", "smaller"] = "error"
-    max_empty_steps: int = 10
-    max_failure_fraction: float = 0.1
 
 
 @dataclass(frozen=True)

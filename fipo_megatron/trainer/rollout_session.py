@@ -31,14 +31,8 @@ from fipo_megatron.rollout.engine import (
 )
 from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.event_loop import EventLoopThread
-from fipo_megatron.rollout.sampler import (
-    PromptSource,
-    SampledGroups,
-    Sampler,
-    SamplerSettings,
-    SamplingExhaustedError,
-    Scorer,
-)
+from fipo_megatron.rollout.sampler import SampledGroups, Sampler, SamplingExhaustedError
+from fipo_megatron.rollout.sampler_settings import PromptSource, SamplerSettings, Scorer
 from fipo_megatron.rollout.sampling_progress import ProgressSnapshot, combine_snapshots
 from fipo_megatron.rollout.scatter import Routes
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator

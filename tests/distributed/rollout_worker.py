@@ -18,7 +18,8 @@ from fipo_megatron.data.packing import plan_micro_batches
 from fipo_megatron.data.trajectory import Prompt, Score, Trajectory
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, LostRankError, SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
+from fipo_megatron.rollout.sampler import Sampler, SamplingExhaustedError
+from fipo_megatron.rollout.sampler_settings import SamplerSettings
 from fipo_megatron.rollout.scatter import Routes, scatter_trajectories
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 

@@ -10,7 +10,8 @@ from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout import carry_over
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import GenerationRequest, SamplingParameters, sampling_seed
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings, SamplingExhaustedError
+from fipo_megatron.rollout.sampler import Sampler, SamplingExhaustedError
+from fipo_megatron.rollout.sampler_settings import SamplerSettings
 from tests.actor.models import random_model
 
 SETTINGS = SamplerSettings(

@@ -11,7 +11,8 @@ from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout import carry_over
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
 from fipo_megatron.rollout.engine import SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings
+from fipo_megatron.rollout.sampler import Sampler
+from fipo_megatron.rollout.sampler_settings import SamplerSettings
 from tests.actor.models import random_model
 
 SCHEDULES = int(os.environ.get("FIPO_VERDICT_SCHEDULES", "10"))

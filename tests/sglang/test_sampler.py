@@ -7,7 +7,8 @@ import pytest
 
 from fipo_megatron.data.trajectory import Prompt, Score
 from fipo_megatron.rollout.engine import SamplingParameters
-from fipo_megatron.rollout.sampler import Sampler, SamplerSettings
+from fipo_megatron.rollout.sampler import Sampler
+from fipo_megatron.rollout.sampler_settings import SamplerSettings
 from tests.sglang import models
 from tests.sglang.test_client import client_of
 
