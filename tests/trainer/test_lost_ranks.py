@@ -145,6 +145,17 @@ def test_a_run_that_was_suspended_as_a_whole_goes_on(data, tmp_path):
     assert len(metrics(tmp_path / "run")) == 3
 
 
+def test_no_process_outlives_a_torchrun_that_is_killed(data, tmp_path):
+    """SIGKILL of torchrun itself: ranks, their monitors and verifiers end, and the log says why."""
+    torchrun = start(data, tmp_path, "run.steps=60")
+    seen_in(tmp_path / "run" / "metrics.jsonl", torchrun)
+    assert len(processes(tmp_path)) > 3, "torchrun, two ranks and a verifier"
+    torchrun.kill()
+    assert none_is_left(tmp_path)
+    said = torchrun.communicate(timeout=60)[0]
+    assert "rank 0 or its torchrun was killed or stopped. Run it again to resume from its last checkpoint" in said
+
+
 def test_torchrun_ends_with_1_after_a_saved_stop(data, tmp_path):
     """The documentation says so, and what to look at instead. Slurm may send the signal to the ranks, too."""
     torchrun = start(data, tmp_path, "run.steps=60")
