@@ -223,12 +223,13 @@ def temperature_for(alone: Sequence[Run], entropy: float) -> float:
     below = max((run for run in alone if run.entropy <= entropy), key=lambda run: run.entropy, default=None)
     above = min((run for run in alone if run.entropy > entropy), key=lambda run: run.entropy, default=None)
     if below is not None and above is not None:
-        points = [(run.entropy, math.log(run.means.temperature)) for run in (below, above)]
+        entropies = [run.entropy for run in (below, above)]
+        temperatures = [run.means.temperature for run in (below, above)]
     else:
         nearest = (below or above or alone[0]).means
-        curve = np.maximum.accumulate(nearest.entropies).tolist()
-        points = [(e, math.log(nearest.temperature * f)) for e, f in zip(curve, FACTORS, strict=True)]
-    temperature = math.exp(np.interp(entropy, *zip(*points, strict=True)))
+        entropies = np.maximum.accumulate(nearest.entropies).tolist()
+        temperatures = [nearest.temperature * factor for factor in FACTORS]
+    temperature = math.exp(np.interp(entropy, entropies, np.log(temperatures)))
     return float(f"{temperature:.{_DIGITS}g}")
 
 
