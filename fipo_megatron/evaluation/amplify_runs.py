@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fipo_megatron.config import Config
 from fipo_megatron.evaluation.answering import Response
@@ -212,7 +213,7 @@ def _read(file: Path) -> Run | None:
 def temperature_for(alone: Sequence[Run], entropy: float) -> float:
     """Returns the temperature at which RL alone is expected to have this mean entropy per token.
 
-    It is interpolated linearly in the logarithm of the temperature: between the two nearest runs if some have a smaller
+    It is interpolated linearly in the logarithms of both: between the two nearest runs if some have a smaller
     and some a larger entropy; otherwise in the entropies that the nearest run has measured at other temperatures, on
     its own responses. Beyond those it is the lowest or the highest temperature that they have.
 
@@ -229,8 +230,14 @@ def temperature_for(alone: Sequence[Run], entropy: float) -> float:
         nearest = (below or above or alone[0]).means
         entropies = np.maximum.accumulate(nearest.entropies).tolist()
         temperatures = [nearest.temperature * factor for factor in FACTORS]
-    temperature = math.exp(np.interp(entropy, entropies, np.log(temperatures)))
+    temperature = math.exp(np.interp(_log(entropy), _log(entropies), np.log(temperatures)))
     return float(f"{temperature:.{_DIGITS}g}")
+
+
+def _log(entropies: float | Sequence[float]) -> NDArray[np.float64]:
+    """Returns logarithms; that of 0 is very small, but finite."""
+    found: NDArray[np.float64] = np.log(np.maximum(entropies, 1e-30))
+    return found
 
 
 def matches(run: Run, entropy: float) -> bool:
