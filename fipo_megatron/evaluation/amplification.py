@@ -40,7 +40,7 @@ def check_settings(config: Config, inputs: EvaluationInputs, settings: Mapping[s
         **settings,
         "base": config.amplify.base,
         "primary": config.amplify.primary,
-        "problems": _digest(inputs.problems),
+        "problems_sha256": _digest(inputs.problems),
     }
     file = inputs.output / _SETTINGS
     if not file.is_file():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fipo_megatron.config import Config
 from fipo_megatron.evaluation.answering import Response
@@ -27,9 +28,9 @@ from fipo_megatron.storage.atomic import write_atomic
 logger = logging.getLogger("fipo_megatron")
 FACTORS = tuple(2 ** (k / 4) for k in range(-12, 5))
 """Factors of the temperature at which the entropy of RL is measured: 1/8 to 2."""
-TOLERANCE = 0.05
+TOLERANCE = 0.02
 """Largest relative difference of the entropies of an amplified run and its control."""
-_ATTEMPTS = 4
+_ATTEMPTS = 5
 _DIGITS = 3
 """Significant digits of a matched temperature."""
 
@@ -156,15 +157,12 @@ class Runs:
     async def control(self, entropy: float) -> Run:
         """Returns a run of RL alone whose mean entropy per token is nearly this one.
 
-        Starts from the run whose entropy is nearest so far. The temperature is interpolated in the entropies of that
-        run, which are those of its own responses, linearly in the logarithm of the temperature. The responses change
-        with the temperature, so this is repeated until the entropy is within :data:`TOLERANCE`, or
-        :data:`_ATTEMPTS` times.
+        The temperature is that of :func:`temperature_for`. The responses change with the temperature, so runs are
+        added until the entropy of one is within :data:`TOLERANCE`, at most :data:`_ATTEMPTS`.
         """
         for _ in range(_ATTEMPTS):
-            nearest = self._nearest(entropy)
-            temperature = temperature_at(nearest.means, entropy)
-            if matches(nearest, entropy) or temperature in self._alone:
+            temperature = temperature_for(list(self._alone.values()), entropy)
+            if matches(self._nearest(entropy), entropy) or temperature in self._alone:
                 break
             await self.alone(temperature)
         return self._nearest(entropy)
@@ -212,13 +210,34 @@ def _read(file: Path) -> Run | None:
     return Run(rows, TokenMeans(**means | {"entropies": tuple(means["entropies"])}))
 
 
-def temperature_at(means: TokenMeans, entropy: float) -> float:
-    """Returns the temperature at which the responses of a run of RL alone have this mean entropy per token.
+def temperature_for(alone: Sequence[Run], entropy: float) -> float:
+    """Returns the temperature at which RL alone is expected to have this mean entropy per token.
 
-    Beyond the entropies that the run has measured, it is the lowest or the highest temperature of them.
+    It is interpolated linearly in the logarithms of both: between the two nearest runs if some have a smaller
+    and some a larger entropy; otherwise in the entropies that the nearest run has measured at other temperatures, on
+    its own responses. Beyond those it is the lowest or the highest temperature that they have.
+
+    Args:
+        alone: Runs of RL alone, at least one.
+        entropy: Entropy in nats.
     """
-    factor = math.exp(np.interp(entropy, np.maximum.accumulate(means.entropies), np.log(FACTORS)))
-    return float(f"{means.temperature * factor:.{_DIGITS}g}")
+    below = max((run for run in alone if run.entropy <= entropy), key=lambda run: run.entropy, default=None)
+    above = min((run for run in alone if run.entropy > entropy), key=lambda run: run.entropy, default=None)
+    if below is not None and above is not None:
+        entropies = [run.entropy for run in (below, above)]
+        temperatures = [run.means.temperature for run in (below, above)]
+    else:
+        nearest = (below or above or alone[0]).means
+        entropies = np.maximum.accumulate(nearest.entropies).tolist()
+        temperatures = [nearest.temperature * factor for factor in FACTORS]
+    temperature = math.exp(np.interp(_log(entropy), _log(entropies), np.log(temperatures)))
+    return float(f"{temperature:.{_DIGITS}g}")
+
+
+def _log(entropies: float | Sequence[float]) -> NDArray[np.float64]:
+    """Returns logarithms; that of 0 is very small, but finite."""
+    found: NDArray[np.float64] = np.log(np.maximum(entropies, 1e-30))
+    return found
 
 
 def matches(run: Run, entropy: float) -> bool:

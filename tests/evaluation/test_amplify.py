@@ -18,12 +18,13 @@ from fipo_megatron import evaluate
 from fipo_megatron.config import load_config
 from fipo_megatron.evaluation.amplify_runs import (
     FACTORS,
+    TOLERANCE,
     Run,
     Setting,
     TokenMeans,
     matches,
     settings_of,
-    temperature_at,
+    temperature_for,
 )
 from fipo_megatron.evaluation.amplify_table import Amplification, Amplified
 from fipo_megatron.evaluation.evaluation_inputs import read_evaluation_inputs
@@ -139,7 +140,7 @@ def test_results_are_those_of_the_rows(amplified):
 def test_controls_have_the_entropy_of_the_amplified_runs(amplified):
     found = json.loads((amplified / "amplify.json").read_text())
     for one in found["settings"]:
-        near = pytest.approx(one["amplified"]["entropy"], rel=0.05)
+        near = pytest.approx(one["amplified"]["entropy"], rel=TOLERANCE)
         assert (one["control"]["entropy"] == near) == one["control"]["matched"]
     matched = {one["control"]["temperature"] for one in found["settings"] if one["control"]["matched"]}
     assert len(matched) >= 2, found["settings"]
@@ -254,13 +255,20 @@ def test_a_matched_temperature_has_the_entropy(wanted):
         return float(-np.sum(probabilities * np.log(probabilities + 1e-300), axis=1).mean())
 
     means = TokenMeans(0.8, 400, 0, 0, tuple(entropy(0.8 * factor) for factor in FACTORS))
-    temperature = temperature_at(means, wanted)
+    problems = made_up([1]).problems
+    temperature = temperature_for([Run(problems, means)], wanted)
     if means.entropies[0] < wanted < means.entropies[-1]:
         assert entropy(temperature) == pytest.approx(wanted, rel=0.02)
     else:
         assert temperature in (0.1, 1.6)
-    control = Run(made_up([1]).problems, TokenMeans(temperature, 1, 0, 0, (entropy(temperature),)))
+    control = Run(problems, TokenMeans(temperature, 1, 0, 0, (entropy(temperature),)))
     assert matches(control, wanted) == (means.entropies[0] < wanted < means.entropies[-1])
+
+
+def test_a_temperature_between_two_runs_is_interpolated_in_their_own_entropies():
+    runs = [Run(made_up([1]).problems, TokenMeans(t, 1, 0, 0, (e,))) for t, e in ((1.0, 0.4), (0.25, 0.1), (0.1, 0.05))]
+    assert temperature_for(runs, 0.2) == pytest.approx(0.5)
+    assert temperature_for(runs, 0.1) == 0.25
 
 
 def test_equal_settings_are_sampled_once():
