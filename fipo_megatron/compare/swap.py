@@ -23,7 +23,7 @@ from typing import Any
 
 import transformers
 
-from fipo_megatron.compare import swap_curves
+from fipo_megatron.compare import swap_curves, swap_page
 from fipo_megatron.compare.swap_inputs import SwapInputs, read_swap_inputs
 from fipo_megatron.compare.swap_points import Point, PointFiles, Role, curves_of, points_of
 from fipo_megatron.compare.swap_sampling import sample_points
@@ -85,8 +85,10 @@ def run(config: Config, inputs: SwapInputs) -> None:
             with _directories(inputs) as models:
                 asyncio.run(sample_points(config, inputs.answering, models, plan, files))
         result = settings | swap_curves.summarise(config.compare, inputs.seeds, files)
+        page = swap_page.render(result, config.compare, files, inputs.answering.problems, inputs.answering.tokenizer)
+        write_atomic(inputs.output / PAGE, page)
         write_atomic(inputs.output / SWAP, json.dumps(result, indent=1) + "\n")
-    print(f"\n{swap_curves.text_table(result)}\n\n{inputs.output}/{SWAP}")
+    print(f"\n{swap_curves.text_table(result)}\n\n{inputs.output}/{SWAP}, {PAGE}, responses-*.jsonl")
 
 
 def plan_of(config: Config, inputs: SwapInputs) -> list[Point]:
@@ -94,7 +96,9 @@ def plan_of(config: Config, inputs: SwapInputs) -> list[Point]:
     roles: tuple[Role, ...] = ("base", "rl")
     alone = [Point(role, seed) for role in roles for seed in inputs.seeds]
     curves = list(curves_of(config.compare))
-    return alone + [point for seed in inputs.seeds for curve in curves for point in points_of(config.compare, curve, seed)]
+    return alone + [
+        point for seed in inputs.seeds for curve in curves for point in points_of(config.compare, curve, seed)
+    ]
 
 
 @contextmanager
@@ -113,7 +117,9 @@ def _settings(config: Config, inputs: SwapInputs) -> dict[str, Any]:
     """Returns what all points of a directory have in common."""
     problems = hashlib.sha256()
     for prompt in inputs.answering.problems:
-        problems.update(f"{prompt.id}\0{prompt.tokens.tolist()}\0{prompt.ground_truth}\0{prompt.data_source}\n".encode())
+        problems.update(
+            f"{prompt.id}\0{prompt.tokens.tolist()}\0{prompt.ground_truth}\0{prompt.data_source}\n".encode()
+        )
     return {
         "base": str(inputs.base.path.resolve()),
         "rl": str(inputs.rl.path.resolve()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ def crossing(shares: Sequence[float], accuracies: NDArray[np.float64], end: floa
         return float("inf")
     recovered = (np.asarray(accuracies) - accuracies[0]) / gap
     order = np.argsort(shares, kind="stable")
-    for before, after in zip(order[:-1], order[1:], strict=True):
+    for before, after in pairwise(order):
         if recovered[after] >= RECOVERED:
             part = (RECOVERED - recovered[before]) / (recovered[after] - recovered[before])
             return float(shares[before] + part * (shares[after] - shares[before]))
@@ -179,7 +180,10 @@ def _accuracy(row: Mapping[str, Any]) -> str:
 
 def _reached(at: Mapping[str, float | None], largest: float) -> str:
     """Formats a share; one that is not reached is above the largest measured one."""
-    value, low, high = (f"> {100 * largest:.1f}" if at[n] is None else f"{100 * at[n]:.1f}" for n in ("value", "low", "high"))
+    value, low, high = (
+        f"> {100 * largest:.1f}" if share is None else f"{100 * share:.1f}"
+        for share in (at["value"], at["low"], at["high"])
+    )
     return f"{value} % ({low}–{high})"
 
 
@@ -188,5 +192,11 @@ def _percent(value: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Aligns columns: the first two to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("   ".join(left + right).rstrip())
+    return "\n".join(lines)

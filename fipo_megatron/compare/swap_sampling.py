@@ -29,6 +29,7 @@ from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.storage.atomic import write_atomic
 
 logger = logging.getLogger("fipo_megatron")
+_DIRECTIONS: tuple[tuple[Role, Role], ...] = (("base", "rl"), ("rl", "base"))
 _DIGITS = 4
 """Significant digits of quantities in the files of responses."""
 
@@ -72,7 +73,7 @@ async def sample_points(
     files.make_directories()
     verifier = open_verifier(config.reward)
     try:
-        for primary, second in (("base", "rl"), ("rl", "base")):
+        for primary, second in _DIRECTIONS:
             points = [point for point in plan if point.primary == primary]
             left = [point for point in points if files.read(point) is None]
             if not left:
@@ -183,7 +184,9 @@ def _counted(
 ) -> PointResult:
     return PointResult(
         threshold,
-        *(sum(len(row[name]) for row in rows) for name in ("token_ids", "selected", "changed")),
+        tokens=sum(len(row["token_ids"]) for row in rows),
+        selected=sum(len(row["selected"]) for row in rows),
+        changed=sum(len(row["changed"]) for row in rows),
         right=tuple(each.right for each in problems),
         checked=tuple(each.checked for each in problems),
         truncated=sum(each.truncated for each in problems),
