@@ -14,9 +14,14 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from examples.quickstart import task
 from examples.quickstart.tiny_model import build_model
 from examples.quickstart.two_stages import Stages, train_fipo, train_sft
+from fipo_megatron.moments.candidates import CandidateExtractor, snippet
+from fipo_megatron.moments.transitions import moments_of
+from fipo_megatron.reward import answers
 from fipo_megatron.rollout import carry_over
 
 DOUBTS = ("Wait, check again.", "Let me recheck.", "Again.")
@@ -64,8 +69,13 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     data = output / "data"
-    files = {name: data / f"{name}.jsonl" for name in ("examples", "problems", "held_out")}
-    stages = Stages(output, model=data / "model", **files)
+    stages = Stages(
+        output,
+        model=data / "model",
+        examples=data / "examples.jsonl",
+        problems=data / "problems.jsonl",
+        held_out=data / "held_out.jsonl",
+    )
     if not (stages.sft / "hf").exists():
         build(data, stages.seed)
         config = output / "sft.yaml"
@@ -78,28 +88,34 @@ def main() -> None:
     _print(stages.fipo)
 
 
-def _print(run: Path) -> None:
-    """Prints the metrics of the run, and a direct count over the recorded responses of the kept groups."""
-    from transformers import AutoTokenizer
+def by_moments(text: str, truth: str, extractor: CandidateExtractor) -> tuple[bool, bool]:
+    """Returns Oops and Aha of a response by the code of the metrics."""
+    cleaned, candidates = extractor(text)
+    right = [answers.exact(snippet(candidate, "exact"), truth)[0] for candidate in candidates]
+    found = moments_of(cleaned, candidates, right, extractor)
+    return found.oops, found.aha
 
-    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+
+def _print(run: Path) -> None:
+    """Prints the metrics of the run, and both counts over the recorded responses of the kept groups."""
+    tokenizer, extractor = AutoTokenizer.from_pretrained(run / "hf"), CandidateExtractor()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    print("step  responses  several   Oops strict    Aha strict | kept groups: responses   Oops    Aha")
+    print("      all scored responses                         | kept groups: by lines   by moments  differing")
+    print("step  responses  several   Oops strict    Aha strict | responses   Oops    Aha   Oops    Aha responses")
     for row in rows:
-        counts = [
-            row[f"moments/{name}"] for name in ("responses", "several", "oops", "oops_strict", "aha", "aha_strict")
-        ]
-        oops = aha = total = 0
+        names = ("responses", "several", "oops", "oops_strict", "aha", "aha_strict")
+        metrics = "{:9} {:8} {:6} {:6} {:6} {:6}".format(*(row[f"moments/{name}"] for name in names))
+        pairs = []
         for file in run.glob(f"rollouts/step-{row['step']:06}-*.npz"):
             groups, _ = carry_over.deserialize_groups(file.read_bytes())
             for one in (trajectory for group in groups for trajectory in group.trajectories):
-                if one.finish_reason == "length":
-                    continue
-                text = str(tokenizer.decode(one.tokens.tolist(), skip_special_tokens=True))
-                found = direct_count(text, one.prompt.ground_truth)
-                oops, aha, total = oops + found[0], aha + found[1], total + 1
-        text = "{:9} {:8} {:6} {:6} {:6} {:6}".format(*counts)
-        print(f"{row['step']:4}  {text} | {total:22} {oops:6} {aha:6}")
+                if one.finish_reason != "length":
+                    text = str(tokenizer.decode(one.tokens.tolist(), skip_special_tokens=True))
+                    truth = one.prompt.ground_truth
+                    pairs.append((direct_count(text, truth), by_moments(text, truth, extractor)))
+        sums = [sum(pair[way][kind] for pair in pairs) for way in (0, 1) for kind in (0, 1)]
+        differing = sum(a != b for a, b in pairs)
+        print(f"{row['step']:4}  {metrics} | {len(pairs):9} " + " ".join(f"{n:6}" for n in sums) + f" {differing:9}")
 
 
 if __name__ == "__main__":

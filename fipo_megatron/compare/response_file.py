@@ -81,12 +81,12 @@ def as_given(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, advantage=0.0, mask=np.ones(len(trajectory.tokens), np.bool_))
 
 
-def response_lines(trajectories: Iterable[Trajectory]) -> str:
-    """Returns the content of ``responses.jsonl``."""
-    return "".join(json.dumps(_row(trajectory)) + "\n" for trajectory in trajectories)
+def response_lines(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the content of ``responses.jsonl``: token ids, and the text that ``fipo moments`` reads."""
+    return "".join(json.dumps(_row(trajectory, tokenizer)) + "\n" for trajectory in trajectories)
 
 
-def _row(trajectory: Trajectory) -> dict[str, Any]:
+def _row(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt = trajectory.prompt
     return {
         "prompt_id": prompt.id,
@@ -95,6 +95,9 @@ def _row(trajectory: Trajectory) -> dict[str, Any]:
         "ground_truth": prompt.ground_truth,
         "accuracy": trajectory.accuracy,
         "finish_reason": trajectory.finish_reason,
+        "prompt": str(tokenizer.decode(prompt.tokens.tolist())),
+        "response": str(tokenizer.decode(trajectory.tokens.tolist(), skip_special_tokens=True)),
+        "response_tokens": len(trajectory.tokens),
         "prompt_ids": prompt.tokens.tolist(),
         "response_ids": trajectory.tokens.tolist(),
     }

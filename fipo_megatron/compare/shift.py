@@ -144,7 +144,7 @@ def _sampled(config: Config, inputs: ShiftInputs) -> ShiftInputs:
         directory = temporary_hf(checkpoint, inputs.output / "hf.temporary", evaluation_inputs.companions)
     with directory as path:
         asyncio.run(sample_and_count(sampling, evaluation_inputs, path, keep))
-    write_atomic(inputs.output / NAME, response_lines(kept[key] for key in sorted(kept)))
+    write_atomic(inputs.output / NAME, response_lines((kept[key] for key in sorted(kept)), inputs.base.tokenizer))
     return read_shift_inputs(config)
 
 
@@ -158,7 +158,7 @@ def _prepare(config: Config, inputs: ShiftInputs) -> int:
         InputError: The directory holds a comparison with other settings.
     """
     assert inputs.responses is not None
-    text = response_lines(inputs.responses.trajectories)
+    text = response_lines(inputs.responses.trajectories, inputs.base.tokenizer)
     settings = {
         "base": str(inputs.base.path.resolve()),
         "rl": str(inputs.rl.path.resolve()),

@@ -95,8 +95,8 @@ class ObserveConfig:
         trajectory_tokens: Also write log-probs, Future-KL, weight and entropy of every token of these responses.
         trajectory_file_mib: File size in MiB after which a new trajectory file is begun.
         trajectory_mib: Total size of the trajectory files in MiB; beyond it the oldest file is removed.
-        moments: Find the answers within each response, judge them, and report Oops and Aha (``moments/*``). Responses with
-            one answer cost no check.
+        moments: Find the answers within each response, judge them, and report Oops and Aha (``moments/*``). Responses
+            with one answer cost no check.
         moments_extractor: Extractor of these answers: of ``boxed``, ``answer`` and ``phrase``, separated by commas, or
             ``python:MODULE.FUNCTION``.
         plain_console: Print plain log lines even on a terminal, without colours and progress bar.

@@ -46,7 +46,7 @@ def response_rows(paths: Sequence[Path]) -> list[ResponseRow]:
     """Reads the responses of files and directories.
 
     Each row of a file is a JSON object with ``response`` and ``ground_truth`` (or ``answer``); the rest is optional. A
-    directory of a run has ``trajectories/``.
+    directory of a run has ``trajectories/``, that of a comparison ``responses.jsonl``.
 
     Raises:
         RowsError: A path holds no responses, or a row lacks a field.
@@ -63,7 +63,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if found := sorted(path.glob("trajectories/from-*.jsonl")):
         return found
-    raise RowsError(f"{path}: holds no responses; expected a .jsonl file, or a run with trajectories/")
+    if (compared := path / "responses.jsonl").is_file():
+        return [compared]
+    raise RowsError(f"{path}: holds no responses; expected a .jsonl file, a run with trajectories/ or a comparison")
 
 
 def _read(file: Path) -> list[ResponseRow]:

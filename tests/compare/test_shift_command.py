@@ -13,6 +13,7 @@ from examples.quickstart import task
 from fipo_megatron import cli
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.compare.divergences import QUANTITIES
+from tests.processes import run_ranks
 from tests.runs import CONFIG
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -34,13 +35,17 @@ def data(tmp_path_factory):
     return directory
 
 
-def compare(data, output, *overrides):
+def arguments(data, output, *overrides):
     settings = [
         *(f"compare.base={data}/model", f"compare.rl={data}/changed", f"run.output={output}"),
         *(f"evaluation.files=[{data}/few.jsonl]", "rollout.max_response_tokens=20", "actor.token_budget=128"),
         *("reward.verifier=python:tests.train_verifiers.by_chance", "evaluation.samples_per_prompt=3"),
     ]
-    return cli.main(["compare", "shift", str(CONFIG), *settings, *overrides])
+    return ["compare", "shift", str(CONFIG), *settings, *overrides]
+
+
+def compare(data, output, *overrides):
+    return cli.main(arguments(data, output, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,30 @@ def test_a_checkpoint_has_the_numbers_of_its_model(data, compared, tmp_path):
     given = [f"compare.responses=[{compared}]", f"compare.rl={tmp_path}/checkpoint", "compare.name=changed"]
     assert compare(data, tmp_path, *given) == 0
     assert (tmp_path / "compare-changed" / "tokens.jsonl").read_bytes() == (compared / "tokens.jsonl").read_bytes()
+
+
+def test_moments_reads_its_responses(compared, capsys):
+    assert cli.main(["moments", str(compared), "--verifier", "exact"]) == 0
+    assert "truncated responses: " in capsys.readouterr().out
+
+
+def test_several_ranks_write_the_same_numbers(data, compared, tmp_path):
+    """The second rank reads the same inputs, has only padding of the vocabulary, and writes nothing."""
+    split = ["actor.parallel.tensor_parallel=2", "actor.vocab_multiple=512"]
+    given = arguments(data, tmp_path, f"compare.responses=[{compared}]", *split)
+    done = run_ranks("fipo_megatron.cli", given, ranks=2)
+    assert done.code == 0, done.output[-4000:]
+    for one, other in zip(rows(compared), rows(tmp_path / "compare-changed"), strict=True):
+        assert one["token_ids"] == other["token_ids"]
+        assert one["delta"] == pytest.approx(other["delta"], abs=1e-5)
+
+
+def test_several_ranks_do_not_sample(data, tmp_path, monkeypatch, capsys):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert compare(data, tmp_path) == 2
+    assert "compare.responses: empty, with 2 ranks; name files with responses, or start one" in capsys.readouterr().err
 
 
 def test_a_model_does_not_differ_from_itself(data, compared, tmp_path):
@@ -159,7 +188,7 @@ def test_another_vocabulary_is_named(data, tmp_path, capsys, file, old, new, mes
         ("evaluation.files=[] run.evaluate_every=0", "name responses, or problems to answer"),
         ("compare.responses=[/nowhere]", "/nowhere: holds no responses"),
         (
-            "compare.responses=[{compared}] data.max_prompt_tokens=8 rollout.max_response_tokens=8 actor.token_budget=28",
+            "compare.responses=[{compared}] data.max_prompt_tokens=8 actor.token_budget=28",
             "actor.token_budget = 28: must be at least ",
         ),
         ("compare.temperature=0", "compare.temperature"),
