@@ -85,7 +85,7 @@ def run(config: Config, inputs: SwapInputs) -> None:
             with _directories(inputs) as models:
                 asyncio.run(sample_points(config, inputs.answering, models, plan, files))
         result = settings | swap_curves.summarise(config.compare, inputs.seeds, files)
-        page = swap_page.render(result, config.compare, files, inputs.answering.problems, inputs.answering.tokenizer)
+        page = swap_page.render(result, config.compare, files, inputs.answering.tokenizer)
         write_atomic(inputs.output / PAGE, page)
         write_atomic(inputs.output / SWAP, json.dumps(result, indent=1) + "\n")
     print(f"\n{swap_curves.text_table(result)}\n\n{inputs.output}/{SWAP}, {PAGE}, responses-*.jsonl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fipo_megatron.compare.swap_points import Point, PointFiles, curves_of, points_of
 from fipo_megatron.config import CompareConfig
-from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.report import page as report_page
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ def render(
     result: Mapping[str, Any],
     compare: CompareConfig,
     files: PointFiles,
-    problems: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """Returns the HTML of the page.
@@ -37,16 +35,14 @@ def render(
         result: Content of ``swap.json``.
         compare: Configuration of the comparison.
         files: Files of the points.
-        problems: Problems that were answered.
         tokenizer: Tokenizer of the models.
     """
-    prompts = {prompt.id: str(tokenizer.decode(prompt.tokens.tolist())) for prompt in problems}
     shown: list[dict[str, Any]] = []
     for curve in curves_of(compare):
         points = points_of(compare, curve, result["seeds"][0])
         point = points[len(points) // 2]
         for row in _with_swaps(files.responses(point)):
-            shown.append(_shown(row, point, len(shown), list(compare.select).index(curve.selector), prompts, tokenizer))
+            shown.append(_shown(row, point, len(shown), list(compare.select).index(curve.selector), tokenizer))
     data = {
         "runs": [{"name": name} for name in compare.select],
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -78,10 +74,9 @@ def _shown(
     point: Point,
     number: int,
     selector: int,
-    prompts: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    count = len(row["token_ids"])
+    count = len(row["response_ids"])
     marks = [0] * count
     quantities: list[float | None] = [None] * count
     for position, quantity in zip(row["selected"], row["quantity"], strict=True):
@@ -91,7 +86,7 @@ def _shown(
     return {
         "run": selector,
         "step": number,
-        "prompt": prompts[row["prompt_id"]],
+        "prompt": row["prompt"],
         "prompt_id": row["prompt_id"],
         "sample": row["sample"],
         "data_source": f"{row['data_source']} · {point.name}",
@@ -101,7 +96,7 @@ def _shown(
         "finish_reason": row["finish_reason"],
         "versions": [],
         "tokens": {
-            "text": [str(tokenizer.decode([token])) for token in row["token_ids"][:TOKENS]],
+            "text": [str(tokenizer.decode([token])) for token in row["response_ids"][:TOKENS]],
             "mark": marks[:TOKENS],
             "quantity": quantities[:TOKENS],
         },

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from fipo_megatron.compare.response_file import response_row
 from fipo_megatron.compare.swap_points import CALIBRATED, Point, PointFiles, PointResult, Role, threshold_for
 from fipo_megatron.config import Config
 from fipo_megatron.evaluation.answering import Response, evaluate
@@ -160,20 +161,11 @@ class _PointSampler:
         return Swap(point.selector, threshold), threshold
 
     def _row(self, response: Response, generation: Generation, point: Point) -> dict[str, Any]:
-        trajectory = response.trajectory
-        assert trajectory is not None
+        assert response.trajectory is not None
+        trajectory = replace(response.trajectory, accuracy=None if response.failure else int(response.right))
         selected = np.flatnonzero(generation.selected)
-        row: dict[str, Any] = {
-            "prompt_id": trajectory.prompt.id,
-            "sample": trajectory.sample,
-            "data_source": trajectory.prompt.data_source,
-            "accuracy": None if response.failure else int(response.right),
-            "finish_reason": trajectory.finish_reason,
-            "text": str(self._inputs.tokenizer.decode(trajectory.tokens.tolist())),
-            "token_ids": trajectory.tokens.tolist(),
-            "selected": selected.tolist(),
-            "changed": np.flatnonzero(generation.changed).tolist(),
-        }
+        row = response_row(trajectory, self._inputs.tokenizer)
+        row |= {"selected": selected.tolist(), "changed": np.flatnonzero(generation.changed).tolist()}
         if point.selector is not None and generation.quantities is not None:
             row["quantity"] = [float(f"{v:.{_DIGITS}g}") for v in generation.quantities[selected, 0].tolist()]
         return row
@@ -184,7 +176,7 @@ def _counted(
 ) -> PointResult:
     return PointResult(
         threshold,
-        tokens=sum(len(row["token_ids"]) for row in rows),
+        tokens=sum(len(row["response_ids"]) for row in rows),
         selected=sum(len(row["selected"]) for row in rows),
         changed=sum(len(row["changed"]) for row in rows),
         right=tuple(each.right for each in problems),

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from examples.quickstart import task
 from fipo_megatron import cli
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
+from fipo_megatron.compare.response_file import read_responses
 from fipo_megatron.compare.swap_curves import Pooled, crossing, share_with_interval
 from fipo_megatron.compare.swap_points import CALIBRATED, threshold_for
+from fipo_megatron.data.tokenizer import load_tokenizer
 from tests.runs import CONFIG
 
 pytestmark = pytest.mark.timeout(300)
@@ -122,7 +124,7 @@ def test_swapped_tokens_are_marked(swapped):
         (point,) = curve["points"]
         name = f"{curve['direction']}-{curve['selector']}-share0.2"
         found = [row for seed in SEEDS for row in rows(swapped / f"responses-{name}-seed{seed}.jsonl")]
-        assert sum(len(row["token_ids"]) for row in found) == point["tokens"]
+        assert sum(len(row["response_ids"]) for row in found) == point["tokens"]
         assert sum(len(row["selected"]) for row in found) / point["tokens"] == point["selected"]
         for row in found:
             assert set(row["changed"]) <= set(row["selected"])
@@ -137,6 +139,15 @@ def test_the_page_is_whole_and_loads_nothing(swapped):
     page = (swapped / "report.html").read_text()
     assert "@@" not in page
     assert page.count("http") == page.count("http://www.w3.org/2000/svg") + page.count("http-equiv") == 2
+
+
+def test_other_commands_read_the_responses(data, swapped, capsys):
+    file = swapped / "responses-base_to_rl-js-share0.2-seed1.jsonl"
+    assert cli.main(["moments", str(file), "--verifier", "exact"]) == 0
+    assert capsys.readouterr().out.startswith("complete responses: ")
+    tokenizer = load_tokenizer(data / "model")
+    found = read_responses([str(file)], tokenizer, len(tokenizer))
+    assert (len(found.trajectories), found.inexact) == (24, 0)
 
 
 def test_an_interrupted_comparison_samples_only_what_is_left(data, swapped, tmp_path, capsys):
