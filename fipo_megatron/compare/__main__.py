@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-KINDS = {"shift": ("fipo_megatron.compare.shift", "compare two models at every position of responses")}
+KINDS = {
+    "shift": ("fipo_megatron.compare.shift", "compare two models at every position of responses"),
+    "swap": ("fipo_megatron.compare.swap", "replace selected tokens of one model by those of the other"),
+}
 """Module and summary of each kind of comparison. The module has ``main(arguments) -> int``."""
 
 

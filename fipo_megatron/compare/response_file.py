@@ -83,10 +83,11 @@ def as_given(trajectory: Trajectory) -> Trajectory:
 
 def response_lines(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the content of ``responses.jsonl``: token ids, and the text that ``fipo moments`` reads."""
-    return "".join(json.dumps(_row(trajectory, tokenizer)) + "\n" for trajectory in trajectories)
+    return "".join(json.dumps(response_row(trajectory, tokenizer)) + "\n" for trajectory in trajectories)
 
 
-def _row(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def response_row(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns a row of ``responses.jsonl``."""
     prompt = trajectory.prompt
     return {
         "prompt_id": prompt.id,

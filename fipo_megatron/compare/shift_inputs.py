@@ -76,8 +76,8 @@ def read_shift_inputs(config: Config) -> ShiftInputs:
     Raises:
         InputError: Inputs are missing or invalid; the message has one line per problem.
     """
-    base = _model(config, "base", Path(config.compare.base))
-    rl = _model(config, "rl", Path(config.compare.rl))
+    base = read_compared_model(config, "base", Path(config.compare.base))
+    rl = read_compared_model(config, "rl", Path(config.compare.rl))
     world_size = Launch.from_environment(os.environ).world_size
     problems = layout_conflicts(config.actor.parallel, world_size)
     for model in (base, rl):
@@ -110,7 +110,7 @@ def output_directory(config: Config) -> Path:
     return Path(config.run.output) / f"compare-{name}"
 
 
-def _model(config: Config, role: str, path: Path) -> ComparedModel:
+def read_compared_model(config: Config, role: str, path: Path) -> ComparedModel:
     """Reads one of the two models without its weights.
 
     Raises:

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fipo_megatron.config.field_types import STRICT, Count, Fraction, NotNegative, Positive, PositiveNumber
+from fipo_megatron.config.field_types import (
+    LARGEST_NUMBER,
+    STRICT,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveNumber,
+    Seed,
+)
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -156,7 +165,15 @@ class CompareConfig:
         sampler: Model that answers the problems.
         temperature: Temperature of the compared distributions, for both models.
         top_k: Number of most likely tokens whose overlap is computed.
-        name: Suffix of the result directory ``compare-NAME`` in ``run.output``; null: the last part of ``rl``.
+        name: Suffix of the result directory in ``run.output``, ``compare-NAME`` or ``swap-NAME``; null: the last part
+            of ``rl``.
+        direction: Primary model of ``fipo compare swap`` and the model that replaces its tokens: ``base_to_rl``,
+            ``rl_to_base`` or ``both``.
+        select: Quantities that select the positions to swap.
+        share: Shares of the positions to select; each is calibrated to a threshold on responses of the primary model.
+        threshold: Thresholds of the one quantity in ``select``, used instead of ``share``. Positions below are selected
+            for ``delta``, and those above for the other quantities.
+        seeds: Seeds of the responses; empty: ``seed`` alone.
     """
 
     base: str = ""
@@ -166,3 +183,15 @@ class CompareConfig:
     temperature: PositiveNumber = 1.0
     top_k: Positive = 10
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    direction: Literal["both", "base_to_rl", "rl_to_base"] = "both"
+    select: tuple[Literal["delta", "js", "kl", "kl_reverse", "entropy", "random"], ...] = (
+        "delta",
+        "js",
+        "kl",
+        "kl_reverse",
+        "entropy",
+        "random",
+    )
+    share: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+    threshold: tuple[Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)], ...] = ()
+    seeds: tuple[Seed, ...] = ()

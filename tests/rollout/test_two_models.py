@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fipo_megatron.rollout.embedded.drawing import Amplify, Draw, Swap, draw_from_one
+from fipo_megatron.rollout.embedded.drawing import Amplify, Draw, PrimaryAlone, Swap, draw_from_one
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from tests.rollout.test_embedded import all_of, identical, models, request
 
@@ -41,6 +41,17 @@ def test_a_rule_that_always_selects_gives_the_second_models_responses(pair, sele
     identical(found, sampled(pair[1]))
     assert all(one.selected.all() for one in found)
     assert 0.5 < np.concatenate([one.changed for one in found]).mean() < 1
+
+
+def test_the_primary_model_alone_gives_its_responses_and_the_quantities_of_all_selectors(pair):
+    plain, found = sampled(pair[0]), sampled(pair[0], (pair[1], PrimaryAlone(SELECTORS)))
+    identical(found, plain)
+    assert all(one.quantities is None for one in plain)
+    for number, selector in enumerate(SELECTORS):
+        never = -np.inf if selector == "delta" else np.inf
+        alone = sampled(pair[0], (pair[1], Swap(selector, never)))
+        for one, other in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(one.quantities[:, number], other.quantities[:, 0])
 
 
 @pytest.mark.parametrize("primary_is_rl", [True, False])

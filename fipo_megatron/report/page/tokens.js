@@ -8,6 +8,7 @@ const MODES = data.token_modes?.map((mode) => ({ ...mode, of: (t, i) => t[mode.k
   { key: "mismatch", label: "engine mismatch (old − behaviour)", centre: 0, of: (t, i) => difference(t.old_log_prob?.[i], t.behaviour_log_prob?.[i]) },
 ];
 const ROW = data.row_name ?? "step"; // what the number of a row counts
+const RUN = data.run_name ?? "Run"; // what data.runs lists
 const STRONGEST = 62; // percent of colour: the text stays readable
 
 function difference(a, b) {
@@ -34,7 +35,7 @@ class TokenView {
     const between = (key, label, step) => make("span", { class: "range" }, make("label", {}, label, " ", this.bound(key, "from", step)), " – ", this.bound(key, "to", step));
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("filters").replaceChildren(
-      ...(several ? [select("run", "Run", [["", "all"], ...data.runs.map((run, i) => [i, run.name])])] : []),
+      ...(several ? [select("run", RUN, [["", "all"], ...data.runs.map((run, i) => [i, run.name])])] : []),
       select("answer", "Answer", [["", "all"], ["right", "right"], ["wrong", "wrong"]]),
       between("step", `${ROW[0].toUpperCase()}${ROW.slice(1)}s`, 1), between("response_tokens", "Tokens", 1),
       ...(data.token_modes ? [] : [between("reward", "Reward", "any")]),
@@ -108,7 +109,7 @@ class TokenView {
   facts(response) {
     const versions = response.versions.map(([version, count]) => `${version} (${count} tokens)`).join(", ");
     const facts = [
-      ["Run", several ? data.runs[response.run].name : undefined], [ROW[0].toUpperCase() + ROW.slice(1), response.step], ["Problem", response.prompt_id],
+      [RUN, several ? data.runs[response.run].name : undefined], [ROW[0].toUpperCase() + ROW.slice(1), response.step], ["Problem", response.prompt_id],
       ["Sample", response.sample], ["Data", response.data_source], ["Reward", response.reward], ["Advantage", response.advantage],
       ["Tokens", response.response_tokens], ["Finished by", response.finish_reason], ["Update", response.mini_batch],
       ["Weight versions", versions], ["Right answer", response.ground_truth]];
