@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fipo_megatron.compare.shift_inputs import ComparedModel, read_compared_model, vocabulary_difference
+from fipo_megatron.compare.shift_inputs import ComparedModel, read_compared_model
 from fipo_megatron.config import Config, ModelConfig
 from fipo_megatron.data.tokenizer import InputError
+from fipo_megatron.data.vocabulary import vocabulary_difference
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from fipo_megatron.evaluation.results import data_set_name
 
@@ -52,7 +53,7 @@ def read_swap_inputs(config: Config) -> SwapInputs:
         raise InputError("\n".join(problems))
     base = read_compared_model(config, "base", Path(config.compare.base))
     rl = read_compared_model(config, "rl", Path(config.compare.rl))
-    if difference := vocabulary_difference(base, rl):
+    if difference := vocabulary_difference(base.vocabulary("base"), rl.vocabulary("rl")):
         raise InputError(difference)
     answering, other = (read_evaluation_inputs(answering_config(config, model)) for model in (base, rl))
     if difference := _answering_difference(base, rl, answering, other):
