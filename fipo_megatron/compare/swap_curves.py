@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -79,7 +79,9 @@ def summarise(compare: CompareConfig, seeds: Sequence[int], files: PointFiles) -
         by_seed = [points_of(compare, curve, seed) for seed in seeds]
         kinds = list(zip(*by_seed, strict=True))
         curves.append(_curve(curve, alone, [(points[0], pooled(points)) for points in kinds]))
-    return {"alone": {role: each.row() for role, each in alone.items()}, "curves": curves}
+    difference = alone["rl"].accuracies - alone["base"].accuracies
+    [gap] = estimate([difference[np.isfinite(difference)].tolist()])
+    return {"alone": {role: each.row() for role, each in alone.items()}, "gap": asdict(gap), "curves": curves}
 
 
 def _curve(curve: Curve, alone: Mapping[Role, Pooled], points: Sequence[tuple[Point, Pooled]]) -> dict[str, Any]:
@@ -167,9 +169,12 @@ def text_table(result: Mapping[str, Any]) -> str:
         largest = {what: max(row[what] for row in curve["points"]) for what in ("selected", "changed")}
         cells = [_reached(curve[key][what], largest[what]) for what in ("selected", "changed")]
         ends.append([curve["direction"].replace("_", " "), curve["selector"], *cells])
+    gap = result["gap"]
+    unclear = gap["low"] is None or gap["low"] <= 0 <= gap["high"]
+    note = "\n\nThe gap between the models is not distinguishable from 0, and no part of it can be read." * unclear
     return (
         f"{_aligned([heads, *rows])}\n\nShare of tokens at which {RECOVERED:.0%} of the gap between the models is "
-        f"recovered, interpolated:\n\n{_aligned(ends)}\n\nIn brackets: 95 % bootstrap intervals over problems."
+        f"recovered, interpolated:\n\n{_aligned(ends)}\n\nIn brackets: 95 % bootstrap intervals over problems.{note}"
     )
 
 
