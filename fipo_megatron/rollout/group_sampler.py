@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -44,8 +44,6 @@ class GroupSampler:
         checks: Counts to which every check is added.
         progress: Progress of this rank, to be updated.
         on_response: Called when a response is finished or aborted.
-        takes_turns: Whether the engine waits for decisions (:meth:`.engine.RolloutEngine.driving`). It must if a
-            decision may abort responses; otherwise no result depends on when a decision is made.
     """
 
     def __init__(
@@ -60,13 +58,11 @@ class GroupSampler:
         checks: CheckCounts,
         progress: SamplingProgress,
         on_response: Callable[[], None],
-        takes_turns: bool = True,
     ) -> None:
         self._engine, self._sampling, self._run_seed = engine, sampling, run_seed
         self._keep_partial, self._scorer = keep_partial, scorer
         self._counts, self._progress, self._on_response = counts, progress, on_response
         self._checks, self._most_failures = checks, math.inf
-        self._takes_turns = takes_turns
         self._aborting = False
 
     async def sample_batch(
@@ -91,8 +87,7 @@ class GroupSampler:
         self._aborting = False
         self._most_failures = most_failures
         tasks: list[asyncio.Task[PartialGroup | None]] = []
-        responses = sum(len(group.partial) for group in groups)
-        with self._engine.driving(responses) if self._takes_turns else nullcontext(_count_nothing) as announce:
+        with self._engine.driving(sum(len(group.partial) for group in groups)) as announce:
 
             async def decide(group: Group) -> None:
                 replacement = await on_group(group)
@@ -205,10 +200,6 @@ class GroupSampler:
         self._counts["response_tokens_sampled"] += len(response.tokens)
         self._counts["responses_judged"] += score.accuracy is not None
         self._counts["responses_right"] += score.accuracy or 0
-
-
-def _count_nothing(responses: int) -> None:
-    """Announces nothing to an engine that does not wait."""
 
 
 @asynccontextmanager

@@ -110,7 +110,6 @@ class Sampler:
                 checks=self._checks.mine,
                 progress=self.progress,
                 on_response=self._publish_progress,
-                takes_turns=settings.over_sampling > 1,
             )
 
     @property
