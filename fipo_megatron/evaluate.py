@@ -21,23 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import transformers
-
-from fipo_megatron.config import Config, load_config
-from fipo_megatron.data.failed_checks import VerifierError
-from fipo_megatron.data.tokenizer import InputError
+from fipo_megatron.config import Config
 from fipo_megatron.evaluation import evaluation_summary as summary
 from fipo_megatron.evaluation.amplification import amplify, check_settings
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
+from fipo_megatron.evaluation.exit_codes import run_program
 from fipo_megatron.evaluation.standalone import sample_and_count
-from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.storage.output_lock import lock_output
-from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
 _Result = TypeVar("_Result")
-EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
-"""Expected failures: logged without a traceback, exit code 1."""
 
 
 @contextmanager
@@ -105,37 +98,25 @@ def _amplify(config: Config, inputs: EvaluationInputs) -> str:
         return asyncio.run(cancel_on_sigterm(amplify(config, inputs, directory, shared)))
 
 
+def run(config: Config, inputs: EvaluationInputs) -> None:
+    """Evaluates the model, with ``amplify.base`` several times, and prints the result.
+
+    Raises:
+        InputError: The directory holds runs with other settings.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM removes temporary files, too
+    with lock_output(inputs.output):
+        text = _amplify(config, inputs) if config.amplify.base else _evaluate(config, inputs)
+    print(f"\n{text}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    for name in ("megatron", "nvidia", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
-    try:
-        config = load_config(arguments[0], arguments[1:])
-        inputs = read_evaluation_inputs(config)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM removes temporary files, too
-    try:
-        with lock_output(inputs.output):
-            text = _amplify(config, inputs) if config.amplify.base else _evaluate(config, inputs)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except EXPECTED as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        kept = "finished runs are kept" if config.amplify.base else "there is no result"
-        logger.error("interrupted; %s", kept)
-        return 1
-    print(f"\n{text}")
-    return 0
+
+    def kept(config: Config) -> str:
+        return "finished runs are kept" if config.amplify.base else "there is no result"
+
+    return run_program(__doc__, arguments, read_evaluation_inputs, run, kept)
 
 
 if __name__ == "__main__":

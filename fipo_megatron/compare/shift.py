@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,23 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import transformers
 from numpy.typing import NDArray
 
 from fipo_megatron.compare import shift_page, shift_summary
 from fipo_megatron.compare.divergences import QUANTITIES
 from fipo_megatron.compare.response_file import NAME, as_given, response_lines
 from fipo_megatron.compare.shift_inputs import PAGE, SETTINGS, SUMMARY, TOKENS, ShiftInputs, read_shift_inputs
-from fipo_megatron.config import Config, load_config
-from fipo_megatron.data.failed_checks import VerifierError
+from fipo_megatron.config import Config
 from fipo_megatron.data.tokenizer import InputError
 from fipo_megatron.data.trajectory import Trajectory
 from fipo_megatron.evaluation.answering import Response
+from fipo_megatron.evaluation.exit_codes import run_program
 from fipo_megatron.evaluation.standalone import sample_and_count
-from fipo_megatron.rollout.engine import EngineError, RequestError
 from fipo_megatron.storage.atomic import write_atomic
 from fipo_megatron.storage.output_lock import OutputInUseError, lock_output
-from fipo_megatron.weights.hf_directory import WeightsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +46,6 @@ if TYPE_CHECKING:
     from fipo_megatron.actor.parallel import RankLayout
 
 logger = logging.getLogger("fipo_megatron")
-EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
 _PROGRESS_SECONDS = 10.0
 _DIGITS = 10
 """Significant digits of numbers in tokens.jsonl."""
@@ -59,31 +54,7 @@ _WHOLE = ("rank", "choice_base", "choice_rl")
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    for name in ("megatron", "nvidia", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
-    try:
-        config = load_config(arguments[0], arguments[1:])
-        inputs = read_shift_inputs(config)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        run(config, inputs)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except EXPECTED as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.error("interrupted; start it again to go on")
-        return 1
-    return 0
+    return run_program(__doc__, arguments, read_shift_inputs, run, lambda _: "start it again to go on")
 
 
 def run(config: Config, inputs: ShiftInputs) -> None:

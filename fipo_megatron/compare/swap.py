@@ -15,58 +15,28 @@ import asyncio
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from fipo_megatron.compare import swap_curves, swap_page
 from fipo_megatron.compare.swap_inputs import SwapInputs, read_swap_inputs
 from fipo_megatron.compare.swap_points import Point, PointFiles, Role, curves_of, points_of
 from fipo_megatron.compare.swap_sampling import sample_points
-from fipo_megatron.config import Config, load_config
-from fipo_megatron.data.failed_checks import VerifierError
+from fipo_megatron.config import Config
 from fipo_megatron.data.tokenizer import InputError
-from fipo_megatron.rollout.engine import EngineError, RequestError
+from fipo_megatron.evaluation.exit_codes import run_program
 from fipo_megatron.storage.atomic import write_atomic
 from fipo_megatron.storage.output_lock import lock_output
-from fipo_megatron.weights.hf_directory import WeightsError
 
 logger = logging.getLogger("fipo_megatron")
-EXPECTED = (EngineError, RequestError, VerifierError, WeightsError, OSError)
 SWAP, SETTINGS, PAGE = "swap.json", "settings.json", "report.html"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    for name in ("megatron", "nvidia", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no hints here
-    try:
-        config = load_config(arguments[0], arguments[1:])
-        inputs = read_swap_inputs(config)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        run(config, inputs)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except EXPECTED as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.error("interrupted; start it again to go on")
-        return 1
-    return 0
+    return run_program(__doc__, arguments, read_swap_inputs, run, lambda _: "start it again to go on")
 
 
 def run(config: Config, inputs: SwapInputs) -> None:

@@ -80,7 +80,7 @@ async def sample_and_count(
     servers = replace(config.rollout.servers, colocated=False)  # no actor shares the memory
     config = replace(config, model=ModelConfig(str(directory)), rollout=replace(config.rollout, servers=servers))
     coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
-    host = _host(config, inputs.output)
+    host = only_host(config, inputs.output)
     verifier = open_verifier(config.reward)
     progress = ProgressLog(len(inputs.problems) * config.evaluation.samples_per_prompt)
 
@@ -111,8 +111,13 @@ async def sample_and_count(
         await verifier.close()
 
 
-def _host(config: Config, output: Path) -> HostInfo:
-    """Returns this host, on which servers have all GPUs to themselves."""
+def only_host(config: Config, output: Path) -> HostInfo:
+    """Returns this host, on which servers have all GPUs to themselves.
+
+    Args:
+        config: Configuration of the program.
+        output: Directory for the logs of servers.
+    """
     cuda, servers = torch.cuda.is_available(), config.rollout.servers
     return HostInfo(
         rank=0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,11 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from fipo_megatron.config import Config
 from fipo_megatron.data.trajectory import Prompt, Trajectory
+from fipo_megatron.evaluation.standalone import only_host
 from fipo_megatron.rollout.engine import (
     EngineError,
     GenerationRequest,
@@ -26,10 +24,8 @@ from fipo_megatron.rollout.engine import (
     SamplingParameters,
     sampling_seed,
 )
-from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
-from fipo_megatron.rollout.host_address import LOOPBACK, host_address
+from fipo_megatron.rollout.engine_factory import open_engine
 from fipo_megatron.rollout.sglang.client import SglangClient
-from fipo_megatron.rollout.sglang.gpu_placement import VISIBLE, place_servers
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.stress.server_load import Interval, LoadMonitor, seconds_by_position
 from fipo_megatron.stress.stress_settings import StressSettings
@@ -87,26 +83,18 @@ async def opened_engine(settings: StressSettings) -> AsyncIterator[RolloutEngine
     coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
     assert settings.tokenizer is not None
     opened = await open_engine(
-        config, _host(settings, config), coordinator, starters, settings.tokenizer, settings.architecture.vocab
+        config,
+        only_host(config, settings.output),
+        coordinator,
+        starters,
+        settings.tokenizer,
+        settings.architecture.vocab,
     )
     try:
         assert opened.engine is not None
         yield opened.engine
     finally:
         await opened.close()
-
-
-def _host(settings: StressSettings, config: Config) -> HostInfo:
-    cuda, servers = torch.cuda.is_available(), config.rollout.servers
-    return HostInfo(
-        rank=0,
-        local_rank=0,
-        starters=(0,),
-        cuda=cuda,
-        directory=settings.output,
-        address=host_address(servers.interface) if servers.interface else LOOPBACK,
-        gpus=place_servers(config.rollout, (), os.environ.get(VISIBLE)) if cuda and not servers.urls else None,
-    )
 
 
 async def force_responses(
