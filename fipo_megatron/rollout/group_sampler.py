@@ -204,12 +204,34 @@ class GroupSampler:
 
 @asynccontextmanager
 async def _tasks() -> AsyncIterator[Callable[[Coroutine[Any, Any, T]], asyncio.Task[T]]]:
-    """Yields a function that begins a task, and waits for all tasks; if one fails, cancels the others and raises."""
+    """Yields a function that begins a task, and waits for all tasks; if one fails, cancels the others and raises.
+
+    A task may begin others. Unlike in asyncio.TaskGroup, the error is that of the task, and a cancellation stays one.
+    """
+    tasks: dict[asyncio.Task[Any], None] = {}  # in the order of their beginning
+
+    def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        tasks[task] = None
+        return task
+
+    async def errors(until: str) -> list[BaseException]:
+        done, _ = await asyncio.wait(tasks, return_when=until)
+        ended = [task for task in tasks if task in done]
+        for task in ended:
+            del tasks[task]
+        return [error for task in ended if not task.cancelled() and (error := task.exception()) is not None]
+
     try:
-        async with asyncio.TaskGroup() as group:
-            yield group.create_task
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        yield begin
+        while tasks:
+            for error in await errors(asyncio.FIRST_COMPLETED):
+                raise error
+    finally:
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            await errors(asyncio.ALL_COMPLETED)  # only the first error is raised
 
 
 def _trajectory(response: PartialResponse, reason: FinishReason) -> Trajectory | None:

@@ -181,14 +181,16 @@ class Sampler:
                 break
             has_next = self.settings.dynamic_sampling and batches + 1 < self.settings.max_batches
             spare = next_prompts(wanted) if has_next else ()
-            found, error = await self._sample_share(continued, new, prompts, spare, missing)
-            mine |= {group.prompt.id: group for group in found}
+            self._coordinator.open_claims()
             try:
+                found, error = await self._sample_share(continued, new, prompts, spare, missing)
+                mine |= {group.prompt.id: group for group in found}
                 records, partial, everyone = await self._exchange_metadata(found, error)
             finally:
                 begun = min(self._coordinator.close_claims(), len(spare))
                 if begun < len(spare):
                     next_prompts.given -= len(spare) - begun
+            no_more |= has_next and begun == len(spare) < wanted
             order = {prompt.id: place for place, prompt in enumerate([*prompts, *spare])}
             kept += sorted(records, key=lambda record: order.get(record.prompt, -1))
             batches += 1 + (begun > 0)

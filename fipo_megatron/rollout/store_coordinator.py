@@ -48,7 +48,7 @@ class StoreCoordinator:
         self._store = dist.PrefixStore("rollout", store)
         self._rank, self._leaders, self._ranks = rank, tuple(leaders), ranks
         self._silence = silence_seconds
-        self._round = self._beats = 0
+        self._round = self._beats = self._claims = 0
         self.progress: dict[str, Any] = {}
 
     @property
@@ -92,8 +92,8 @@ class StoreCoordinator:
                     self._store.delete_key(f"{key}/{leader}")
             found: list[Any] = orjson.loads(await self._take(key, 0))
             if self._store.add(f"{key}/heard", 1) == self._ranks:  # rank 0 does not wait for the others to read
-                used = (key, f"{key}/heard", f"count/{self._round}", f"claims/{self._round - 1}")
-                for name in used:
+                before = self._round - 1  # every rank has counted the claims of the round before
+                for name in (key, f"{key}/heard", f"count/{self._round}", f"claims/{before}", f"claimed/{before}"):
                     self._store.delete_key(name)
             return found
         finally:
@@ -109,17 +109,23 @@ class StoreCoordinator:
         """Adds to a counter that all ranks share until the next :meth:`gather`; returns its new value."""
         return int(self._store.add(f"count/{self._round}", more))
 
+    def open_claims(self) -> None:
+        """Opens the claims of this round, before its :meth:`gather`."""
+        self._claims = self._round
+
     def claim(self) -> int:
-        """Returns a number that no other claim gets until the next :meth:`gather`: 0, 1, 2, …"""
-        return int(self._store.add(f"claims/{self._round}", 1)) - 1
+        """Returns a number that no other claim of this round gets: 0, 1, 2, …; at least 2^40 once they are closed."""
+        return int(self._store.add(f"claims/{self._claims}", 1)) - 1
 
     def close_claims(self) -> int:
-        """Returns how many claims were made before the last :meth:`gather`, the same number on every rank.
+        """Returns how many claims were made until the first rank closed them, the same number on every rank.
 
-        Must be called before the next :meth:`gather`. After a failed one, another rank may still make claims; they get
-        numbers of at least 2^40.
+        Must be called before the :meth:`gather` of the next round. Another rank may still claim, if one has failed.
         """
-        return int(self._store.add(f"claims/{self._round - 1}", _CLOSED)) % _CLOSED
+        value = int(self._store.add(f"claims/{self._claims}", _CLOSED))
+        if value < 2 * _CLOSED:
+            self._store.set(f"claimed/{self._claims}", str(value - _CLOSED))
+        return int(self._store.get(f"claimed/{self._claims}"))
 
     def look(self) -> None:
         """Raises EngineError if another rank has failed, LostRankError if one is lost."""

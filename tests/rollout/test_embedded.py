@@ -126,6 +126,16 @@ def test_passes_are_as_wide_as_what_runs_if_that_changes_no_bit(path, monkeypatc
         assert len(reads) < 40, "prompts are read in batches"
 
 
+def test_prompts_of_a_mixture_are_read_one_by_one(path):
+    """How many rows an expert gets depends on the other sequences, and so would the first token's log-prob."""
+    requests = [request(n, 5, SamplingParameters(1.0, 1)) for n in range(12)]
+    engine = EmbeddedEngine(path("qwen3 moe"), slots=64)
+    shapes = rows_of_passes(engine)
+    together = asyncio.run(all_of(engine, requests))
+    assert {rows for rows, length in shapes if length > 1} == {1}
+    identical(together, [asyncio.run(EmbeddedEngine(path("qwen3 moe"), slots=64).generate(one)) for one in requests])
+
+
 def test_samples_of_a_prompt_differ_by_seed_alone(path):
     base = request(3)
     requests = [replace(base, id=str(n), seed=sampling_seed(1, "3", n, 0)) for n in range(6)]

@@ -153,6 +153,30 @@ def test_smaller_steps_end_with_the_prompts(path):
     assert raised.value.out_of_prompts
 
 
+def test_prompts_that_were_begun_early_are_counted_at_the_end_of_the_data(path):
+    """All of six prompts are dropped, three of them begun in place of others: there are no more."""
+    with pytest.raises(SamplingExhaustedError, match="there are no more prompts") as raised:
+        run(EmbeddedEngine(path), replace(SETTINGS, prompts_per_step=4, max_batches=2), Prompts([0] * 6))
+    assert raised.value.out_of_prompts
+
+
+def test_a_cancelled_step_gives_back_what_it_did_not_begin(path):
+    prompts = Prompts([0, 0, 2, 2, 2, 2, 2, 2])
+
+    async def go():
+        sampler = Sampler(EmbeddedEngine(path), SETTINGS, prompts.score)
+        step = asyncio.create_task(sampler.step(prompts, 0))
+        while not sampler.statistics["groups_sampled"]:
+            await asyncio.sleep(0)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        return [int(one.prompt.id) for one in sampler.carried()[1]]
+
+    carried = asyncio.run(go())
+    assert sorted(carried) == list(range(prompts.given))
+
+
 def test_groups_kept_before_the_error_are_carried(path):
     prompts = Prompts([2, 0, 0, 0, 0, 0, 0, 2, 2, 2])
 

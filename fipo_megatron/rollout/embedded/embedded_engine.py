@@ -305,8 +305,10 @@ class EmbeddedEngine:
         """Frees memory; raises EngineError if requests are in flight."""
         if self._waiting or any(self._running):
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
-        for model in self._models:
-            model.release(*what)
+        self._model.release(*what)
+        if "kv_cache" in what:
+            for model in self._models[1:]:  # its weights are never updated, so they stay
+                model.release("kv_cache")
 
     async def restore_memory(self, *what: EngineMemory) -> None:
         """Allocates released memory again; see :meth:`.engine.RolloutEngine.restore_memory`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.pass_shapes import PassShapes
-from fipo_megatron.rollout.embedded.sequence_reader import ReadSequence, SequenceReader
+from fipo_megatron.rollout.embedded.sequence_reader import SequenceReader
 from fipo_megatron.rollout.embedded.slot_cache import SlotCache
 from fipo_megatron.rollout.engine import EngineError, EngineMemory
 
@@ -68,12 +68,11 @@ class SlotModel:
             sequences: ``[P]`` int32 by slot.
         """
         cache = self._allocated()
-        slots_of: dict[int, tuple[ReadSequence, list[int]]] = {}
-        for slot, read in zip(sequences, self._reader.read(sequences.values()), strict=True):
-            slots_of.setdefault(id(read), (read, []))[1].append(slot)
-        for read, slots in slots_of.values():
-            cache.put(slots, read.layers)
-            self._logits[slots] = read.logits
+        slots = list(sequences)
+        for places, read in self._reader.read(list(sequences.values())):
+            equal = [slots[place] for place in places]
+            cache.put(equal, read.layers)
+            self._logits[equal] = read.logits
 
     @torch.no_grad()
     def decode(self, last_tokens: Mapping[int, tuple[int, int]]) -> None:
