@@ -22,17 +22,21 @@ SETTINGS = SamplerSettings(
 )
 
 
-def test_groups_over_an_update_of_the_weights(server, tmp_path):
-    given = 0
+class Prompts:
+    def __init__(self):
+        self.given = 0
 
-    def prompts(count):
-        nonlocal given
-        given += count
-        generator = np.random.default_rng(given)
+    def __call__(self, count):
+        numbers = range(self.given, self.given + count)
+        self.given += count
         return [
-            Prompt(f"p{n}", generator.integers(2, models.VOCAB, 12).astype(np.int32), "")
-            for n in range(given - count, given)
+            Prompt(f"p{n}", np.random.default_rng(n).integers(2, models.VOCAB, 12).astype(np.int32), "")
+            for n in numbers
         ]
+
+
+def test_groups_over_an_update_of_the_weights(server, tmp_path):
+    prompts = Prompts()
 
     async def score(trajectory):
         return Score(float(trajectory.sample), int(trajectory.sample == 0))

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.processes import run_ranks
+from tests.sglang.test_client import with_client
 from tests.stress.tiny_run import SETTINGS
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
@@ -13,6 +14,8 @@ LENGTH, PROMPT, RESPONSES = 640, 32, 4
 
 
 def test_responses_of_forced_length_and_their_drift(server, model_path, tmp_path):
+    weights = {"model_path": str(model_path), "weight_version": "0"}  # other tests have sent theirs
+    with_client(server, lambda client: client.control("/update_weights_from_disk", weights))
     rollout = SETTINGS["rollout"] | {"engine": "sglang", "servers": {"urls": [server.url]}}
     settings = SETTINGS | {"model": {"path": str(model_path)}, "rollout": rollout}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
