@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("fipo_megatron.evaluate", "CONFIG [key=value ...]", "compute avg@k, cons@k and pass@k of a model"),
     "compare": (
         "fipo_megatron.compare.__main__",
-        "shift CONFIG [key=value ...]",
+        "shift|swap CONFIG [key=value ...]",
         "compare two models token by token",
     ),
     "config": ("fipo_megatron.config.__main__", "CONFIG [key=value ...]", "check and print the complete configuration"),
