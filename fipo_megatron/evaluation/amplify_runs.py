@@ -65,7 +65,7 @@ def settings_of(config: Config) -> list[Setting]:
 
 @dataclass(frozen=True)
 class TokenMeans:
-    """What a run measures over the tokens of all responses.
+    """The measurements of a run over the tokens of all responses.
 
     Attributes:
         temperature: Sampling temperature.

@@ -36,7 +36,7 @@ class Response:
         detail: Error text of the failure.
         asked: Whether the verifier was asked.
         trajectory: Tokens of the response; None if they are not kept.
-        generation: What the engine returned; None if it is not kept.
+        generation: Result of the engine; None if it is not kept.
     """
 
     right: bool

@@ -87,9 +87,9 @@ class MomentSummary:
     """The counts of a set of files.
 
     Attributes:
-        complete: Of responses that ended by themselves.
-        truncated: Of responses that were cut off at the length limit.
-        by_step: Of complete responses, by step.
+        complete: Counts of responses that ended by themselves.
+        truncated: Counts of responses that were cut off at the length limit.
+        by_step: Counts of complete responses, by step.
         failed: Responses of which a check failed.
         disagreements: Responses whose recorded verdict differs from that of their last candidate.
         recorded: Responses with a recorded verdict.

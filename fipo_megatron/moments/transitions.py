@@ -1,4 +1,4 @@
-"""What became of the answers within a response: transitions, Oops and Aha.
+"""Classifies how the answers within a response change: transitions, Oops and Aha.
 
 The definitions are ours; the sources of the words publish none. Of a response with at least two candidates,
 

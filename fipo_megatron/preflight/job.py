@@ -45,12 +45,12 @@ class Job:
     """The reports of all nodes.
 
     Attributes:
-        expected: What the nodes must have.
+        expected: Requirements on the nodes.
         names: Name of every node by rank, missing ones included.
-        nodes: What each node found out about itself.
+        nodes: Facts of each node about itself.
         absent: Nodes that have not reported.
-        neighbours: What each node found out about the others.
-        all_reduce: What each node measured; empty if nothing was.
+        neighbours: Findings of each node about the others.
+        all_reduce: Measurements of each node; empty if nothing was measured.
         job_problems: Problems that no node has found and that concern all of them, a sentence each.
     """
 

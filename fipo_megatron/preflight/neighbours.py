@@ -1,4 +1,4 @@
-"""What a node finds out about the others: names, connections, clocks and files in the shared output directory."""
+"""Examines the other nodes from one node: names, connections, clocks and files in the shared output directory."""
 
 from __future__ import annotations
 

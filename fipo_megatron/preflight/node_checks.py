@@ -78,7 +78,7 @@ def check_gpu_errors(job: Job) -> Mapping[int, Cell]:
 def check_memory(job: Job) -> Mapping[int, Cell]:
     """Checks the memory of the GPUs of each node against the plan of the run.
 
-    What does not fit the GPUs that most nodes have is a problem of the job, not of a node; see
+    A plan that does not fit the GPUs of most nodes is a problem of the job, not of a node; see
     :func:`memory_problems`.
     """
     cells = {}

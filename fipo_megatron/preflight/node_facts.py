@@ -53,7 +53,7 @@ class InputFact:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node found out about itself.
+    """The facts about a node that it found itself.
 
     Attributes:
         rank: Rank of the node.
@@ -107,7 +107,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class NeighbourFacts:
-    """What a node found out about the others, by rank.
+    """The findings of a node about the others, by rank.
 
     Attributes:
         unresolved: Why the host's name of a node could not be resolved.
