@@ -153,6 +153,16 @@ def test_smaller_steps_end_with_the_prompts(path):
     assert raised.value.out_of_prompts
 
 
+def test_groups_have_the_order_of_their_prompts_not_that_in_which_they_finished(path):
+    sampling = SamplingParameters(1.0, 60, stop_token_ids=tuple(range(0, 61, 6)))
+    engine = Recorder(EmbeddedEngine(path, slots=64))
+    settings = replace(SETTINGS, sampling=sampling, prompts_per_step=8)
+    _, [(groups, _)] = run(engine, settings, Prompts([2] * 8))
+    ends = {number: place for place, (kind, number) in enumerate(engine.events) if kind == "ended"}
+    assert sorted(ends, key=ends.__getitem__) != list(range(8))
+    assert names(groups) == list(range(8))
+
+
 def test_prompts_that_were_begun_early_are_counted_at_the_end_of_the_data(path):
     """All of six prompts are dropped, three of them begun in place of others: there are no more."""
     with pytest.raises(SamplingExhaustedError, match="there are no more prompts") as raised:
