@@ -11,8 +11,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -184,6 +185,13 @@ class CheckpointManager:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Returns a block in which nothing is written; it begins when the checkpoint in progress is done."""
+        if self._writing is not None:
+            wait([self._writing])
+        yield
 
     def close(self) -> None:
         """Waits for the checkpoint in progress, logs its failure if it fails, and ends the thread."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ class StepProfiler:
         self._steps, self._directory, self._rank = frozenset(steps), directory, rank
         self._profile: profile | None = None
         self._step = -1
+        self._pauses: list[Callable[[], AbstractContextManager[None]]] = []
+
+    def pause_with(self, pause: Callable[[], AbstractContextManager[None]]) -> None:
+        """Registers a thread that must stand still while a profile ends.
+
+        PyTorch frees the records of all threads when a profile ends, without waiting for an operation that another
+        thread is recording; the process then dies of SIGSEGV (pytorch/pytorch#187483; in 2.13 not mended).
+
+        Args:
+            pause: Returns a block in which that thread runs no PyTorch operation.
+        """
+        self._pauses.append(pause)
 
     def begin(self, step: int) -> None:
         """Starts to profile if the step is selected; drops the profile of a step that was not finished."""
@@ -73,5 +85,8 @@ class StepProfiler:
         global _profiling
         found, self._profile, _profiling = self._profile, None, False
         if found is not None:
-            found.stop()
+            with ExitStack() as pauses:
+                for pause in self._pauses:
+                    pauses.enter_context(pause())
+                found.stop()
         return found

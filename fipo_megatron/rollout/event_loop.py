@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,6 +36,25 @@ class EventLoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Returns a block in which the thread runs nothing; it begins when what the thread is running gives way."""
+        if self._loop.is_closed():
+            yield
+            return
+        stopped, resumed = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            stopped.set()
+            resumed.wait()
+
+        self._loop.call_soon_threadsafe(stand_still)
+        stopped.wait()
+        try:
+            yield
+        finally:
+            resumed.set()
 
     def close(self) -> None:
         """Cancels the coroutines that still run, and ends the thread."""

@@ -124,6 +124,7 @@ def _build(
     timer = StepTimer()
     profiled = config.run.profile if layout.rank == 0 or config.run.profile_ranks == "all" else ()
     profiler = StepProfiler(profiled, output / "profile", layout.rank)
+    profiler.pause_with(checkpoints.paused)
     resources.callback(profiler.close)
     return Trainer(
         config=config,
@@ -191,6 +192,7 @@ def _open_rollouts(trainer: Trainer, host: HostInfo, restored: Restored | None, 
         probe=inputs.prompts[:RESPONSES],
     )
     trainer.routes = session.routes
+    trainer.profiler.pause_with(session.paused)
     resources.callback(session.close)
     resources.callback(lambda: session.run(verifier.close()))
     resources.callback(session.cancel_prefetch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -139,6 +139,10 @@ class RolloutSession:
     def engine(self) -> RolloutEngine | None:
         """Engine of this rank; None if the rank is no leader."""
         return self._opened.engine
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Returns a block in which the thread of engine, sampler and verifier runs nothing."""
+        return self._loop.paused()
 
     @contextmanager
     def serving_weights(self, version: int) -> Iterator[None]:
