@@ -2,8 +2,8 @@
 
 A query chunk attends to all earlier chunks of its sequence and, causally, to itself. For every chunk of the zigzag
 layout these are at most two ranges of keys, one without a mask and one with the plain causal mask. Each range is one
-call of a kernel that also returns the log-sum-exp of its scores, by which the two results are merged. Nothing of size
-L × L exists, in forward or backward.
+call of a kernel that also returns the log-sum-exp of its scores, by which the two results are merged. Neighbouring
+sequences of equal length share their calls. Nothing of size L × L exists, in forward or backward.
 
 Keys and values of the other ranks are gathered once in forward and again in backward, so only this rank's part is kept
 between the two. Their gradients are summed over the ranks in float32.
@@ -70,24 +70,59 @@ def exchange_over(group: dist.ProcessGroup) -> KeyValueExchange:
 
 
 @dataclass(frozen=True)
-class _KeyRange:
-    """Queries of this rank, ``[T]``, and a range of keys of the packed micro-batch, ``[P]``, that they attend to."""
+class _Rows:
+    """The same rows of neighbouring sequences of equal length.
 
-    queries: slice
-    keys: slice
+    Attributes:
+        first: First row of the first sequence.
+        sequences: Number of sequences, B.
+        length: Rows of each sequence.
+        part: Rows selected in each sequence, Q of them.
+    """
+
+    first: int
+    sequences: int
+    length: int
+    part: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns a view of ``[T, N, ...]`` as ``[B, N, Q, ...]``."""
+        rows = tensor[self.first : self.first + self.sequences * self.length]
+        return rows.view(self.sequences, self.length, *rows.shape[1:])[:, self.part].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _KeyRange:
+    """Queries of this rank, among ``T``, and the keys of the packed micro-batch, among ``P``, that they attend to."""
+
+    queries: _Rows
+    keys: _Rows
     causal: bool
 
 
-def _key_ranges(cu_seqlens: Sequence[int], layout: CpLayout) -> list[list[_KeyRange]]:
-    """Returns for each chunk on this rank its own keys, causal, then those of the earlier chunks of its sequence."""
-    chunks, first = [], 0
-    for start, length in zip(cu_seqlens[:-1], layout.chunk_lengths(cu_seqlens), strict=True):
-        for chunk in layout.chunks:
-            queries, own = slice(first, first + length), start + chunk * length
-            chunks.append([_KeyRange(queries, slice(own, own + length), True)])
+def _key_ranges(cu_seqlens: Sequence[int], layout: CpLayout, rows: int) -> list[list[_KeyRange]]:
+    """Returns for each chunk on this rank its own keys, causal, then those of the earlier chunks of its sequence.
+
+    Chunks of neighbouring sequences of equal length are one entry, of at most ``rows`` queries or one sequence.
+    """
+    chunks = []
+    lengths = [int(length) for length in layout.chunk_lengths(cu_seqlens)]
+    first = number = 0
+    while number < len(lengths):
+        length = lengths[number]
+        most = min(len(lengths), number + max(1, rows // max(1, length)))
+        count = next((i for i in range(number, most) if lengths[i] != length), most) - number
+        start, whole = cu_seqlens[number], cu_seqlens[number + 1] - cu_seqlens[number]
+        held = len(layout.chunks) * length
+        for place, chunk in enumerate(layout.chunks):
+            queries = _Rows(first, count, held, slice(place * length, (place + 1) * length))
+            own = slice(chunk * length, (chunk + 1) * length)
+            chunks.append([_KeyRange(queries, _Rows(start, count, whole, own), True)])
             if chunk:
-                chunks[-1].append(_KeyRange(queries, slice(start, own), False))
-            first += length
+                earlier = slice(0, chunk * length)
+                chunks[-1].append(_KeyRange(queries, _Rows(start, count, whole, earlier), False))
+        first += count * held
+        number += count
     return chunks
 
 
@@ -98,10 +133,12 @@ class _Attention:
     Attributes:
         chunks: Key ranges of each chunk (:func:`_key_ranges`).
         rank_order: ``[P]`` int64, positions of the gathered tokens in the packed micro-batch; None for one rank.
+        ranks: Ranks of the context-parallel group, R.
     """
 
     chunks: list[list[_KeyRange]]
     rank_order: NDArray[np.int64] | None
+    ranks: int
     scale: float
     kernel: Kernel
     exchange: KeyValueExchange | None
@@ -120,13 +157,12 @@ class _Attention:
         if self.exchange is None or self.rank_order is None:
             return grads_P2GD
         in_rank_order = grads_P2GD[torch.from_numpy(self.rank_order).to(grads_P2GD.device)]
-        tokens = sum(chunk[0].queries.stop - chunk[0].queries.start for chunk in self.chunks)
-        return self.exchange.reduce_scatter(in_rank_order.view(-1, tokens, *grads_P2GD.shape[1:]))
+        return self.exchange.reduce_scatter(in_rank_order.view(self.ranks, -1, *grads_P2GD.shape[1:]))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the output ``[T, N, D]`` and the log-sum-exp ``[N, T]``."""
+        """Computes the output ``[T, N, D]`` and the log-sum-exp ``[T, N]``."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[1::-1], dtype=accumulation_dtype(query.dtype))
+        lse = query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
         keys, values = self.gather(key, value)
         for spans in self.chunks:
             partial = None
@@ -134,8 +170,8 @@ class _Attention:
                 partial = merge(partial, self.kernel.forward(self._inputs(span, query, keys, values)))
             if partial is not None:
                 rows = spans[0].queries
-                _heads_first(out[rows]).copy_(partial[0])
-                lse[:, rows] = partial[1][0]
+                rows.of(out).copy_(partial[0])
+                rows.of(lse).copy_(partial[1])
         return out, lse
 
     def backward(
@@ -149,24 +185,16 @@ class _Attention:
         grads_P2GD = keys.new_zeros(len(keys), 2, *keys.shape[1:], dtype=summed)
         for span in (span for spans in self.chunks for span in spans):
             inputs, rows = self._inputs(span, query, keys, values), span.queries
-            of_query, of_key, of_value = self.kernel.backward(
-                inputs, _heads_first(grad[rows]), _heads_first(out[rows]), lse[None, :, rows]
-            )
-            _heads_first(grad_query[rows]).add_(of_query)
-            _heads_first(grads_P2GD[span.keys, 0]).add_(of_key)
-            _heads_first(grads_P2GD[span.keys, 1]).add_(of_value)
+            of_query, of_key, of_value = self.kernel.backward(inputs, rows.of(grad), rows.of(out), rows.of(lse))
+            rows.of(grad_query).add_(of_query)
+            span.keys.of(grads_P2GD[:, 0]).add_(of_key)
+            span.keys.of(grads_P2GD[:, 1]).add_(of_value)
         grad_key, grad_value = self.scatter(grads_P2GD).to(key.dtype).unbind(1)
         return grad_query.to(query.dtype), grad_key, grad_value
 
     def _inputs(self, span: _KeyRange, query: Tensor, keys: Tensor, values: Tensor) -> KernelInputs:
-        rows, columns = span.queries, span.keys
-        heads = (_heads_first(query[rows]), _heads_first(keys[columns]), _heads_first(values[columns]))
+        heads = (span.queries.of(query), span.keys.of(keys), span.keys.of(values))
         return KernelInputs(*heads, span.causal, self.scale)
-
-
-def _heads_first(rows: Tensor) -> Tensor:
-    """Returns a view of ``[Q, N, D]`` as ``[1, N, Q, D]``."""
-    return rows.transpose(0, 1)[None]
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -236,13 +264,9 @@ def packed_causal_attention(
             raise ValueError(f"exchange: keys are spread over {layout.size} ranks; pass exchange_over(cp_group)")
         rank_order = np.concatenate([CpLayout(layout.size, rank).indices(cu_seqlens) for rank in range(layout.size)])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attention = _Attention(
-        _key_ranges(cu_seqlens, layout),
-        rank_order,
-        scale,
-        kernel or choose_kernel(query),
-        exchange if layout.size > 1 else None,
-    )
+    kernel = kernel or choose_kernel(query)
+    chunks = _key_ranges(cu_seqlens, layout, kernel.rows)
+    attention = _Attention(chunks, rank_order, layout.size, scale, kernel, exchange if layout.size > 1 else None)
     # torch's stub of apply has no types.
     out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         _dense_rows(query), _dense_rows(key), _dense_rows(value), attention

@@ -3,13 +3,14 @@
 Results over different keys merge by their log-sum-exps, and gradients over different keys add up. A kernel therefore
 needs no mask except the plain causal one.
 
-Logical shapes, as suffixes of names: N query heads, G key/value heads (N is a multiple of G), Q queries, K keys, D head
-dimension.
+Logical shapes, as suffixes of names: B sequences of equal length, N query heads, G key/value heads (N is a multiple of
+G), Q queries, K keys, D head dimension.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,15 +20,16 @@ from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Gradients of query, key and value."""
+_UNBOUNDED = sys.maxsize
 
 
 class KernelInputs(NamedTuple):
     """Inputs of a kernel. The last dimension of each tensor is contiguous; the others need not be.
 
     Attributes:
-        query: ``[1, N, Q, D]``.
-        key: ``[1, G, K, D]``.
-        value: ``[1, G, K, D]``.
+        query: ``[B, N, Q, D]``.
+        key: ``[B, G, K, D]``.
+        value: ``[B, G, K, D]``.
         causal: Whether query i attends to keys up to i, with Q = K; else it attends to all keys.
         scale: Factor on the scores.
     """
@@ -42,11 +44,16 @@ class KernelInputs(NamedTuple):
 class Kernel(Protocol):
     """Exact softmax attention, computed in at least float32, in memory linear in Q and K."""
 
+    @property
+    def rows(self) -> int:
+        """Largest B · Q of a call with several sequences."""
+        ...
+
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
         """Computes the attention of the queries.
 
         Returns:
-            The output ``[1, N, Q, D]`` and the log-sum-exp ``[1, N, Q]``, float32 (float64 for float64 inputs).
+            The output ``[B, N, Q, D]`` and the log-sum-exp ``[B, N, Q]``, float32 (float64 for float64 inputs).
         """
         ...
 
@@ -65,6 +72,8 @@ class Kernel(Protocol):
 @dataclass(frozen=True)
 class CpuFlash:
     """PyTorch's flash attention for CPU, the operator under ``scaled_dot_product_attention``: any floating dtype."""
+
+    rows = _UNBOUNDED
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
         """Implements :meth:`Kernel.forward`."""
@@ -86,6 +95,8 @@ class CpuFlash:
 @dataclass(frozen=True)
 class CudaFlash:
     """PyTorch's flash attention for CUDA: float16 and bfloat16, head dimensions that are multiples of 8 up to 256."""
+
+    rows = _UNBOUNDED
 
     def forward(self, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
         """Implements :meth:`Kernel.forward`."""
@@ -122,6 +133,11 @@ class Blocked:
     def __post_init__(self) -> None:
         if self.queries < 1 or self.keys < 1 or self.keys % self.queries:
             raise ValueError(f"keys: must be a multiple of queries, {self.queries}, got {self.keys}")
+
+    @property
+    def rows(self) -> int:
+        """Implements :attr:`Kernel.rows`: several sequences need no more memory than one block of queries."""
+        return self.queries
 
     def _blocks(self, inputs: KernelInputs) -> Iterator[tuple[slice, list[slice]]]:
         """Yields blocks of queries, each with the blocks of keys that any of its queries attends to."""
@@ -198,7 +214,7 @@ def _has_cuda_flash(device: torch.device) -> bool:
 
 
 def _scores(inputs: KernelInputs, rows: slice, columns: slice) -> Tensor:
-    """Computes the scores of one block, ``[1, G, N / G, Q, K]``; −∞ for keys after a causal query."""
+    """Computes the scores of one block, ``[B, G, N / G, Q, K]``; −∞ for keys after a causal query."""
     query, key, _, causal, scale = inputs
     wide = accumulation_dtype(query.dtype)
     scores = _by_group(query[:, :, rows].to(wide), key.shape[1]) @ key[:, :, None, columns].to(wide).mT
@@ -210,5 +226,5 @@ def _scores(inputs: KernelInputs, rows: slice, columns: slice) -> Tensor:
 
 
 def _by_group(heads: Tensor, groups: int) -> Tensor:
-    """Reshapes ``[1, N, ...]`` to ``[1, G, N / G, ...]``."""
-    return heads.reshape(1, groups, -1, *heads.shape[2:])
+    """Reshapes ``[B, N, ...]`` to ``[B, G, N / G, ...]``."""
+    return heads.reshape(len(heads), groups, -1, *heads.shape[2:])
