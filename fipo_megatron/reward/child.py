@@ -1,4 +1,4 @@
-"""A bounded process that checks one answer at a time.
+"""A bounded process that checks answers, one after the other.
 
     python -m fipo_megatron.reward.child VERIFIER SECONDS MEBIBYTES PARENT [TAG ...]
 

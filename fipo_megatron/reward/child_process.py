@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -42,7 +42,7 @@ class ChildProcess:
     """A running child (:mod:`.child`), the leader of its own process group. Made by :meth:`start`.
 
     Attributes:
-        cpu_seconds: CPU seconds of the child before its last request.
+        cpu_seconds: CPU seconds of the child at its last reply.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -112,12 +112,10 @@ class ChildProcess:
         self.cpu_seconds = float(message["cpu_seconds"])
         return message
 
-    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Sends a message and returns the reply; see :meth:`receive`."""
+    def send(self, requests: Iterable[dict[str, Any]]) -> None:
+        """Sends requests; the child replies to each in turn (:meth:`receive`)."""
         assert self._writer is not None
-        self._writer.write(encode_frame(message))
-        await self._writer.drain()
-        return await self.receive()
+        self._writer.write(b"".join(map(encode_frame, requests)))
 
     @property
     def has_exited(self) -> bool:

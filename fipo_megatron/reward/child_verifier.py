@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.reward.child_process import ChildProcess, describe_exit
@@ -18,17 +21,39 @@ _STARTS = 3
 _CRASHES = 20
 """Answers in a row on which a child may crash before the verifier counts as broken."""
 _OUTPUT_CHARACTERS = 2000
+_MESSAGE_SECONDS = 0.005
+"""CPU seconds that the answers of one message should take; an answer that takes longer is alone in its message."""
+_MESSAGE_CHARACTERS = 1 << 18
+"""Characters of the responses of a message; the last one may exceed it."""
+
+
+@dataclass(eq=False)
+class _Check:
+    """An answer and its verdict to come.
+
+    Attributes:
+        answer: The answer.
+        verdict: Set when the check has ended; cancelled if nobody waits for it any more.
+        child: The child that checks the answer now.
+    """
+
+    answer: Answer
+    verdict: asyncio.Future[Verdict]
+    child: ChildProcess | None = None
 
 
 class ChildVerifier(CountingVerifier):
     """Checks in child processes, each bounded in CPU time, wall time and memory.
 
+    Answers wait in order. A child gets several in one message if checks are short, and checks them one after the other.
+
     Args:
         name: Name of the verifier; see :mod:`.child`.
-        processes: Number of child processes, each with one answer at a time; other answers wait in order.
+        processes: Number of child processes.
         seconds: CPU seconds for one answer; an answer that needs more is wrong. The limit of wall time is twice this
-            plus one second, from when a child receives the answer; beyond it the check has failed.
+            plus one second, from when a child begins with the answer; beyond it the check has failed.
         memory_mib: Address space of a child in MiB.
+        thinking_end: End tags of thinking.
     """
 
     def __init__(
@@ -38,36 +63,92 @@ class ChildVerifier(CountingVerifier):
         self._thinking_end = tuple(thinking_end)
         self._name, self._seconds, self._memory = name, seconds, memory_mib
         self._wall_seconds = 2 * seconds + 1
-        self._idle: asyncio.LifoQueue[ChildProcess | None] = asyncio.LifoQueue()
+        self._waiting: deque[_Check] = deque()
+        self._idle: list[ChildProcess | None] = [None] * processes  # None is started on demand
+        self._workers: set[asyncio.Task[None]] = set()
         self._children: set[ChildProcess] = set()
+        self._seconds_per_check = math.inf
         self._crashes = 0
         self._closed = False
-        for _ in range(processes):
-            self._idle.put_nowait(None)  # started on demand
 
     async def verify(self, answer: Answer) -> Verdict:
-        """Checks one answer in an idle child; see :class:`Verifier`."""
-        child = await self._idle.get()
+        """Checks one answer; see :class:`Verifier`. If it is cancelled, the child that is checking it is killed."""
+        self._check_open()
+        check = _Check(answer, asyncio.get_running_loop().create_future())
+        self._waiting.append(check)
+        if self._idle:
+            worker = asyncio.create_task(self._work(self._idle.pop()))
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
         try:
-            self._check_open()
-            if child is not None and child.has_exited:
-                await self._end(child)
-                child = None
-            if child is None:
-                child = await self._start()
-            verdict, usable = await self._check(child, answer)
+            return self._counted(await check.verdict)
+        except asyncio.CancelledError:
+            if check.child is not None:
+                check.child.kill()
+                await self._end(check.child)
+            raise
+
+    async def _work(self, child: ChildProcess | None) -> None:
+        """Lets a child check answers while any are waiting; starts it first if there is none, or if it has exited."""
+        try:
+            while checks := self._take():
+                try:
+                    self._check_open()
+                    if child is not None and child.has_exited:
+                        await self._end(child)
+                        child = None
+                    if child is None:
+                        child = await self._start()
+                    child = await self._check(child, checks)
+                except Exception as error:
+                    if child is not None:
+                        child.kill()
+                        await self._end(child)
+                        child = None
+                    for check in checks:
+                        if not check.verdict.done():
+                            check.verdict.set_exception(error)
+        finally:
+            self._idle.append(child)
+
+    def _take(self) -> list[_Check]:
+        """Takes the next answers for a child: as many as it checks in a moment, and no more than its share."""
+        waiting = deque(check for check in self._waiting if not check.verdict.done())
+        share = math.ceil(len(waiting) / len(self._workers))
+        most = min(share, max(1, int(_MESSAGE_SECONDS / max(self._seconds_per_check, 1e-6))))
+        taken: list[_Check] = []
+        characters = 0
+        while waiting and len(taken) < most and characters < _MESSAGE_CHARACTERS:
+            taken.append(check := waiting.popleft())
+            characters += len(check.answer.response)
+        self._waiting = waiting
+        return taken
+
+    async def _check(self, child: ChildProcess, checks: Sequence[_Check]) -> ChildProcess | None:
+        """Lets a child check answers. Those after one that ends the child are put back.
+
+        Returns:
+            The child; None if it has ended.
+
+        Raises:
+            VerifierError: Children have crashed on too many answers in a row.
+        """
+        before = child.cpu_seconds
+        answers = (check.answer for check in checks)
+        child.send({"response": answer.response, "ground_truth": answer.ground_truth} for answer in answers)
+        for number, check in enumerate(checks):
+            check.child = child
+            verdict, usable = await self._receive(child, check)
+            check.child = None
             if not usable:
                 await self._end(child)
-                child = None
-            return self._counted(verdict)
-        except BaseException:
-            if child is not None:
-                child.kill()
-                await self._end(child)
-                child = None
-            raise
-        finally:
-            self._idle.put_nowait(child)
+                self._waiting.extendleft(reversed(checks[number + 1 :]))
+            if not check.verdict.done():
+                check.verdict.set_result(verdict)
+            if not usable:
+                return None
+        self._seconds_per_check = (child.cpu_seconds - before) / len(checks)
+        return child
 
     def _check_open(self) -> None:
         if self._closed:
@@ -104,18 +185,20 @@ class ChildVerifier(CountingVerifier):
                 raise
         raise AssertionError("unreachable")
 
-    async def _check(self, child: ChildProcess, answer: Answer) -> tuple[Verdict, bool]:
-        """Returns the verdict of a child, and whether the child can check another answer."""
+    async def _receive(self, child: ChildProcess, check: _Check) -> tuple[Verdict, bool]:
+        """Returns the next verdict of a child, and whether the child can check another answer."""
         wall = self._wall_seconds
         try:
             async with asyncio.timeout(wall):
-                reply = await child.request({"response": answer.response, "ground_truth": answer.ground_truth})
+                reply = await child.receive()
         except TimeoutError:
             if child.cpu_used >= self._seconds:
                 return self._over_cpu_limit(), False
             return Verdict(False, failure="timeout", detail=f"{self._name}: no verdict within {wall:g} s"), False
         except (EOFError, ConnectionError, ValueError) as error:
             code = await self._end(child)
+            if check.verdict.cancelled():
+                return Verdict(False), False
             if code == -signal.SIGXCPU:
                 return self._over_cpu_limit(), False
             reason = f"sent no verdict: {error}" if isinstance(error, ValueError) else describe_exit(code)
@@ -163,3 +246,4 @@ class ChildVerifier(CountingVerifier):
         for child in children:
             child.kill()
         await asyncio.gather(*(self._end(child) for child in children))
+        await asyncio.gather(*self._workers)

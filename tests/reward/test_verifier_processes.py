@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -63,7 +64,8 @@ def test_signals_that_slurm_sends_to_every_process_of_a_step_change_no_verdict()
             await child.receive()
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
                 os.kill(child._process.pid, number)
-            verdict = await child.request({"response": "a", "ground_truth": "a"})
+            child.send([{"response": "a", "ground_truth": "a"}])
+            verdict = await child.receive()
             await child.end()
             return verdict
 
@@ -187,7 +189,8 @@ def test_a_child_has_a_hard_limit_of_cpu_time():
         try:
             await child.receive()
             limits = Path(f"/proc/{child._process.pid}/limits").read_text()
-            assert not (await child.request({"response": "a", "ground_truth": "a"}))["last"]
+            child.send([{"response": "a", "ground_truth": "a"}])
+            assert not (await child.receive())["last"]
             return re.search(r"Max cpu time +(\d+) +(\d+)", limits).groups()
         finally:
             await child.end()
@@ -254,4 +257,76 @@ def test_a_reply_that_is_too_long_is_a_crash(monkeypatch):
             await child.end()
 
     asyncio.run(run())
+    assert not children()
+
+
+def record_messages(monkeypatch):
+    """Returns a list to which the number of answers in each message is appended."""
+    sizes = []
+    send = ChildProcess.send
+
+    def recorded(child, requests):
+        requests = list(requests)
+        sizes.append(len(requests))
+        send(child, requests)
+
+    monkeypatch.setattr(ChildProcess, "send", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_answers_that_share_a_message_have_verdicts_of_their_own(processes, monkeypatch):
+    """A child that ends takes no verdict with it: what it was not yet asked goes to another one."""
+    sizes = record_messages(monkeypatch)
+    expected = {"a": (True, ""), "b": (False, ""), "raise": (False, "error"), "leave": (False, "error")}
+    expected |= {"kill": (False, "crash"), "exit": (False, "crash"), "memory": (False, "memory")}
+    random = Random(processes)
+    commands = random.choices(["a", "b"], k=200) + random.sample(sorted(expected), k=len(expected)) * 2
+    commands += ["hang", *random.choices(["a", "b"], k=20), "spin", "a"]
+    expected |= {"hang": (False, "timeout"), "spin": (False, "")}
+
+    async def run():
+        verifier = open_verifier(config(COMMANDS, verifier_processes=processes, verifier_seconds=0.5))
+        try:
+            await verifier.verify(Answer("a", "a"))
+            return await asyncio.gather(*(verifier.verify(Answer(command, "a")) for command in commands))
+        finally:
+            await verifier.close()
+
+    verdicts = asyncio.run(run())
+    assert [(verdict.correct, verdict.failure) for verdict in verdicts] == [expected[command] for command in commands]
+    assert max(sizes) > 20
+    assert not children()
+
+
+def test_long_checks_are_sent_one_at_a_time(monkeypatch):
+    """Behind one that takes long, an answer would wait although another child is idle."""
+    sizes = record_messages(monkeypatch)
+    verdicts, _ = verify("python:tests.reward.verifiers.slowly", [Answer("a", "a")] * 8, verifier_processes=2)
+    assert all(verdict.correct for verdict in verdicts)
+    assert sizes == [1] * 8
+
+
+def test_a_cancelled_check_leaves_the_others_of_its_message(monkeypatch):
+    sizes = record_messages(monkeypatch)
+
+    async def run():
+        opened = open_verifier(config(COMMANDS, verifier_processes=1, verifier_seconds=100.0))
+        try:
+            await opened.verify(Answer("a", "a"))
+            answers = ["a", "a", "hang", "a", "b", "a"]
+            checks = [asyncio.create_task(opened.verify(Answer(answer, "a"))) for answer in answers]
+            await checks[1]
+            checks[2].cancel()
+            checks[4].cancel()
+            found = await asyncio.gather(*checks, return_exceptions=True)
+            return found, opened.counts
+        finally:
+            await opened.close()
+
+    found, counts = asyncio.run(run())
+    assert [isinstance(one, asyncio.CancelledError) or one.correct for one in found] == [True] * 6
+    assert [number for number, one in enumerate(found) if isinstance(one, asyncio.CancelledError)] == [2, 4]
+    assert counts == {"verified": 5}
+    assert 6 in sizes
     assert not children()

@@ -66,3 +66,11 @@ def by_command(response, ground_truth):
         with open(response.removeprefix("write "), "w") as file:
             file.write("here")
     return response == ground_truth
+
+
+def slowly(response, ground_truth):
+    """Needs 30 ms of CPU time."""
+    start = time.process_time()
+    while time.process_time() < start + 0.03:
+        pass
+    return response == ground_truth
