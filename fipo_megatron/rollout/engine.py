@@ -7,7 +7,7 @@ Engines take and return token ids, not text. All log-probs are after temperature
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -141,12 +141,6 @@ def sampling_seed(run_seed: int, prompt_id: str, sample: int, span: int) -> int:
     """
     text = f"{run_seed}/{sample}/{span}/{prompt_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def spans_of(versions: Sequence[int]) -> tuple[TokenSpan, ...]:
-    """Returns the spans of consecutive tokens with equal weight versions."""
-    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
-    return tuple(TokenSpan(start, versions[start]) for start in starts)
 
 
 def check_request(request: GenerationRequest, context: int, vocab: int) -> None:

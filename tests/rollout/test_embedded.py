@@ -17,7 +17,6 @@ from fipo_megatron.rollout.engine import (
     RequestError,
     SamplingParameters,
     sampling_seed,
-    spans_of,
 )
 from tests.actor.models import random_model
 
@@ -156,7 +155,7 @@ def test_stop_tokens_end_a_response_and_belong_to_it(path):
 
 async def until(engine, tokens):
     """Waits until the engine has sampled this many tokens of its first request."""
-    while engine._running[0] is None or len(engine._running[0].tokens) < tokens:
+    while engine._running[0] is None or engine._table.counts[0] < tokens:
         await asyncio.sleep(0)
 
 
@@ -166,10 +165,10 @@ def test_pause_changes_nothing(path):
         task = asyncio.create_task(all_of(engine, [request(n) for n in range(6)]))
         await until(engine, 3)
         await engine.pause()
-        count = len(engine._running[0].tokens)
+        count = engine._table.counts[0]
         for _ in range(20):
             await asyncio.sleep(0)
-        assert len(engine._running[0].tokens) <= count + 1
+        assert engine._table.counts[0] <= count + 1
         await engine.resume()
         return await task
 
@@ -316,7 +315,7 @@ def test_a_driven_engine_samples_only_when_every_response_is_requested_or_decide
             tasks.append(asyncio.create_task(engine.generate(requests[3])))
             await tasks[1]
             await _turns()
-            assert len(engine._running[2].tokens) == 2, "two finished responses are not decided on"
+            assert engine._table.counts[2] == 2, "two finished responses are not decided on"
             order = []
 
             async def decide(number, turns):
@@ -327,7 +326,7 @@ def test_a_driven_engine_samples_only_when_every_response_is_requested_or_decide
 
             await decide(0, 0)
             await _turns()
-            assert len(engine._running[2].tokens) == 2
+            assert engine._table.counts[2] == 2
             await decide(1, 0)
             await tasks[3]
             await asyncio.gather(decide(3, 0), decide(2, 50))
@@ -393,12 +392,10 @@ def test_many_draws_equal_single_draws_with_a_loop():
     assert draw(log_probs, top_p, uniform).tolist() == expected_tokens
 
 
-def test_seeds_and_spans():
+def test_seeds():
     seeds = {
         sampling_seed(r, p, s, k) for r in range(3) for p in ("1", "11", "1/1") for s in range(12) for k in range(3)
     }
     assert len(seeds) == 3 * 3 * 12 * 3
     assert all(0 <= seed < 1 << 63 for seed in seeds)
     assert sampling_seed(1, "a", 2, 3) == sampling_seed(1, "a", 2, 3) == 3692764328661748617
-    assert spans_of([]) == ()
-    assert spans_of([3, 3, 4, 3]) == (TokenSpan(0, 3), TokenSpan(2, 4), TokenSpan(3, 3))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from fipo_megatron.data.trajectory import FinishReason
 from fipo_megatron.observe import progress
-from fipo_megatron.rollout.embedded.drawing import Draw, TwoModelRule, draw_from_one
+from fipo_megatron.rollout.embedded.drawing import TwoModelRule, draw_from_one
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.slot_model import VECTOR, SlotModel
+from fipo_megatron.rollout.embedded.slot_table import SlotTable
 from fipo_megatron.rollout.embedded.turn_taking import TurnTaking
 from fipo_megatron.rollout.engine import (
     EngineError,
@@ -34,11 +35,11 @@ from fipo_megatron.rollout.engine import (
     GenerationRequest,
     WorkerHealth,
     check_request,
-    spans_of,
 )
 
 _DRAWN_ELEMENTS = 1 << 21
 """Logits of a draw in float64, 16 MiB; more sequences are drawn in turn."""
+_NOTHING = Generation(np.empty(0, np.int32), np.empty(0, np.float32), (), "abort")
 
 
 @dataclass(eq=False)
@@ -47,40 +48,7 @@ class _Sequence:
 
     request: GenerationRequest
     done: asyncio.Future[Generation]
-    random: tuple[np.random.Generator, np.random.Generator]
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    selected: list[bool] = field(default_factory=list)
-    changed: list[bool] = field(default_factory=list)
-    quantities: list[NDArray[np.float64]] = field(default_factory=list)
     aborted: bool = False
-
-    def append(self, token: int, log_prob: float, selected: bool, changed: bool, version: int) -> None:
-        self.tokens.append(token)
-        self.log_probs.append(log_prob)
-        self.selected.append(selected)
-        self.changed.append(changed)
-        self.versions.append(version)
-
-    @property
-    def all_tokens(self) -> NDArray[np.int32]:
-        return np.concatenate([self.request.tokens, np.array(self.tokens, dtype=np.int32)])
-
-    @property
-    def length(self) -> int:
-        return len(self.request.tokens) + len(self.tokens)
-
-    def result(self, reason: FinishReason) -> Generation:
-        return Generation(
-            np.array(self.tokens, dtype=np.int32),
-            np.array(self.log_probs, dtype=np.float32),
-            spans_of(self.versions),
-            reason,
-            np.array(self.selected, dtype=np.bool_),
-            np.array(self.changed, dtype=np.bool_),
-            np.stack(self.quantities) if self.quantities else None,
-        )
 
 
 class EmbeddedEngine:
@@ -128,6 +96,7 @@ class EmbeddedEngine:
         self.slots = slots
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence | None] = [None] * slots
+        self._table = SlotTable(slots, len(self._models))
         self._outdated = self._closed = False
         self._turns = TurnTaking()
         self._going = asyncio.Event()
@@ -140,9 +109,7 @@ class EmbeddedEngine:
         if self._closed:
             raise EngineError("the embedded engine is closed")
         check_request(request, self.context, self.model.config.vocab_size)
-        seeds = np.random.SeedSequence(request.seed), np.random.SeedSequence(request.seed, spawn_key=(1,))
-        first, second = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
-        sequence = _Sequence(request, asyncio.get_running_loop().create_future(), (first, second))
+        sequence = _Sequence(request, asyncio.get_running_loop().create_future())
         self._turns.hand_over()
         self._waiting.append(sequence)
         if self._task is None or self._task.done():
@@ -173,16 +140,12 @@ class EmbeddedEngine:
                     sequence.done.set_exception(error)
             self._waiting.clear()
             self._running = [None] * self.slots
+            self._table = SlotTable(self.slots, len(self._models))
             if not isinstance(error, Exception):
                 raise
 
     def _in_flight(self) -> list[_Sequence]:
-        return [*self._waiting, *(sequence for _, sequence in self._running_slots())]
-
-    def _running_slots(self) -> Iterator[tuple[int, _Sequence]]:
-        for slot, sequence in enumerate(self._running):
-            if sequence is not None:
-                yield slot, sequence
+        return [*self._waiting, *(sequence for sequence in self._running if sequence is not None)]
 
     async def _until_resumed_or_aborted(self) -> None:
         """Waits while paused; requests can be aborted meanwhile."""
@@ -192,79 +155,75 @@ class EmbeddedEngine:
         for wait in left:
             wait.cancel()
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: _Sequence, generation: Generation) -> None:
         if not sequence.done.done():
-            self._turns.hand_back(sequence.request.id, finished=reason != "abort")
-            sequence.done.set_result(sequence.result(reason))
+            self._turns.hand_back(sequence.request.id, finished=generation.finish_reason != "abort")
+            sequence.done.set_result(generation)
+
+    def _free(self, slot: int, reason: FinishReason) -> None:
+        """Ends the response in a slot and frees the slot."""
+        sequence, self._running[slot] = self._running[slot], None
+        assert sequence is not None
+        self._finish(sequence, self._table.take(slot, reason))
 
     def _end_aborted(self) -> None:
-        for sequence in self._in_flight():
-            if sequence.aborted:
-                self._finish(sequence, "abort")
-        self._waiting = deque(sequence for sequence in self._waiting if not sequence.done.done())
-        self._running = [None if s is None or s.done.done() else s for s in self._running]
+        """Ends aborted requests, and those that nobody waits for any more."""
+        for sequence in [sequence for sequence in self._waiting if sequence.aborted or sequence.done.done()]:
+            self._waiting.remove(sequence)
+            self._finish(sequence, _NOTHING)
+        for slot, running in enumerate(self._running):
+            if running is not None and (running.aborted or running.done.done()):
+                self._free(slot, "abort")
 
     def _admit(self) -> None:
         """Fills free slots with waiting requests; after an update of the weights, reads running sequences again."""
-        to_read = dict(self._running_slots()) if self._outdated else {}
-        for slot, sequence in enumerate(self._running):
-            if sequence is None and self._waiting:
-                self._running[slot] = to_read[slot] = self._waiting.popleft()
+        to_read = self._table.running.tolist() if self._outdated else []
+        if self._waiting:
+            for slot in [slot for slot, sequence in enumerate(self._running) if sequence is None]:
+                if not self._waiting:
+                    break
+                self._running[slot] = sequence = self._waiting.popleft()
+                self._table.begin(slot, sequence.request)
+                to_read.append(slot)
         if to_read:
+            sequences = {slot: self._table.all_tokens(slot) for slot in to_read}
             for model in self._models:
-                model.read({slot: sequence.all_tokens for slot, sequence in to_read.items()})
+                model.read(sequences)
         self._outdated = False
 
     def _sample(self) -> None:
         """Samples one token for every running sequence."""
-        running = list(self._running_slots())
+        running = self._table.running
         rows = max(1, _DRAWN_ELEMENTS // self.model.config.vocab_size)
         for first in range(0, len(running), rows):
-            self._sample_some(running[first : first + rows])
-
-    def _sample_some(self, running: Sequence[tuple[int, _Sequence]]) -> None:
-        slots, sequences = zip(*running, strict=True)
-        how = Draw(
-            torch.tensor([[s.request.sampling.temperature] for s in sequences], dtype=torch.float64),
-            np.array([s.request.sampling.top_p for s in sequences]),
-            np.array([[stream.random() for stream in s.random[: len(self._models)]] for s in sequences]).T,
-            self._entropy_at,
-        )
-        logits = [model.next_logits(slots).double() for model in self._models]
-        drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
-        if drawn.quantities is not None:
-            for sequence, quantities in zip(sequences, drawn.quantities, strict=True):
-                sequence.quantities.append(quantities)
-        columns = (drawn.tokens, drawn.log_probs, drawn.selected, drawn.changed)
-        for (slot, s), token, *rest in zip(running, *(column.tolist() for column in columns), strict=True):
-            s.append(token, *rest, self._model.version)
-            stopped = token in s.request.sampling.stop_token_ids
-            if stopped or len(s.tokens) == s.request.sampling.max_tokens:
-                self._finish(s, "stop" if stopped else "length")
-                self._running[slot] = None
+            slots = running[first : first + rows]
+            how = self._table.draw(slots, self._entropy_at)
+            logits = [model.next_logits(slots).double() for model in self._models]
+            drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
+            for slot, reason in self._table.append(slots, drawn, self._model.version):
+                self._free(slot, reason)
 
     def _decode(self) -> None:
         """Computes the logits of the next token of every running sequence."""
-        running = dict(self._running_slots())
-        if not running:
-            return
-        self._compact(running)
-        last_tokens = {slot: (s.tokens[-1], s.length - 1) for slot, s in self._running_slots()}
-        for model in self._models:
-            model.decode(last_tokens)
+        if len(running := self._table.running):
+            running = self._compact(running)
+            for model in self._models:
+                model.decode(running, *self._table.last(running))
 
-    def _compact(self, running: Mapping[int, _Sequence]) -> None:
-        """Moves sequences from slots beyond the next pass's rows to free slots within it."""
+    def _compact(self, running: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Moves sequences from slots beyond the next pass's rows to free slots within it; returns the slots in use."""
         width = min(model.width(len(running)) for model in self._models)
-        outside = [slot for slot in running if slot >= width]
-        if not outside:
-            return
+        outside = running[running >= width]
+        if not len(outside):
+            return running
         free = [slot for slot in range(width) if self._running[slot] is None]
-        moves = dict(zip(outside, free, strict=False))
+        moves = dict(zip(outside.tolist(), free, strict=False))
         for model in self._models:
-            model.move(moves, max(running[slot].length for slot in outside))
+            model.move(moves, self._table.longest(outside))
+        self._table.move(moves)
         for old, new in moves.items():
-            self._running[old], self._running[new] = None, running[old]
+            self._running[old], self._running[new] = None, self._running[old]
+        return self._table.running
 
     def driving(self, responses: int) -> AbstractContextManager[Callable[[int], None]]:
         """Opens a block in which the engine waits for a driver; see :meth:`.engine.RolloutEngine.driving`."""

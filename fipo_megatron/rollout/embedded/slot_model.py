@@ -6,7 +6,7 @@ has as many rows as are in use, rounded up to one of a few widths that give each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -75,22 +75,22 @@ class SlotModel:
             self._logits[equal] = read.logits
 
     @torch.no_grad()
-    def decode(self, last_tokens: Mapping[int, tuple[int, int]]) -> None:
+    def decode(self, slots: NDArray[np.int64], tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> None:
         """Runs a pass over one token per slot; :meth:`next_logits` returns the logits. Unused slots are rows, too.
 
         Args:
-            last_tokens: Last token of each slot in use and its position in the sequence, by slot. The pass has
-                :meth:`width` rows for this number of slots, which must be below that.
+            slots: Slots in use, below :meth:`width` for their number, which is the number of rows of the pass.
+            tokens: Last token of each of them.
+            positions: Position of this token in its sequence.
         """
-        width = self.width(len(last_tokens))
-        ids, positions = torch.zeros(2, width, dtype=torch.int64)
-        slots = list(last_tokens)
-        ids[slots], positions[slots] = torch.tensor(list(last_tokens.values())).T
+        width = self.width(len(slots))
+        ids, places = torch.zeros(2, width, dtype=torch.int64)
+        ids.numpy()[slots], places.numpy()[slots] = tokens, positions
         cache = self._allocated()
         found = self.module(
             input_ids=ids[:, None],
-            position_ids=positions[:, None],
-            attention_mask=cache.advance(positions),
+            position_ids=places[:, None],
+            attention_mask=cache.advance(places),
             past_key_values=cache,
             use_cache=True,
         )
@@ -107,9 +107,9 @@ class SlotModel:
         """Moves sequences of at most ``length`` tokens from the keys of a mapping to its values, which are free."""
         self._allocated().move(slots, length)
 
-    def next_logits(self, slots: Sequence[int]) -> Tensor:
+    def next_logits(self, slots: NDArray[np.int64]) -> Tensor:
         """Returns the logits of the next tokens of these slots, ``[slots, V]``."""
-        return self._logits[list(slots)]
+        return self._logits[torch.from_numpy(slots)]
 
     def _allocated(self) -> SlotCache:
         if self._cache is None:
