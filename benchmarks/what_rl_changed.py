@@ -108,7 +108,8 @@ def amplify(quickstart: Path, output: Path) -> dict[str, Any]:
     file = run / "fipo" / "amplify-quickstart" / "amplify.json"
     if not file.is_file():
         _run(evaluate)
-    return _head(run, [train, evaluate]) | json.loads(file.read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return _head(run, [train, evaluate]) | result
 
 
 PARTS: Mapping[str, Callable[[Path, Path], dict[str, Any]]] = {"shift": shift, "swap": swap, "amplify": amplify}

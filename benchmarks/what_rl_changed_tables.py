@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fipo_megatron.compare.swap_curves import accuracy, reached
+
 Result = Mapping[str, Any]
-AT = "share_at_90%"
-"""Key of the shares at which a curve recovers 90 % of the gap."""
 DIRECTIONS = {"base_to_rl": "base → RL", "rl_to_base": "RL → base"}
 
 
@@ -77,7 +77,7 @@ def swap_table(result: Result) -> str:
     heads = ["selector", *(f"{name}, {what}" for name in DIRECTIONS.values() for what in ("selected", "changed"))]
     rows = []
     for selector, curves in _by_selector(result).items():
-        rows.append([f"`{selector}`", *(_reached(curves[way], what) for way in DIRECTIONS for what in _WHAT)])
+        rows.append([f"`{selector}`", *(reached(curves[way], what) for way in DIRECTIONS for what in _WHAT)])
     return _markdown(heads, rows)
 
 
@@ -100,8 +100,8 @@ def swap_sentences(result: Result) -> list[str]:
     best = max(curve["points"], key=lambda row: row["accuracy"])
     (point,) = [row for row in curve["points"] if row["share"] == at["share"]]
     return [
-        f"Base alone has {_with_interval(base)} right, RL alone {_with_interval(rl)}",
-        f"{_with_interval(best)} against {percent(rl['accuracy'])}",
+        f"Base alone has {accuracy(base)} right, RL alone {accuracy(rl)}",
+        f"{accuracy(best)} against {percent(rl['accuracy'])}",
         f"with Δ at {percent(point['selected'])}, {at['swaps'] / at['responses']:.1f} tokens per response are swapped, "
         f"the first token in {at['first_tokens']:,} of {at['responses']:,} responses, and "
         f"{100 * at['line_starts'] / at['swaps']:.0f} % of all swaps are at the starts of the first "
@@ -144,22 +144,9 @@ def _by_selector(result: Result) -> dict[str, dict[str, Result]]:
     return found
 
 
-def _reached(curve: Result, what: str) -> str:
-    """Formats the share at which the curve recovers 90 % of the gap; one beyond the last point has no interval."""
-    value, low, high = (curve[AT][what][name] for name in ("value", "low", "high"))
-    beyond = f"> {100 * max(row[what] for row in curve['points']):.1f}"
-    if value is None:
-        return f"{beyond} %"
-    return f"{percent(value)} ({100 * low:.1f}–{beyond if high is None else f'{100 * high:.1f}'})"
-
-
 def percent(share: float) -> str:
     """Formats a share with one digit after the point, or two if it is below 0.1 %."""
     return f"{100 * share:.{2 if 0 < share < 1e-3 else 1}f} %"
-
-
-def _with_interval(row: Result) -> str:
-    return f"{percent(row['accuracy'])} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
 
 
 def _estimate(estimate: Result) -> str:
