@@ -22,13 +22,18 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from benchmarks import what_rl_changed_chart, what_rl_changed_tables
 from benchmarks.result_table import RESULTS, write_result
+from fipo_megatron.compare.swap_curves import Pooled
+from fipo_megatron.compare.swap_points import Point, PointFiles
+from fipo_megatron.evaluation.estimates import estimate
 
 CONFIG = "examples/quickstart/fipo.yaml"
 CHART = Path(__file__).parents[1] / "docs" / "images" / "quickstart_swap.png"
@@ -88,8 +93,8 @@ def swap(quickstart: Path, output: Path) -> dict[str, Any]:
     found = output / "swap-quickstart"
     result = json.loads((found / "swap.json").read_text(encoding="utf-8"))
     names = ("temperature", "top_p", "samples_per_prompt", "seeds", "alone", "gap", "curves")
-    where = {"located": _where_swaps_are(found, quickstart)}
-    return _head(quickstart, [command]) | {name: result[name] for name in names} | where
+    more = {"located": _where_swaps_are(found, quickstart), "best_delta": _best_delta(found, result["curves"])}
+    return _head(quickstart, [command]) | {name: result[name] for name in names} | more
 
 
 def amplify(quickstart: Path, output: Path) -> dict[str, Any]:
@@ -182,6 +187,20 @@ def _rows(directory: Path, point: str) -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         with (directory / f"responses-{point}-seed{seed}.jsonl").open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
+
+
+def _best_delta(directory: Path, curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compares the most accurate point of delta from base to RL with RL alone, paired by problem."""
+    files = PointFiles(directory)
+    (curve,) = [curve for curve in curves if (curve["direction"], curve["selector"]) == LOCATED[:2]]
+    share = max(curve["points"], key=lambda row: row["accuracy"])["share"]
+    swapped, alone = (
+        Pooled.of([result for point in points if (result := files.read(point)) is not None])
+        for points in ([Point("base", seed, "delta", share) for seed in SEEDS], [Point("rl", seed) for seed in SEEDS])
+    )
+    difference = swapped.accuracies - alone.accuracies
+    [gain] = estimate([difference[np.isfinite(difference)].tolist()])
+    return {"share": share, "over_rl": asdict(gain)}
 
 
 def _rounded(value: Any) -> Any:

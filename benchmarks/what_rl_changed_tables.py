@@ -97,11 +97,13 @@ def swap_sentences(result: Result) -> list[str]:
     """Returns what the page says about the models alone, the best point of delta, and the place of the swaps."""
     base, rl, at = result["alone"]["base"], result["alone"]["rl"], result["located"]
     curve = _by_selector(result)[at["selector"]][at["direction"]]
-    best = max(curve["points"], key=lambda row: row["accuracy"])
-    (point,) = [row for row in curve["points"] if row["share"] == at["share"]]
+    point, best = (
+        next(row for row in curve["points"] if row["share"] == share)
+        for share in (at["share"], result["best_delta"]["share"])
+    )
     return [
         f"Base alone has {accuracy(base)} right, RL alone {accuracy(rl)}",
-        f"{accuracy(best)} against {percent(rl['accuracy'])}",
+        f"{accuracy(best)} against {percent(rl['accuracy'])}, paired {_points(result['best_delta']['over_rl'])} points",
         f"with Δ at {percent(point['selected'])}, {at['swaps'] / at['responses']:.1f} tokens per response are swapped, "
         f"the first token in {at['first_tokens']:,} of {at['responses']:,} responses, and "
         f"{100 * at['line_starts'] / at['swaps']:.0f} % of all swaps are at the starts of the first "
