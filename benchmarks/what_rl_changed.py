@@ -41,6 +41,8 @@ SHARES, SEEDS = (0.05, 0.1, 0.2, 0.4), (1, 2, 3)
 LOCATED = ("base_to_rl", "delta", 0.1)
 """Direction, selector and target share of the point whose swapped positions are counted."""
 FIRST_LINES = 6
+AMPLIFICATIONS = (("rl", "1e-9,0.05,0.1,0.2,0.5,1.0", "null,-0.3,0"), ("base", "1e-9,0.2,1.0", "-0.3,0"))
+"""The model that draws first, values of γ and thresholds."""
 _DIGITS, _MOST_TOKENS = 6, 10
 _QUANTITIES = ("js", "kl", "kl_reverse", "delta", "entropy_base", "entropy_rl", "rank", "overlap")
 
@@ -98,23 +100,26 @@ def swap(quickstart: Path, output: Path) -> dict[str, Any]:
 
 
 def amplify(quickstart: Path, output: Path) -> dict[str, Any]:
-    """Extrapolates from the checkpoint of step 5, which it trains first."""
+    """Extrapolates from the checkpoint of step 5, which it trains first, with either model drawing first."""
     run = output / "first_steps"
     train = ["python", "-m", "examples.quickstart", "--output", str(run), "run.steps=5"]
     if not (run / "fipo" / "hf").is_dir():
         _run(train)
-    evaluate = [
-        *("fipo", "evaluate", CONFIG, "seed=1", f"run.output={run}/fipo", f"model.path={run}/sft/hf"),
-        *(f"evaluation.checkpoint={run}/fipo/checkpoints/step-000005", f"amplify.base={run}/sft/hf"),
-        *(f"evaluation.files=[{run}/data/held_out.jsonl]", "evaluation.samples_per_prompt=4"),
-        *("rollout.embedded_slots=256", "evaluation.name=quickstart"),
-        *("amplify.gamma=[1e-9,0.05,0.1,0.2,0.5,1.0]", "amplify.threshold=[null,-0.3,0]"),
-    ]
-    file = run / "fipo" / "amplify-quickstart" / "amplify.json"
-    if not file.is_file():
-        _run(evaluate)
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return _head(run, [train, evaluate]) | result
+    commands, results = [train], list[dict[str, Any]]()
+    for primary, gammas, thresholds in AMPLIFICATIONS:
+        evaluate = [
+            *("fipo", "evaluate", CONFIG, "seed=1", f"run.output={run}/fipo", f"model.path={run}/sft/hf"),
+            *(f"evaluation.checkpoint={run}/fipo/checkpoints/step-000005", f"amplify.base={run}/sft/hf"),
+            *(f"evaluation.files=[{run}/data/held_out.jsonl]", "evaluation.samples_per_prompt=4"),
+            *("rollout.embedded_slots=256", f"evaluation.name={primary}-first", f"amplify.primary={primary}"),
+            *(f"amplify.gamma=[{gammas}]", f"amplify.threshold=[{thresholds}]"),
+        ]
+        commands.append(evaluate)
+        file = run / "fipo" / f"amplify-{primary}-first" / "amplify.json"
+        if not file.is_file():
+            _run(evaluate)
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    return _head(run, commands) | results[0] | {"base_first": results[1]["settings"]}
 
 
 PARTS: Mapping[str, Callable[[Path, Path], dict[str, Any]]] = {"shift": shift, "swap": swap, "amplify": amplify}
