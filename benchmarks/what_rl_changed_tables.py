@@ -28,16 +28,18 @@ def tables(results: Path) -> list[str]:
     for name, makers in {
         "shift": (shift_table,),
         "swap": (swap_table, accuracy_table),
-        "amplify": (amplify_table,),
+        "amplify": (amplify_table, base_first_table),
     }.items():
         found += [make(result) for result in _read(results, name) for make in makers]
     return found
 
 
 def sentences(results: Path) -> list[str]:
-    """Returns the parts of sentences of the page that contain figures of shift and swap."""
-    found = [text for result in _read(results, "shift") for text in shift_sentences(result)]
-    return found + [text for result in _read(results, "swap") for text in swap_sentences(result)]
+    """Returns parts of sentences of the page, with their figures."""
+    found = []
+    for name, make in {"shift": shift_sentences, "swap": swap_sentences, "amplify": amplify_sentences}.items():
+        found += [text for result in _read(results, name) for text in make(result)]
+    return found
 
 
 def _read(results: Path, name: str) -> list[Result]:
@@ -113,18 +115,39 @@ def swap_sentences(result: Result) -> list[str]:
 
 def amplify_table(result: Result) -> str:
     """Returns the table of an amplification: a row per setting, as ``fipo evaluate`` prints it."""
+    alone, first = result["rl"], result["settings"][0]["accuracy"]["rl"]
+    tokens, entropy = f"{alone['response_tokens']:.1f}", f"{alone['entropy']:.3f}"
+    return _amplify_rows([["0", "–", _estimate(first), *[""] * 4, tokens, entropy, "", ""]], result["settings"])
+
+
+def base_first_table(result: Result) -> str:
+    """Returns the table of the settings with which the base model draws first."""
+    return _amplify_rows([], result["base_first"])
+
+
+def amplify_sentences(result: Result) -> list[str]:
+    """Returns what the page says about RL alone and about the setting that one half of the problems chose."""
+    choice, threshold = result["choice"], _threshold(result["choice"])
+    other = choice["reported_on"]["accuracy"]
+    amplified, rl = (percent(other[name]["value"]) for name in ("amplified", "rl"))
+    value, low, high = (_signed(100 * other["over_control"][name]) for name in ("value", "low", "high"))
+    return [
+        f"is right in {percent(result['settings'][0]['accuracy']['rl']['value'])} of its answers",
+        f"γ = {choice['gamma']:g}, threshold {threshold}. On the other half it has {amplified} against {rl} of RL "
+        f"alone, and {value} ({low} to {high}) points more than its control",
+    ]
+
+
+def _amplify_rows(rows: Sequence[Sequence[str]], settings: Sequence[Result]) -> str:
     heads = ["γ", "threshold", "accuracy %", "− RL", "− control", "amplified", "changed", "tokens", "entropy"]
     heads += ["control: T", "its entropy"]
-    alone, first = result["rl"], result["settings"][0]["accuracy"]["rl"]
-    rows = [
-        ["0", "–", _estimate(first), *[""] * 4, f"{alone['response_tokens']:.1f}", f"{alone['entropy']:.3f}", "", ""]
-    ]
-    for setting in result["settings"]:
+    rows = list(rows)
+    for setting in settings:
         found, run, control = setting["accuracy"], setting["amplified"], setting["control"]
         rows.append(
             [
                 f"{setting['gamma']:g}",
-                "none" if setting["threshold"] is None else f"{setting['threshold']:g}".replace("-", "−"),
+                _threshold(setting),
                 *(_estimate(found["amplified"]), _points(found["over_rl"]), _points(found["over_control"])),
                 *(f"{run[name]:.1%}" for name in ("selected_fraction", "changed_fraction")),
                 *(f"{run['response_tokens']:.1f}", f"{run['entropy']:.3f}"),
@@ -154,6 +177,10 @@ def percent(share: float) -> str:
 def _estimate(estimate: Result) -> str:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
     return f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _threshold(setting: Result) -> str:
+    return "none" if setting["threshold"] is None else f"{setting['threshold']:g}".replace("-", "−")
 
 
 def _points(difference: Result) -> str:

@@ -21,7 +21,7 @@ def missing(text, results):
 
 
 def test_tables_and_sentences_have_the_figures_of_the_results():
-    assert (len(tables(RESULTS)), len(sentences(RESULTS))) == (4, 5)
+    assert (len(tables(RESULTS)), len(sentences(RESULTS))) == (5, 7)
     assert not missing(PAGE.read_text(encoding="utf-8"), RESULTS)
 
 
@@ -38,6 +38,8 @@ def test_shift_and_swap_compare_the_same_models():
         ("swap", ("curves", 0, "points", 1, "accuracy")),
         ("swap", ("located", "first_tokens")),
         ("amplify", ("settings", 3, "amplified", "entropy")),
+        ("amplify", ("base_first", 1, "control", "temperature")),
+        ("amplify", ("choice", "reported_on", "accuracy", "rl", "value")),
     ],
 )
 def test_another_figure_is_noticed(tmp_path, name, path):
