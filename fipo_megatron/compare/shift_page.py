@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fipo_megatron.compare.shift_summary import TokenTable, rows
-from fipo_megatron.report import page as report_page
+from fipo_megatron.report import frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +56,6 @@ def render(
     shown = [_shown(row, prompts[row["response"]], tokenizer) for row in _every(tokens, step)]
     data = {
         "runs": [{"name": "comparison"}],
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "row_name": "response",
         "token_modes": [{"key": k, "label": v, "centre": _CENTRES.get(k)} for k, v in _LABELS.items()],
         "token_rows": [[name, _LABELS.get(name, name.replace("_", " "))] for name in (*_ROWS, *_LABELS)],
@@ -68,8 +66,8 @@ def render(
         "labels": _LABELS,
         "histograms": {name: histogram(name, table.columns[name]) for name in _LABELS},
     }
-    scripts = [*(report_page.PARTS / name for name in ("base.js", "tokens.js")), PARTS / "shift.js"]
-    return report_page.assemble(PARTS / "shift.html", scripts, data)
+    scripts = [frame.PARTS / "tokens.js", PARTS / "small_charts.js", PARTS / "shift.js"]
+    return frame.assemble("What RL changed", PARTS / "shift.html", scripts, data)
 
 
 def histogram(name: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:

@@ -153,21 +153,17 @@ def crossing(shares: Sequence[float], accuracies: NDArray[np.float64], end: floa
 def text_table(result: Mapping[str, Any]) -> str:
     """Formats the models alone, every point, and the shares at which curves recover most of the gap."""
     heads = ["direction", "selector", "target", "threshold", "selected", "changed", "accuracy", "recovered"]
-    rows = [
-        [f"{role} alone", "", "", "", "0.0 %", "0.0 %", _accuracy(row), ""] for role, row in result["alone"].items()
-    ]
+    rows = [[f"{role} alone", "", "", "", "0.0 %", "0.0 %", accuracy(row), ""] for role, row in result["alone"].items()]
     for curve in result["curves"]:
         for row in curve["points"]:
             target = "" if row["share"] is None else _percent(row["share"])
             shares = [_percent(row[name]) for name in ("selected", "changed")]
             recovered = "–" if row["recovered"] is None else f"{100 * row['recovered']:.0f} %"
             names = [curve["direction"].replace("_", " "), curve["selector"]]
-            rows.append([*names, target, f"{row['threshold']:.4g}", *shares, _accuracy(row), recovered])
-    key = f"share_at_{RECOVERED:.0%}"
+            rows.append([*names, target, f"{row['threshold']:.4g}", *shares, accuracy(row), recovered])
     ends = [["direction", "selector", f"selected at {RECOVERED:.0%}", f"changed at {RECOVERED:.0%}"]]
     for curve in result["curves"]:
-        largest = {what: max(row[what] for row in curve["points"]) for what in ("selected", "changed")}
-        cells = [_reached(curve[key][what], largest[what]) for what in ("selected", "changed")]
+        cells = [reached(curve, what) for what in ("selected", "changed")]
         ends.append([curve["direction"].replace("_", " "), curve["selector"], *cells])
     gap = result["gap"]
     unclear = gap["low"] is None or gap["low"] <= 0 <= gap["high"]
@@ -178,18 +174,27 @@ def text_table(result: Mapping[str, Any]) -> str:
     )
 
 
-def _accuracy(row: Mapping[str, Any]) -> str:
+def accuracy(row: Mapping[str, Any]) -> str:
+    """Formats the accuracy of a point, with its interval if it has one."""
     text = _percent(row["accuracy"])
     return text if row["low"] is None else f"{text} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
 
 
-def _reached(at: Mapping[str, float | None], largest: float) -> str:
-    """Formats a share; one that is not reached is above the largest measured one."""
+def reached(curve: Mapping[str, Any], what: str) -> str:
+    """Formats the share of ``selected`` or ``changed`` tokens at which a curve recovers :data:`RECOVERED` of the gap.
+
+    A share that is not reached is above the largest measured one, and has no interval.
+
+    Args:
+        curve: A curve of ``swap.json``.
+        what: ``selected`` or ``changed``.
+    """
+    largest, at = max(row[what] for row in curve["points"]), curve[f"share_at_{RECOVERED:.0%}"][what]
     value, low, high = (
         f"> {100 * largest:.1f}" if share is None else f"{100 * share:.1f}"
         for share in (at["value"], at["low"], at["high"])
     )
-    return f"{value} % ({low}–{high})"
+    return f"{value} %" if at["value"] is None else f"{value} % ({low}–{high})"
 
 
 def _percent(value: float) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fipo_megatron.compare.swap_points import Point, PointFiles, curves_of, points_of
 from fipo_megatron.config import CompareConfig
-from fipo_megatron.report import page as report_page
+from fipo_megatron.report import frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
 PARTS = Path(__file__).parent / "page"
 RESPONSES, TOKENS = 6, 4000
 """Responses of each curve on the page, and tokens of each."""
-_CHANGED, _SELECTED = 2, 1
+_NONE, _SELECTED, _CHANGED = range(3)
 """Marks of tokens."""
+_MEANINGS = (None, "not changed", "changed")
 
 
 def render(
@@ -45,13 +45,10 @@ def render(
             shown.append(_shown(row, point, len(shown), list(compare.select).index(curve.selector), tokenizer))
     data = {
         "runs": [{"name": name} for name in compare.select],
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "row_name": "response",
         "run_name": "Selector",
-        "token_modes": [
-            {"key": "mark", "label": "swapped tokens (1: the same token, 2: another token)", "centre": None}
-        ],
-        "token_rows": [["mark", "mark"], ["quantity", "quantity"]],
+        "token_modes": [{"key": "mark", "label": "swapped tokens (dark: changed, light: not changed)", "centre": None}],
+        "token_rows": [["swapped", "swapped"], ["quantity", "quantity"]],
         "responses": shown,
         "omitted": [
             f"The first {RESPONSES} responses with swapped tokens of each curve's middle point, up to {TOKENS} tokens "
@@ -59,8 +56,8 @@ def render(
         ],
         "result": result,
     }
-    scripts = [*(report_page.PARTS / name for name in ("base.js", "tokens.js")), PARTS / "swap.js"]
-    return report_page.assemble(PARTS / "swap.html", scripts, data)
+    scripts = [frame.PARTS / "tokens.js", PARTS / "small_charts.js", PARTS / "swap.js"]
+    return frame.assemble("Swapped tokens", PARTS / "swap.html", scripts, data)
 
 
 def _with_swaps(file: Path) -> Iterator[dict[str, Any]]:
@@ -77,7 +74,7 @@ def _shown(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     count = len(row["response_ids"])
-    marks = [0] * count
+    marks = [_NONE] * count
     quantities: list[float | None] = [None] * count
     for position, quantity in zip(row["selected"], row["quantity"], strict=True):
         marks[position], quantities[position] = _SELECTED, quantity
@@ -98,6 +95,7 @@ def _shown(
         "tokens": {
             "text": [str(tokenizer.decode([token])) for token in row["response_ids"][:TOKENS]],
             "mark": marks[:TOKENS],
+            "swapped": [_MEANINGS[mark] for mark in marks[:TOKENS]],
             "quantity": quantities[:TOKENS],
         },
         "cut": count > TOKENS,

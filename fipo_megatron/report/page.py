@@ -1,25 +1,19 @@
-"""The HTML page: one file with style, scripts and data that makes no network request."""
+"""The HTML page of one or several runs: its data, in the frame of all pages."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from fipo_megatron.report.charts import Chart, bands_shown, charts_of, explained, lines_shown
+from fipo_megatron.report.frame import PARTS, assemble
 from fipo_megatron.report.runs import Run, Series, differences
 from fipo_megatron.report.series import MAX_POINTS, thin, thin_together
 from fipo_megatron.report.summary import headline, last_values
 from fipo_megatron.report.tokens import chosen_responses
 from fipo_megatron.report.verdict import compare
 
-PARTS = Path(__file__).parent / "page"
-SCRIPTS = ("base.js", "chart.js", "curves.js", "tokens.js", "main.js")
+SCRIPTS = ("chart.js", "curves.js", "tokens.js", "main.js")
 
 
 def render(runs: list[Run], *, smooth: int, responses: int, token_limit: int) -> str:
@@ -32,32 +26,7 @@ def render(runs: list[Run], *, smooth: int, responses: int, token_limit: int) ->
         token_limit: Maximum number of tokens per response.
     """
     data = page_data(runs, smooth=smooth, responses=responses, token_limit=token_limit)
-    return assemble(PARTS / "page.html", [PARTS / name for name in SCRIPTS], data)
-
-
-def assemble(template: Path, scripts: Sequence[Path], data: Any) -> str:
-    """Returns a self-contained page: the template with the style, the scripts and the data in their places."""
-    style = (PARTS / "style.css").read_text("utf-8")
-    script = "\n".join(path.read_text("utf-8") for path in scripts)
-    page = template.read_text("utf-8")
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
-    for name, text in {"POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": escaped_json(data)}.items():
-        before, mark, after = page.partition(f"@@{name}@@")
-        assert mark, name
-        page = before + text + after
-    return page
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def escaped_json(data: Any) -> str:
-    """Returns ASCII JSON without <, > and &, so that it can neither end a script element nor begin a comment."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return assemble("Report", PARTS / "runs.html", [PARTS / name for name in SCRIPTS], data)
 
 
 class StepTable:
@@ -110,7 +79,6 @@ def page_data(runs: list[Run], *, smooth: int, responses: int, token_limit: int)
             " interval of steps, the shade around it reaches from the smallest to the largest value."
         )
     return {
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "smooth": smooth,
         "notes": notes,
         "runs": [

@@ -43,6 +43,10 @@ def page(browser, tmp_path):  # noqa: F811 - the fixture of that name
 
 def test_the_page_shows_figures_and_tokens(page):
     assert text(page, "#verdict .first").startswith("At 0 % of ")
+    links = [link.text for link in select(page, "#parts a")]
+    assert links == ["Summary", "Histograms", "Profile", "Responses", "Most changed"]
+    one(page, "#theme").click()
+    assert page.execute_script("return document.documentElement.dataset.theme") == "dark"
     assert len(select(page, "#bars figure")) == len(select(page, "#lines figure")) == 8
     assert len(select(page, "#list button")) == 3
     assert [option.text for option in select(page, "#colour-by option")][:2] == [

@@ -5,50 +5,26 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from examples.quickstart import task
 from fipo_megatron import cli
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.compare.response_file import read_responses
-from fipo_megatron.compare.swap_curves import Pooled, crossing, share_with_interval
+from fipo_megatron.compare.swap_curves import Pooled, crossing, reached, share_with_interval
 from fipo_megatron.compare.swap_points import CALIBRATED, threshold_for
 from fipo_megatron.data.tokenizer import load_tokenizer
+from tests.compare.results import check_page, models, rows, settings
 from tests.runs import CONFIG
 
 pytestmark = pytest.mark.timeout(300)
 SEEDS = (1, 2)
 SELECT = ("delta", "js", "random")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Builds problems, a model in ``model`` and a perturbed copy of it in ``changed``."""
-    directory = tmp_path_factory.mktemp("data")
-    task.build(directory, seed=1)
-    lines = (directory / "held_out.jsonl").read_text().splitlines()[:6]
-    (directory / "few.jsonl").write_text("\n".join(lines) + "\n")
-    shutil.copytree(directory / "model", directory / "changed")
-    file = directory / "changed" / "model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    changed = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in load_file(file).items()}
-    save_file(changed, file, {"format": "pt"})
-    return directory
-
-
-def settings(data, output):
-    return [
-        *(f"run.output={output}", f"evaluation.files=[{data}/few.jsonl]", "rollout.max_response_tokens=20"),
-        *("rollout.embedded_slots=32", "evaluation.samples_per_prompt=4"),
-        *("reward.verifier=python:tests.train_verifiers.by_chance", "reward.truncated_is_wrong=false"),
-    ]
+CHOSEN = ("rollout.embedded_slots=32", "evaluation.samples_per_prompt=4", "reward.truncated_is_wrong=false")
 
 
 def swap(data, output, *overrides):
-    models = [f"compare.base={data}/model", f"compare.rl={data}/changed", "compare.seeds=[1,2]"]
-    chosen = [f"compare.select=[{','.join(SELECT)}]", "compare.share=[0.2]"]
-    return cli.main(["compare", "swap", str(CONFIG), *settings(data, output), *models, *chosen, *overrides])
+    curves = [f"compare.select=[{','.join(SELECT)}]", "compare.share=[0.2]", "compare.seeds=[1,2]"]
+    given = [*models(data), *settings(data, output), *CHOSEN, *curves, *overrides]
+    return cli.main(["compare", "swap", str(CONFIG), *given])
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +43,10 @@ def evaluated(data, tmp_path_factory):
     def evaluate(role, seed):
         model = {"base": "model", "rl": "changed"}[role]
         arguments = [f"model.path={data}/{model}", f"seed={seed}", f"evaluation.name={role}-{seed}"]
-        assert cli.main(["evaluate", str(CONFIG), *settings(data, output), *arguments]) == 0
+        assert cli.main(["evaluate", str(CONFIG), *settings(data, output), *CHOSEN, *arguments]) == 0
         return (output / f"evaluation-{role}-{seed}" / "problems.jsonl").read_bytes()
 
     return {(role, seed): evaluate(role, seed) for role in ("base", "rl") for seed in SEEDS}
-
-
-def rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_the_models_alone_have_the_rows_of_their_evaluations(swapped, evaluated):
@@ -136,9 +108,7 @@ def test_swapped_tokens_are_marked(swapped):
 
 
 def test_the_page_is_whole_and_loads_nothing(swapped):
-    page = (swapped / "report.html").read_text()
-    assert "@@" not in page
-    assert page.count("http") == page.count("http://www.w3.org/2000/svg") + page.count("http-equiv") == 2
+    check_page(swapped / "report.html")
 
 
 def test_other_commands_read_the_responses(data, swapped, capsys):
@@ -258,3 +228,12 @@ def test_the_interval_of_a_share_is_over_problems():
     assert found["value"] == pytest.approx(0.18)
     assert 0.15 < found["low"] < 0.18 < found["high"] < 0.19
     assert share_with_interval(columns[:2], Pooled((), whole), [0.0, 0.1]) == dict.fromkeys(("value", "low", "high"))
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [(0.1, 0.09, 0.11, "10.0 % (9.0–11.0)"), (0.1, 0.09, None, "10.0 % (9.0–> 20.0)"), (None, 0.19, None, "> 20.0 %")],
+)
+def test_a_share_that_is_not_reached_has_no_interval(value, low, high, expected):
+    curve = {"points": [{"selected": 0.2}], "share_at_90%": {"selected": {"value": value, "low": low, "high": high}}}
+    assert reached(curve, "selected") == expected

@@ -48,6 +48,8 @@ def page(browser, tmp_path):  # noqa: F811 - the fixture of that name
 
 def test_the_page_shows_curves_tables_and_marked_tokens(page):
     assert text(page, "#verdict .first") == "Accuracy of base alone 20 %, of RL alone 90 %."
+    assert "if base draws and RL replaces: 20 % by delta, 20 % by random." in text(page, "#verdict")
+    assert [link.text for link in select(page, "#parts a")] == ["Summary", "Curves", "Points", "Responses"]
     assert len(select(page, "#lines figure")) == 4
     assert len(select(page, "#lines circle")) == 4 * 2 * 2
     assert "20 % (15 % to > 30 %)" in text(page, "#recovered")
@@ -56,5 +58,6 @@ def test_the_page_shows_curves_tables_and_marked_tokens(page):
     tokens = select(page, ".tokens .token")
     page.execute_script("arguments[0].dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))", tokens[3])
     assert "−7.5" in text(page, "#tip")
+    assert "changed" in text(page, "#tip")
     assert "Selector" in text(page, "#response .facts")
     assert HOSTILE.split()[0] in text(page, "#response details")

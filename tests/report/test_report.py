@@ -13,7 +13,8 @@ import pytest
 from fipo_megatron.observe.metrics import METRICS
 from fipo_megatron.report.__main__ import main
 from fipo_megatron.report.charts import CHARTS, charts_of, held_out
-from fipo_megatron.report.page import escaped_json, page_data, render
+from fipo_megatron.report.frame import escaped_json
+from fipo_megatron.report.page import page_data, render
 from fipo_megatron.report.picture import draw
 from fipo_megatron.report.runs import Alarm, RunError, Series, differences, read_alarms, read_runs, rows
 from fipo_megatron.report.series import smoothed, thin, thin_together

@@ -127,6 +127,16 @@ def test_every_chart_is_drawn(browser, pages, name):
     check_quiet(browser)
 
 
+def test_charts_are_wide_enough_to_read(page):
+    """The columns of a wide window are not more than fit."""
+    before = page.get_window_size()
+    page.set_window_size(1700, 1000)
+    try:
+        assert min(chart.size["width"] for chart in select(page, "#charts figure")) >= 420
+    finally:
+        page.set_window_size(before["width"], before["height"])
+
+
 def test_summary_says_which_run_is_better(page):
     assert text(page, "#verdict .first").startswith("good is best: ")
     assert "broken is" in text(page, "#verdict")

@@ -57,3 +57,25 @@ function placeTip(tip, x, y, below = false) {
 function hideTip() {
   byId("tip").hidden = true;
 }
+
+function theme() {
+  const button = byId("theme"), system = matchMedia("(prefers-color-scheme: dark)");
+  let dark = system.matches;
+  const show = () => {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    button.textContent = dark ? "Light" : "Dark";
+    button.setAttribute("aria-label", dark ? "Use light colours" : "Use dark colours");
+  };
+  button.addEventListener("click", () => { dark = !dark; show(); });
+  system.addEventListener("change", (event) => { dark = event.matches; show(); });
+  show();
+}
+
+function header() {
+  byId("made").textContent = `made ${data.made}`;
+  byId("parts").replaceChildren(...[...document.querySelectorAll("main > section")].map((section) =>
+    make("a", { href: `#${section.id}`, text: section.dataset.name })));
+  theme();
+}
+
+header();

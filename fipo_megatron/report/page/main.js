@@ -4,7 +4,6 @@ function summary() {
   const title = names.length > 3 ? `${names.length} runs` : names.join(" · ");
   document.title = `${title}: report`;
   byId("title").textContent = title;
-  byId("made").textContent = `made ${data.made}`;
   const [first, ...more] = data.verdict;
   byId("verdict").replaceChildren(make("p", { class: "first", text: first }), ...more.map((text) => make("p", { text })));
   const rows = data.headline.rows.map((cells, i) => {
@@ -45,20 +44,6 @@ function finalNumbers() {
   });
 }
 
-function theme() {
-  const button = byId("theme"), system = matchMedia("(prefers-color-scheme: dark)");
-  let dark = system.matches;
-  const show = () => {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    button.textContent = dark ? "Light" : "Dark";
-    button.setAttribute("aria-label", dark ? "Use light colours" : "Use dark colours");
-  };
-  button.addEventListener("click", () => { dark = !dark; show(); });
-  system.addEventListener("change", (event) => { dark = event.matches; show(); });
-  show();
-}
-
-theme();
 summary();
 differences();
 finalNumbers();
