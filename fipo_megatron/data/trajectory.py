@@ -122,6 +122,22 @@ class Trajectory:
         if self.accuracy not in (None, 0, 1):
             raise ValueError(f"{where}: accuracy: must be 0 or 1, got {self.accuracy}")
 
+    def with_score(self, score: Score) -> Trajectory:
+        """Returns this response with its score; it shares the arrays, which are not checked again.
+
+        A response without a reward is masked.
+
+        Raises:
+            ValueError: The reward is not finite, or the accuracy is neither 0 nor 1.
+        """
+        found = copy(self)
+        for field in ("reward", "accuracy", "failure"):
+            object.__setattr__(found, field, getattr(score, field))
+        if score.reward is None:
+            object.__setattr__(found, "mask", _frozen(np.zeros_like(self.mask)))
+        found._check_scores()
+        return found
+
     def with_advantage(self, advantage: float) -> Trajectory:
         """Returns this response with an advantage; it shares the arrays, which are not checked again.
 

@@ -126,7 +126,7 @@ class GroupSampler:
                 if trajectory is None or score is None:
                     return response
                 self._count(response, score)
-                complete.append(scored := _scored(trajectory, score))
+                complete.append(scored := trajectory.with_score(score))
                 if len(complete) == len(group.finished) + len(group.partial):
                     await on_group(Group(group.prompt, tuple(sorted(complete, key=lambda one: one.sample))))
                 return scored
@@ -254,12 +254,6 @@ def _trajectory(response: PartialResponse, reason: FinishReason) -> Trajectory |
         )
     except ValueError as error:
         raise PermanentEngineError(f"the engine returned a response that cannot be used: {error}") from error
-
-
-def _scored(trajectory: Trajectory, score: Score) -> Trajectory:
-    """Adds the score; a response without a reward is masked."""
-    learned = trajectory.mask if score.reward is not None else np.zeros_like(trajectory.mask)
-    return replace(trajectory, reward=score.reward, accuracy=score.accuracy, mask=learned, failure=score.failure)
 
 
 def _merge_spans(spans: Sequence[TokenSpan]) -> tuple[TokenSpan, ...]:

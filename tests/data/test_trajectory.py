@@ -7,7 +7,7 @@ import pytest
 
 from fipo_megatron.config import AlgorithmConfig
 from fipo_megatron.data.batch import compute_advantages
-from fipo_megatron.data.trajectory import Group, Prompt, TokenSpan, Trajectory
+from fipo_megatron.data.trajectory import Group, Prompt, Score, TokenSpan, Trajectory
 
 PROMPT = Prompt("aime-7", np.array([5, 6]), "42")
 
@@ -79,7 +79,7 @@ def test_rounding_above_zero_is_cut_off_and_the_arrays_are_frozen_copies():
 
 def test_arrays_that_cannot_change_are_not_copied():
     first = make(behaviour_log_probs=np.array([0, -0.5, -1.0]))
-    scored = replace(first, reward=1.0, accuracy=1)
+    scored = first.with_score(Score(1.0, 1))
     final = scored.with_advantage(0.5)
     (by_group,) = compute_advantages(
         [Group(PROMPT, (scored, replace(scored, sample=4, reward=-1.0)))], AlgorithmConfig()
@@ -90,6 +90,21 @@ def test_arrays_that_cannot_change_are_not_copied():
     assert (final.reward, final.advantage, first.advantage) == (1.0, 0.5, None)
     with pytest.raises(ValueError, match=r"^trajectory aime-7/3: advantage: must be a finite number, got nan"):
         scored.with_advantage(float("nan"))
+
+
+def test_a_score_is_checked_and_masks_a_response_without_a_reward():
+    first = make()
+    masked = first.with_score(Score(None, None, "timeout", "late"))
+    assert (masked.reward, masked.accuracy, masked.failure) == (None, None, "timeout")
+    assert not masked.mask.any()
+    assert first.mask.any()
+    assert not masked.mask.flags.writeable
+    for score, message in (
+        (Score(float("inf"), 1), "reward: must be a finite"),
+        (Score(1.0, 3), "accuracy: must be 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^trajectory aime-7/3: {message}"):
+            first.with_score(score)
 
 
 def test_bad_prompts_and_groups_are_named():
