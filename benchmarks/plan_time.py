@@ -183,7 +183,7 @@ class Step:
             reward=RewardConfig(overlong_buffer_tokens=0),
         )
         lengths = ResponseLengths.from_mean(self.mean, limit, prompt=self.prompt)
-        return estimate_step(
+        found = estimate_step(
             config,
             architecture(self.model),
             self.shape,
@@ -191,6 +191,27 @@ class Step:
             workload=Workload(lengths),
             table=BY_HANDLE,
         )
+        return _with_every_log_prob(found, config)
+
+
+def _with_every_log_prob(found: StepTime, config: Config) -> StepTime:
+    """Adds a pass that these systems run: that for π_old of the first mini-batch, which the first update gives here."""
+    updates = config.groups_per_step / config.actor.prompts_per_mini_batch
+    policies = 1 + (config.algorithm.kl_coef != 0)
+    factor = policies * updates / (policies * updates - 1)
+    phases = {phase.name: phase for phase in found.phases}
+    pieces = [
+        piece if piece.name == "reference swap" else replace(piece, seconds=factor * piece.seconds)
+        for piece in phases["log_probs"].pieces
+    ]
+    longer = replace(phases["log_probs"], pieces=tuple(pieces))
+    training = found.phase("log_probs") + found.phase("update")
+    added = longer.seconds - found.phase("log_probs")
+    if config.rollout.overlap:
+        sampling = found.phase("generate")
+        added = max(sampling, training + added) - max(sampling, training)
+    step = found.step_seconds * (1 + added / (found.step_seconds - found.phase("other")))
+    return replace(found, phases=tuple((phases | {"log_probs": longer}).values()), step_seconds=step)
 
 
 def _nemo(model: str, gpus: int, mean: float, prompt: float, published: float, *, overlap: bool, **rest: Any) -> Step:

@@ -55,7 +55,8 @@ def train(trainer: Trainer) -> bool:
         if plan and not config.run.rollout_only:
             with trainer.timer.part("log_probs"):
                 noise_floor = trainer.lr_zero_gate.check(trainer.step, plan[0], trajectories)
-                old = actor.log_probs(plan, trajectories)
+                # The first update begins at π_old: its own pass gives the log-probs of π_old.
+                old = [None, *actor.log_probs(plan[1:], trajectories)]
                 reference = actor.reference_log_probs(plan, trajectories) if config.algorithm.kl_coef else None
             with trainer.timer.part("update"):
                 traced = trainer.reporter.traced(sampled.records, batch, trainer.step)

@@ -160,7 +160,7 @@ class MegatronActor:
         self,
         plan: Sequence[MiniBatch],
         trajectories: Trajectories,
-        old: StoredLogProbs | None,
+        old: Sequence[list[TokenLogProbs | None] | None] | None,
         reference: StoredLogProbs | None = None,
         watch: Collection[int] = (),
     ) -> list[UpdateMetrics]:
@@ -173,7 +173,8 @@ class MegatronActor:
             plan: Plan passed to :meth:`log_probs`.
             trajectories: Trajectories passed to :meth:`log_probs`.
             old: Result of :meth:`log_probs` before the first update on this plan; None for ``sft``, which does not use
-                it.
+                it. In place of the first mini-batch's it may hold None: its update begins at π_old, so the log-probs of
+                its own pass are those of π_old.
             reference: Result of :meth:`reference_log_probs`; required if ``algorithm.kl_coef`` > 0.
             watch: Indices of the trajectories whose tokens are returned in ``UpdateMetrics.tokens``.
 
@@ -188,9 +189,11 @@ class MegatronActor:
         if self.config.algorithm.kl_coef and reference is None:
             raise ValueError(f"reference: missing, needed for algorithm.kl_coef = {self.config.algorithm.kl_coef:g}")
         for name, stored in (("old", old), ("reference", reference)):
-            if stored is not None and [len(part) for part in stored] != [
-                count_micro_batches(part, self.layout) for part in plan
-            ]:
+            if stored is None:
+                continue
+            counts = [count_micro_batches(part, self.layout) for part in plan]
+            own = [counts[0] if not number and part is None else len(part or ()) for number, part in enumerate(stored)]
+            if own != counts:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
             self._step(
@@ -286,12 +289,13 @@ class MegatronActor:
         outputs: list[LossOutput] = []
         tokens: dict[int, TokenPart] = {}
         algorithm = algorithm or self.config.algorithm
-        with_entropy = algorithm.entropy_coef != 0
+        learns_entropy = algorithm.entropy_coef != 0
+        with_entropy = learns_entropy or (old is None and algorithm.kind != "sft")
         sampled = algorithm.kind != "sft"  # SFT examples have no log-probs of the engine
         members = mini_batch.micro_batches[self.layout.data_rank] if watch else ()
 
         def loss(micro: LocalMicroBatch, found: TokenLogProbs) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            before = old[micro.index] if old else TokenLogProbs(found.log_probs.detach(), None)
+            before = old[micro.index] if old else found.detach()
             anchor = reference[micro.index] if reference else None
             assert before is not None
             inputs = LossInputs(
@@ -302,7 +306,7 @@ class MegatronActor:
                 shards=micro.shards,
                 reference_log_probs=anchor.log_probs if anchor else None,
                 behaviour_log_probs=micro.behaviour_log_probs if sampled else None,
-                entropy=found.entropy if with_entropy else before.entropy,
+                entropy=found.entropy if learns_entropy else before.entropy,
             )
             with span("policy_loss"):
                 output = policy_loss(inputs, algorithm, self._exchange)

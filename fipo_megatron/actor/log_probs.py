@@ -38,6 +38,10 @@ class TokenLogProbs:
     log_probs: Tensor
     entropy: Tensor | None
 
+    def detach(self) -> TokenLogProbs:
+        """Returns the same values without their graph."""
+        return TokenLogProbs(self.log_probs.detach(), None if self.entropy is None else self.entropy.detach())
+
 
 def token_log_probs(
     hidden: Tensor,

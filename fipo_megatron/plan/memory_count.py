@@ -42,9 +42,10 @@ def measure(
     parameters, gradients = actor.parameters(), actor.gradients()
     known = [*parameters, *gradients, *actor.optimizer_state(), *weight_copies]
     with LiveBytes(known) as log_probs:
-        old = actor.log_probs([mini_batch], trajectories)[0]
-    with LiveBytes(known) as update:
-        actor.forward_backward(mini_batch, trajectories, old)
+        old = actor.log_probs([mini_batch], trajectories)
+    del old
+    with LiveBytes(known) as update:  # as the first one of a step, which also computes the entropies of π_old
+        actor.forward_backward(mini_batch, trajectories, None)
     with LiveBytes(known) as step:
         actor.optimizer.step()
     optimizer = num_bytes(actor.optimizer_state())

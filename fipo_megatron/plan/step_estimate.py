@@ -299,9 +299,10 @@ class _Estimate:
 
     def _log_probs(self, packing: Packing) -> Phase:
         actor, rates = self._actor_time()
-        passes = 1 + (self._config.algorithm.kl_coef != 0)
-        pieces = _pass_pieces(actor, actor.forward(packing), rates, passes * self._mini_batches)
-        if passes > 1:  # the reference policy is swapped in and out
+        has_reference = self._config.algorithm.kl_coef != 0
+        passes = max(0.0, self._mini_batches - 1) + has_reference * self._mini_batches  # the first update gives π_old
+        pieces = _pass_pieces(actor, actor.forward(packing), rates, passes)
+        if has_reference:  # the reference policy is swapped in and out
             dense, experts = local_parameters(self._architecture, self._config.actor)
             rate = self._device.host_link * rates.read("host_link", "reference swap")
             pieces.append(Piece("reference swap", 3 * 2 * (dense + experts) / rate, rates.basis("reference swap")))

@@ -205,14 +205,17 @@ class StepReporter:
     ) -> dict[str, float | None]:
         """Returns tokens per second, FLOP/s and their share of the peak."""
         generated = None if sampled is None or self._config.run.replay else sampled.statistics.get("tokens_sampled", 0)
-        passes = TRAINING if self._config.algorithm.kind == "sft" else FORWARD + TRAINING
-        passes += FORWARD * bool(self._config.algorithm.kl_coef)
+        passes = TRAINING + FORWARD * bool(self._config.algorithm.kl_coef)
+        flops = passes * model_flops(self._inputs.architecture, batch.lengths)
+        if self._config.algorithm.kind != "sft":  # the first update gives the log-probs of π_old itself
+            later = [batch.lengths[i] for members in batch.mini_batches[1:] for i in members]
+            flops += FORWARD * model_flops(self._inputs.architecture, later)
         return throughput(
             generated=generated,
             generating=sampled.seconds if sampled is not None else 0.0,
             trained=sum(batch.lengths) if updates else 0,
             training=seconds.get("log_probs", 0.0) + seconds.get("update", 0.0),
             step=seconds["step"],
-            flops=passes * model_flops(self._inputs.architecture, batch.lengths),
+            flops=flops,
             peak=self._peak,
         )

@@ -76,6 +76,27 @@ def test_first_update_sees_no_drift_and_the_second_does(build, plan, trajectorie
     assert not second.skipped
 
 
+@pytest.mark.parametrize("algorithm", [{}, {"kind": "dapo", "entropy_coef": 0.1}, {"kl_coef": 0.1}], ids=repr)
+def test_the_first_update_gives_the_log_probs_of_the_old_policy(build, plan, trajectories, algorithm):
+    """Without a pass for them, all metrics, per-token values and weights keep their bits."""
+    found = []
+    for own_pass in (False, True):
+        actor = build(algorithm=AlgorithmConfig(**algorithm))
+        actor.keep_reference()
+        reference = actor.reference_log_probs(plan, trajectories) if actor.config.algorithm.kl_coef else None
+        old = actor.log_probs(plan, trajectories)
+        updates = actor.update(plan, trajectories, [None, *old[1:]] if own_pass else old, reference, watch=range(8))
+        found.append((updates, weights(actor)))
+        parallel.destroy()
+    (expected, expected_weights), (updates, new_weights) = found
+    assert equal(expected_weights, new_weights)
+    for one, other in zip(expected, updates, strict=True):
+        assert (one.loss, one.grad_norm, one.statistics) == (other.loss, other.grad_norm, other.statistics)
+        for index, part in one.tokens.items():
+            assert part.values.keys() == other.tokens[index].values.keys()
+            assert all(np.array_equal(part.values[name], other.tokens[index].values[name]) for name in part.values)
+
+
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_noise_floor_is_zero_and_a_perturbed_weight_trips_the_gate(build, plan, trajectories, distributed_optimizer):
     actor = build(distributed_optimizer=distributed_optimizer)
@@ -267,7 +288,7 @@ def test_plans_and_log_probs_that_do_not_belong_are_refused(build, plan, traject
     with pytest.raises(ValueError, match="plan: made for 2 data-parallel ranks, there are 1"):
         actor.log_probs(two_ranks, trajectories)
     old = actor.log_probs(plan, trajectories)
-    for wrong in (old[:1], [old[0][:1], old[1]]):
+    for wrong in (old[:1], [old[0][:1], old[1]], [old[0], None], [None]):
         with pytest.raises(ValueError, match="old: not the log-probs of this plan"):
             actor.update(plan, trajectories, wrong)
     with actor.offloaded(), pytest.raises(RuntimeError, match="the actor is offloaded"):
