@@ -45,14 +45,15 @@ Open = Callable[[Role], AbstractAsyncContextManager[TwoModelEngine]]
 
 @asynccontextmanager
 async def two_model_engines(
-    config: Config, inputs: EvaluationInputs, models: Mapping[Role, Path]
+    config: Config, inputs: EvaluationInputs, models: Mapping[Role, Path], logs: Path
 ) -> AsyncIterator[Open]:
     """Yields a function that opens engines; starts servers first, or connects to them.
 
     Args:
         config: Configuration of the comparison.
-        inputs: Tokenizer and vocabulary of both models, and the directory of the results.
+        inputs: Tokenizer and vocabulary of both models.
         models: Hugging Face directories of the models.
+        logs: Directory for the logs of servers.
 
     Raises:
         EngineError: Servers do not start, cannot be reached, or serve another model.
@@ -60,7 +61,7 @@ async def two_model_engines(
     if config.rollout.engine == "embedded":
         yield lambda primary: _embedded(config, models, primary)
         return
-    async with _clients(config, inputs, models) as clients:
+    async with _clients(config, inputs, models, logs) as clients:
 
         def open_one(primary: Role) -> AbstractAsyncContextManager[TwoModelEngine]:
             drafts, replaces = clients[primary].requests, clients[second_of(primary)].requests
@@ -109,7 +110,7 @@ async def _embedded(config: Config, models: Mapping[Role, Path], primary: Role) 
 
 @asynccontextmanager
 async def _clients(
-    config: Config, inputs: EvaluationInputs, models: Mapping[Role, Path]
+    config: Config, inputs: EvaluationInputs, models: Mapping[Role, Path], logs: Path
 ) -> AsyncIterator[Mapping[Role, SglangClient]]:
     """Yields a client of the servers of each model."""
 
@@ -118,7 +119,7 @@ async def _clients(
         own = replace(_with_urls(config, role), model=ModelConfig(str(models[role])))
         return await open_engine(own, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
 
-    hosts = _hosts(config, inputs.output)
+    hosts = hosts_of(config, logs)
     found = await asyncio.gather(*(opened(role, hosts[role]) for role in ROLES), return_exceptions=True)
     try:
         clients: dict[Role, SglangClient] = {}
@@ -141,8 +142,8 @@ def _with_urls(config: Config, role: Role) -> Config:
     return replace(config, rollout=replace(config.rollout, servers=servers))
 
 
-def _hosts(config: Config, output: Path) -> dict[Role, HostInfo]:
-    """Returns this host for the servers of each model, which have their own GPUs and directory of logs.
+def hosts_of(config: Config, logs: Path) -> dict[Role, HostInfo]:
+    """Returns this host as the servers of each model see it: they have their own GPUs and directory of logs.
 
     Raises:
         EngineError: The host has too few GPUs.
@@ -150,7 +151,7 @@ def _hosts(config: Config, output: Path) -> dict[Role, HostInfo]:
     per_host, config = config.rollout.servers.per_host, _with_urls(config, "base")
     both = replace(config.rollout, servers=replace(config.rollout.servers, per_host=len(ROLES) * per_host))
     try:
-        host = only_host(replace(config, rollout=both), output)
+        host = only_host(replace(config, rollout=both), logs)
     except EngineError as error:
         raise EngineError(f"rollout.servers.per_host = {per_host}, for each of two models: {error}") from None
     found: dict[Role, HostInfo] = {}
@@ -158,7 +159,7 @@ def _hosts(config: Config, output: Path) -> dict[Role, HostInfo]:
         gpus = host.gpus
         if gpus is not None:
             gpus = replace(gpus, first=gpus.first[number * per_host : (number + 1) * per_host])
-        found[role] = replace(host, directory=output / f"servers-{role}", gpus=gpus)
+        found[role] = replace(host, directory=logs / f"servers-{role}", gpus=gpus)
     return found
 
 

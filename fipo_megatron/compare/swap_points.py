@@ -141,10 +141,13 @@ class PointFiles:
 
     Args:
         output: Directory of the results.
+
+    Attributes:
+        output: Directory of the results.
     """
 
     def __init__(self, output: Path) -> None:
-        self._output = output
+        self.output = output
         self._points = output / POINTS
 
     def make_directories(self) -> None:
@@ -161,7 +164,7 @@ class PointFiles:
 
     def responses(self, point: Point) -> Path:
         """Returns the file with the responses."""
-        return self._output / f"responses-{point.name}.jsonl"
+        return self.output / f"responses-{point.name}.jsonl"
 
     def result(self, point: Point) -> Path:
         """Returns the file with the counts; if it exists, the point is finished."""

@@ -56,7 +56,7 @@ async def sample_points(
     files.make_directories()
     verifier = open_verifier(config.reward)
     try:
-        async with two_model_engines(config, inputs, models) as open_engine:
+        async with two_model_engines(config, inputs, models, files.output) as open_engine:
             for primary in ROLES:
                 points = [point for point in plan if point.primary == primary]
                 left = [point for point in points if files.read(point) is None]
