@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from hypothesis import given
@@ -15,6 +16,13 @@ VOCAB, STOP = 6, 0
 PROMPT = np.array([2, 3], np.int32)
 
 
+@cache
+def table(number, token):
+    logits = np.random.default_rng([number, token]).normal(size=VOCAB)
+    logits[STOP] -= 1.5  # responses of several tokens
+    return logits - np.log(np.exp(logits).sum())
+
+
 @dataclass
 class Table:
     """Draws each token after the last one; like SGLang's deterministic inference, by seed and position."""
@@ -23,8 +31,7 @@ class Table:
     calls: list = field(default_factory=list)
 
     def log_probs_after(self, token):
-        logits = np.random.default_rng([self.number, int(token)]).normal(size=VOCAB)
-        return logits - np.log(np.exp(logits).sum())
+        return table(self.number, int(token))
 
     def next(self, tokens, seed):
         noise = np.random.default_rng([seed, len(tokens)]).gumbel(size=VOCAB)
@@ -71,7 +78,7 @@ def one_by_one(threshold, seed, second_seed, max_tokens):
 
 
 @given(
-    st.one_of(st.none(), st.floats(-3, 3)),
+    st.one_of(st.none(), st.floats(-2, 1)),
     st.integers(1, 9),
     st.integers(0, 2**62),
     st.integers(1, 20),
@@ -90,12 +97,13 @@ def test_drafts_of_every_length_give_the_response_of_single_tokens(threshold, dr
 
 def test_the_second_models_draws_are_independent_of_the_draft():
     """With one seed for both, the second model would often draw the token that was replaced."""
-    found = [sampled(0.3, 1, seed, 1)[1] for seed in range(4000)]
+    found = [sampled(-1.0, 1, seed, 1)[1] for seed in range(6000)]
     primary, second = (np.exp(Table(number).log_probs_after(PROMPT[-1])) for number in (1, 2))
-    left = np.where(np.log(second / primary) >= 0.3, primary, 0)
+    left = np.where(np.log(second / primary) >= -1, primary, 0)
     wanted = left + (1 - left.sum()) * second
+    assert 0.2 < left.sum() < 0.8
     frequencies = np.bincount([one.tokens[0] for one in found], minlength=VOCAB) / len(found)
-    np.testing.assert_array_less(np.abs(frequencies - wanted), 6 * np.sqrt(wanted * (1 - wanted) / len(found)))
+    np.testing.assert_array_less(np.abs(frequencies - wanted), 5 * np.sqrt(wanted * (1 - wanted) / len(found)))
 
 
 def test_a_draft_is_cut_as_often_as_needed():
