@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from fipo_megatron.evaluation.standalone import only_host
 from fipo_megatron.rollout.embedded.drawing import PrimaryAlone, Selector, Swap
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, ResponseEngine
-from fipo_megatron.rollout.engine_factory import HostInfo, OpenedEngine, open_engine
+from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.swapping_engine import SwappingEngine
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -113,26 +113,23 @@ async def _clients(
     config: Config, inputs: EvaluationInputs, models: Mapping[Role, Path], logs: Path
 ) -> AsyncIterator[Mapping[Role, SglangClient]]:
     """Yields a client of the servers of each model."""
+    hosts, clients = hosts_of(config, logs), dict[Role, SglangClient]()
+    async with AsyncExitStack() as stack:
 
-    async def opened(role: Role, host: HostInfo) -> OpenedEngine:
-        coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
-        own = replace(_with_urls(config, role), model=ModelConfig(str(models[role])))
-        return await open_engine(own, host, coordinator, starters, inputs.tokenizer, inputs.architecture.vocab)
+        async def connect(role: Role) -> None:
+            coordinator, starters = (StoreCoordinator(dist.HashStore(), 0) for _ in range(2))
+            own = replace(_with_urls(config, role), model=ModelConfig(str(models[role])))
+            vocab = inputs.architecture.vocab
+            opened = await open_engine(own, hosts[role], coordinator, starters, inputs.tokenizer, vocab)
+            stack.push_async_callback(opened.close)
+            assert isinstance(opened.engine, SglangClient)
+            clients[role] = opened.engine
+            await _check_served(opened.engine, role, models)
 
-    hosts = hosts_of(config, logs)
-    found = await asyncio.gather(*(opened(role, hosts[role]) for role in ROLES), return_exceptions=True)
-    try:
-        clients: dict[Role, SglangClient] = {}
-        for role, each in zip(ROLES, found, strict=True):
-            if isinstance(each, BaseException):
-                raise each
-            assert isinstance(each.engine, SglangClient)
-            clients[role] = each.engine
-        for role in ROLES:
-            await _check_served(clients[role], role, models)
+        ended = await asyncio.gather(*map(connect, ROLES), return_exceptions=True)
+        if failures := [each for each in ended if each is not None]:
+            raise failures[0]
         yield clients
-    finally:
-        await asyncio.gather(*(each.close() for each in found if isinstance(each, OpenedEngine)))
 
 
 def _with_urls(config: Config, role: Role) -> Config:

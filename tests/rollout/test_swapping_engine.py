@@ -97,7 +97,12 @@ def test_drafts_of_every_length_give_the_response_of_single_tokens(threshold, dr
 
 def test_the_second_models_draws_are_independent_of_the_draft():
     """With one seed for both, the second model would often draw the token that was replaced."""
-    found = [sampled(-1.0, 1, seed, 1)[1] for seed in range(6000)]
+    engine = SwappingEngine(Table(1), Table(2), 1, -1.0)
+
+    async def all_of():
+        return [await engine.generate(request(seed, 1)) for seed in range(6000)]
+
+    found = asyncio.run(all_of())
     primary, second = (np.exp(Table(number).log_probs_after(PROMPT[-1])) for number in (1, 2))
     left = np.where(np.log(second / primary) >= -1, primary, 0)
     wanted = left + (1 - left.sum()) * second
