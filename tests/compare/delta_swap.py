@@ -82,6 +82,20 @@ def check_distribution(found: Sequence[Generation]) -> None:
         assert _p_value(first, distribution) < FALSE_ALARM, "the check cannot tell a wrong distribution"
 
 
+def check_selected(found: Sequence[Generation], asked: Sequence[GenerationRequest]) -> None:
+    """Checks the number of replaced tokens in whole responses against the sum of P_primary(Δ < τ) at their positions."""
+    chances = []
+    for one, response in zip(asked, found, strict=True):
+        sequence = np.concatenate([one.tokens, response.tokens])
+        with torch.no_grad():
+            logits = [models.model(seed=seed)(torch.from_numpy(sequence[None]).long()).logits[0] for seed in SEEDS]
+        primary, second = (torch.softmax(each[len(one.tokens) - 1 : -1].double(), -1) for each in logits)
+        chances.append(torch.where(torch.log(second / primary) < THRESHOLD, primary, 0).sum(-1).numpy())
+    chance = np.concatenate(chances)
+    selected = sum(int(response.selected.sum()) for response in found)
+    assert abs(selected - chance.sum()) < 6 * np.sqrt((chance * (1 - chance)).sum())
+
+
 def _next_log_probs(model: torch.nn.Module, sequences: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits = model(torch.from_numpy(sequences).long()).logits[:, -1].double()

@@ -106,8 +106,12 @@ def test_responses_with_delta_swaps_have_the_closed_form(tmp_path):
     paths = [tmp_path / str(seed) for seed in delta_swap.SEEDS]
     for path, seed in zip(paths, delta_swap.SEEDS, strict=True):
         delta_swap.models.model(seed=seed).save_pretrained(path)
-    engine = EmbeddedEngine(paths[0], slots=64, second=(paths[1], Swap("delta", delta_swap.THRESHOLD)))
-    delta_swap.check_distribution(asyncio.run(all_of(engine, delta_swap.requests(3000))))
+    second = paths[1], Swap("delta", delta_swap.THRESHOLD)
+    found = asyncio.run(all_of(EmbeddedEngine(paths[0], slots=64, second=second), delta_swap.requests(3000)))
+    delta_swap.check_distribution(found)
+    requests = delta_swap.requests(100, max_tokens=40)
+    found = asyncio.run(all_of(EmbeddedEngine(paths[0], slots=64, second=second), requests))
+    delta_swap.check_selected(found, requests)
 
 
 @pytest.mark.parametrize("selector", SELECTORS[1:])

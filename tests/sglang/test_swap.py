@@ -69,16 +69,18 @@ def test_tokens_have_the_closed_form_of_the_embedded_engine(sampled):
 
 def test_delta_and_log_probs_are_those_of_transformers(sampled):
     """Drafts of 16 tokens are cut several times."""
-    requests = [request(n, 40) for n in range(6)]
-    for one, found in zip(requests, sampled(requests, -2.0, draft_tokens=16), strict=True):
+    requests = [request(n, 40) for n in range(24)]
+    responses = sampled(requests, delta_swap.THRESHOLD, draft_tokens=16)
+    delta_swap.check_selected(responses, requests)
+    for one, found in zip(requests, responses, strict=True):
         primary, second = log_probs(one, found)
         chosen, delta = found.selected, found.quantities[:, 0]
         np.testing.assert_allclose(delta[~chosen], (second - primary)[~chosen], atol=1e-3, rtol=0)
         np.testing.assert_allclose(found.log_probs, np.where(chosen, second, primary), atol=1e-3, rtol=0)
-        assert (chosen == (delta < -2.0)).all()
+        assert (chosen == (delta < delta_swap.THRESHOLD)).all()
         assert (found.changed <= found.selected).all()
         assert len(found.tokens) == 40
-        assert len(set(np.flatnonzero(chosen) // 16)) > 1
+        assert chosen.sum() > 2  # of 18 expected
         assert np.abs(second - primary).max() > 1
 
 
@@ -93,16 +95,17 @@ def test_without_swaps_tokens_are_the_primary_models(sampled, threshold):
 
 
 def test_a_replaced_stop_token_does_not_end_the_response(sampled):
-    """The primary model stops at every token, and the second one replaces all of them but does not stop."""
+    """Half of the vocabulary ends a response, and every token of the primary model is replaced."""
     stops = tuple(range(models.VOCAB // 2))
-    requests = [request(n, 30, stop_token_ids=stops) for n in range(20)]
+    requests = [request(n, 30, stop_token_ids=stops) for n in range(100)]
     alone = sampled(requests, None, draft_tokens=8)
     swapped = sampled(requests, 1e9, draft_tokens=8)
     for found in (*alone, *swapped):
         ends = np.flatnonzero(np.isin(found.tokens, stops)).tolist()
         assert ends == ([len(found.tokens) - 1] if found.finish_reason == "stop" else [])
     assert all(found.selected.all() for found in swapped)
-    assert any(found.changed.sum() > 3 for found in swapped)
+    going_on = sum(len(found.tokens) - 1 for found in swapped)
+    assert going_on > 30, "100 are expected, half of them in the place of a stop token"
 
 
 @pytest.mark.parametrize("start", [1, 20])
@@ -160,15 +163,15 @@ def test_the_command_with_running_servers(server, second, swap, tmp_path, caplog
     ]
     for curve in result["curves"]:
         [point] = curve["points"]
-        assert point["selected"] == pytest.approx(0.2, abs=0.1)  # of about 500 tokens: a standard error of 0.02
-        assert 0 < point["changed"] <= point["selected"]
+        assert 0 < point["changed"] <= point["selected"] < 0.4  # a standard error of 0.03
         name = f"{curve['direction']}-delta-share0.2"
         rows = [
             json.loads(line)
             for seed in (1, 2)
             for line in (output / f"responses-{name}-seed{seed}.jsonl").read_text().splitlines()
         ]
-        assert (len(rows), sum(len(row["selected"]) for row in rows)) == (24, point["selected"] * point["tokens"])
+        assert len(rows) == 24
+        assert sum(len(row["selected"]) for row in rows) == round(point["selected"] * point["tokens"])
         assert all(value < point["threshold"] + 1e-3 for row in rows for value in row["quantity"])
     times = {file: file.stat().st_mtime_ns for file in (output / "points").iterdir()}
     assert swap(*servers, "compare.direction=base_to_rl", "compare.share=[0.2,0.4]") == 0
