@@ -83,7 +83,7 @@ def check_distribution(found: Sequence[Generation]) -> None:
 
 
 def check_selected(found: Sequence[Generation], asked: Sequence[GenerationRequest]) -> None:
-    """Checks the number of replaced tokens in whole responses against the sum of P_primary(Δ < τ) at their positions."""
+    """Checks the number of replaced tokens in responses against the sum of P_primary(Δ < τ) over their positions."""
     chances = []
     for one, response in zip(asked, found, strict=True):
         sequence = np.concatenate([one.tokens, response.tokens])
