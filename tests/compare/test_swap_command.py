@@ -13,17 +13,13 @@ from fipo_megatron import cli
 from fipo_megatron.actor.hf_conversion import Options, hf_to_megatron
 from fipo_megatron.compare.response_file import read_responses
 from fipo_megatron.compare.swap_curves import Pooled, crossing, share_with_interval
-from fipo_megatron.compare.swap_engines import hosts_of
 from fipo_megatron.compare.swap_points import CALIBRATED, threshold_for
-from fipo_megatron.config import load_config
 from fipo_megatron.data.tokenizer import load_tokenizer
-from fipo_megatron.rollout.engine import EngineError
 from tests.runs import CONFIG
 
 pytestmark = pytest.mark.timeout(300)
 SEEDS = (1, 2)
 SELECT = ("delta", "js", "random")
-SERVED = "rollout.engine=sglang compare.select=[delta]"
 
 
 @pytest.fixture(scope="module")
@@ -197,22 +193,7 @@ def test_a_checkpoint_gives_the_points_of_its_model(data, swapped, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "rollout.engine=sglang",
-            "compare.select = ['delta', 'js', 'random']: must be [delta] with rollout.engine = sglang",
-        ),
-        (
-            f"{SERVED} evaluation.temperature=0.7",
-            "evaluation.temperature = 0.7: must be 1 with rollout.engine = sglang",
-        ),
-        (f"{SERVED} rollout.servers.urls=[http://a:1]", "rollout.servers.urls = ['http://a:1']: must not be set"),
-        (f"{SERVED} compare.rl_urls=[http://a:1]", "compare.base_urls: empty, with compare.rl_urls = ['http://a:1']"),
-        (f"{SERVED} compare.base_urls=[a:1]", "compare.base_urls = a:1: must begin with http:// or https://"),
-        (
-            f"{SERVED} compare.base_urls=[http://a:1] compare.rl_urls=[http://b:1,http://a:1]",
-            "compare.rl_urls = ['http://b:1', 'http://a:1']: http://a:1 is in compare.base_urls, too",
-        ),
-        ("compare.rl_urls=[http://a:1]", "compare.rl_urls = ['http://a:1']: needs rollout.engine = sglang"),
+        ("rollout.engine=sglang", "must be [delta] with rollout.engine = sglang"),
         ("evaluation.files=[] run.evaluate_every=0", "evaluation.files: empty; name the problems to answer"),
         ("compare.select=[]", "compare.select: empty; expected at least one value"),
         ("compare.select=[js,js]", "compare.select = ['js', 'js']: names js more than once"),
@@ -231,40 +212,6 @@ def test_mistakes_are_one_sentence(data, tmp_path, capsys, override, message):
     assert swap(data, tmp_path, *override.split()) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_is_refused_with_running_servers(data, tmp_path, capsys):
-    hf_to_megatron(data / "changed", tmp_path / "checkpoint", Options())
-    urls = ["compare.base_urls=['http://127.0.0.1:1']", "compare.rl_urls=['http://127.0.0.1:2']"]
-    assert swap(data, tmp_path, *SERVED.split(), *urls, f"compare.rl={tmp_path}/checkpoint") == 2
-    assert "must be a Hugging Face directory with compare.rl_urls" in capsys.readouterr().err
-
-
-def test_points_of_another_engine_are_refused(data, swapped, tmp_path, capsys):
-    copy = tmp_path / "swap-changed"
-    shutil.copytree(swapped, copy)
-    for settings_of_earlier in (False, True):
-        if settings_of_earlier:
-            file = copy / "settings.json"
-            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "engine"}))
-            assert swap(data, tmp_path) == 0
-        assert swap(data, tmp_path, *SERVED.split()) == 2
-        assert "holds points with another engine; choose another name" in capsys.readouterr().err
-
-
-def test_servers_of_the_models_have_their_own_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8,9,10,11")
-    given = ["rollout.engine=sglang", "rollout.servers.per_host=2", "rollout.sglang={tp_size: 2}"]
-    config = load_config(CONFIG, given)
-    hosts = hosts_of(config, tmp_path)
-    assert [hosts[role].gpus.first for role in ("base", "rl")] == [(0, 2), (4, 6)]
-    assert [hosts[role].directory.name for role in ("base", "rl")] == ["servers-base", "servers-rl"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
-    with pytest.raises(EngineError, match=r"per_host = 2, for each of two models: .* needs the GPUs 0-7; servers see"):
-        hosts_of(config, tmp_path)
-    urls = ["compare.base_urls=[http://a:1]", "compare.rl_urls=[http://b:1]"]
-    assert hosts_of(load_config(CONFIG, [*given, *urls]), tmp_path)["rl"].gpus is None
 
 
 def test_other_stop_tokens_are_named(data, tmp_path, capsys):
