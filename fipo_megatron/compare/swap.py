@@ -2,7 +2,7 @@
 
 Answers the problems in evaluation.files with one model, and lets the other one draw the tokens at selected positions:
 curves of accuracy over the share of swapped tokens, by direction and selector (compare.direction, compare.select,
-compare.share or compare.threshold, compare.seeds). Both models run in this process.
+compare.share or compare.threshold, compare.seeds). Both models run in this process, or on SGLang servers.
 
 Results: run.output/swap-NAME/ with swap.json, responses-*.jsonl, points/ and report.html. Start it again to go on after
 an interruption, or with more shares, seeds apart; finished points are kept. Exit code 0: done; 1: it failed; 2: the
@@ -93,6 +93,7 @@ def _settings(config: Config, inputs: SwapInputs) -> dict[str, Any]:
     return {
         "base": str(inputs.base.path.resolve()),
         "rl": str(inputs.rl.path.resolve()),
+        "engine": config.rollout.engine,
         "problems": problems.hexdigest(),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "temperature": config.evaluation.temperature,
@@ -114,7 +115,7 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     if not file.is_file():
         write_atomic(file, json.dumps(settings, indent=1) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = {"engine": "embedded"} | json.loads(file.read_text(encoding="utf-8"))  # earlier versions do not name it
     if names := [name for name, value in settings.items() if before.get(name) != value]:
         raise InputError(
             f"{output}: holds points with another {', '.join(names)}; choose another name with compare.name, or remove "

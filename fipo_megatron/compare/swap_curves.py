@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fipo_megatron.compare.swap_points import Curve, Point, PointFiles, PointResult, Role, curves_of, points_of
+from fipo_megatron.compare.swap_points import (
+    Curve,
+    Point,
+    PointFiles,
+    PointResult,
+    Role,
+    curves_of,
+    points_of,
+    second_of,
+)
 from fipo_megatron.config import CompareConfig
 from fipo_megatron.evaluation.estimates import estimate
 
@@ -85,7 +94,7 @@ def summarise(compare: CompareConfig, seeds: Sequence[int], files: PointFiles) -
 
 
 def _curve(curve: Curve, alone: Mapping[Role, Pooled], points: Sequence[tuple[Point, Pooled]]) -> dict[str, Any]:
-    start, end = alone[curve.primary], alone["rl" if curve.primary == "base" else "base"]
+    start, end = alone[curve.primary], alone[second_of(curve.primary)]
     rows = []
     for point, found in points:
         gap = np.nanmean(end.accuracies) - np.nanmean(start.accuracies)

@@ -53,6 +53,11 @@ def read_swap_inputs(config: Config) -> SwapInputs:
         raise InputError("\n".join(problems))
     base = read_compared_model(config, "base", Path(config.compare.base))
     rl = read_compared_model(config, "rl", Path(config.compare.rl))
+    if rl.is_checkpoint and config.compare.rl_urls:
+        raise InputError(
+            f"compare.rl = {rl.path}: must be a Hugging Face directory with compare.rl_urls, whose servers have loaded "
+            "the model"
+        )
     if difference := vocabulary_difference(base.vocabulary("base"), rl.vocabulary("rl")):
         raise InputError(difference)
     answering, other = (read_evaluation_inputs(answering_config(config, model)) for model in (base, rl))
@@ -75,11 +80,7 @@ def answering_config(config: Config, model: ComparedModel) -> Config:
 def _setting_problems(config: Config) -> list[str]:
     """Describes settings with which tokens cannot be swapped, one line each."""
     compare, problems = config.compare, []
-    if config.rollout.engine != "embedded":
-        problems.append(
-            f"rollout.engine = {config.rollout.engine}: must be embedded; a server of SGLang holds one model, and "
-            "swapping between servers is not written"
-        )
+    problems += _server_problems(config)
     if not config.evaluation.files:
         problems.append("evaluation.files: empty; name the problems to answer")
     given: dict[str, Sequence[Any]] = {"select": compare.select, "seeds": compare.seeds}
@@ -94,6 +95,41 @@ def _setting_problems(config: Config) -> list[str]:
             f"compare.select = {list(compare.select)}: must be one quantity with compare.threshold, since thresholds "
             "of different quantities differ; or use compare.share"
         )
+    return problems
+
+
+def _server_problems(config: Config) -> list[str]:
+    """Describes settings that do not fit the engine, one line each."""
+    compare, servers = config.compare, config.rollout.servers
+    urls: dict[str, Sequence[str]] = {"base_urls": compare.base_urls, "rl_urls": compare.rl_urls}
+    given = [name for name, values in urls.items() if values]
+    if config.rollout.engine == "embedded":
+        return [f"compare.{name} = {list(urls[name])}: needs rollout.engine = sglang" for name in given]
+    problems = []
+    if compare.select != ("delta",):
+        problems.append(
+            f"compare.select = {list(compare.select)}: must be [delta] with rollout.engine = sglang; a server gives "
+            "the log-probs of tokens, and other quantities need the whole vocabulary: use rollout.engine = embedded"
+        )
+    if config.evaluation.temperature != 1:
+        problems.append(
+            f"evaluation.temperature = {config.evaluation.temperature:g}: must be 1 with rollout.engine = sglang; the "
+            "log-probs that a server gives for the other model's tokens are those of temperature 1"
+        )
+    for name, value in (("urls", list(servers.urls)), ("router", servers.router)):
+        if value:
+            problems.append(
+                f"rollout.servers.{name} = {value}: must not be set; the servers of each model are given in "
+                "compare.base_urls and compare.rl_urls"
+            )
+    if len(given) == 1:
+        [missing] = urls.keys() - set(given)
+        problems.append(
+            f"compare.{missing}: empty, with compare.{given[0]} = {list(urls[given[0]])}; give the servers of both "
+            "models, or of neither to start them"
+        )
+    if both := [url for url in compare.base_urls if url in compare.rl_urls]:
+        problems.append(f"compare.rl_urls = {list(compare.rl_urls)}: {both[0]} is in compare.base_urls, too")
     return problems
 
 

@@ -22,7 +22,7 @@ from fipo_megatron.storage.json_lines import make_directory
 
 Role = Literal["base", "rl"]
 CALIBRATED: tuple[Selector, ...] = ("delta", "js", "kl", "kl_reverse", "entropy")
-"""Columns of ``NAME.quantities.npy``."""
+"""Columns of ``NAME.quantities.npy``; SGLang servers give only the first one."""
 POINTS = "points"
 
 
@@ -99,6 +99,11 @@ def direction_of(primary: Role) -> str:
     return "base_to_rl" if primary == "base" else "rl_to_base"
 
 
+def second_of(primary: Role) -> Role:
+    """Returns the model that replaces tokens of ``primary``."""
+    return "rl" if primary == "base" else "base"
+
+
 def curves_of(compare: CompareConfig) -> Iterator[Curve]:
     """Yields the curves of a configuration."""
     roles: tuple[Role, ...] = ("base", "rl")
@@ -121,8 +126,8 @@ def threshold_for(selector: Selector, share: float, quantities: NDArray[np.float
     Args:
         selector: The quantity; ``random`` needs no calibration.
         share: Share of the positions, between 0 and 1.
-        quantities: ``[T, Q]``, the columns :data:`CALIBRATED` at every position of the primary model's responses. With
-            equal values at the threshold, fewer positions are selected.
+        quantities: ``[T, Q]``, the first columns of :data:`CALIBRATED` at every position of the primary model's
+            responses. With equal values at the threshold, fewer positions are selected.
     """
     if selector == "random":
         return 1 - share
@@ -136,10 +141,13 @@ class PointFiles:
 
     Args:
         output: Directory of the results.
+
+    Attributes:
+        output: Directory of the results.
     """
 
     def __init__(self, output: Path) -> None:
-        self._output = output
+        self.output = output
         self._points = output / POINTS
 
     def make_directories(self) -> None:
@@ -156,7 +164,7 @@ class PointFiles:
 
     def responses(self, point: Point) -> Path:
         """Returns the file with the responses."""
-        return self._output / f"responses-{point.name}.jsonl"
+        return self.output / f"responses-{point.name}.jsonl"
 
     def result(self, point: Point) -> Path:
         """Returns the file with the counts; if it exists, the point is finished."""

@@ -14,7 +14,8 @@ import numpy as np
 import torch.distributed as dist
 
 from fipo_megatron.compare.response_file import response_row
-from fipo_megatron.compare.swap_points import CALIBRATED, Point, PointFiles, PointResult, Role, threshold_for
+from fipo_megatron.compare.swap_engines import ROLES, TwoModelEngine, two_model_engines
+from fipo_megatron.compare.swap_points import Point, PointFiles, PointResult, Role, threshold_for
 from fipo_megatron.config import Config
 from fipo_megatron.evaluation.answering import Response, evaluate
 from fipo_megatron.evaluation.evaluation_inputs import EvaluationInputs
@@ -23,32 +24,13 @@ from fipo_megatron.evaluation.standalone import ProgressLog
 from fipo_megatron.reward.scoring import ResponseScorer
 from fipo_megatron.reward.verifier import open_verifier
 from fipo_megatron.reward.verifier_protocol import Verifier
-from fipo_megatron.rollout.embedded.drawing import PrimaryAlone, Swap, TwoModelRule
-from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.engine import Generation, GenerationRequest
+from fipo_megatron.rollout.engine import Generation
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 from fipo_megatron.storage.atomic import write_atomic
 
 logger = logging.getLogger("fipo_megatron")
-_DIRECTIONS: tuple[tuple[Role, Role], ...] = (("base", "rl"), ("rl", "base"))
 _DIGITS = 4
 """Significant digits of quantities in the files of responses."""
-
-
-class RecordingEngine(EmbeddedEngine):
-    """An embedded engine that keeps what it returns, since an evaluation keeps tokens only.
-
-    Attributes:
-        generations: Results by the id of their request.
-    """
-
-    generations: dict[str, Generation]
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Samples one response; see :meth:`.engine.RolloutEngine.generate`."""
-        found = await super().generate(request)
-        self.generations[request.id] = found
-        return found
 
 
 async def sample_points(
@@ -74,23 +56,18 @@ async def sample_points(
     files.make_directories()
     verifier = open_verifier(config.reward)
     try:
-        for primary, second in _DIRECTIONS:
-            points = [point for point in plan if point.primary == primary]
-            left = [point for point in points if files.read(point) is None]
-            if not left:
-                continue
-            logger.info("%d of %d points drawn by %s are to be sampled", len(left), len(points), primary)
-            alone = PrimaryAlone(CALIBRATED)
-            engine = RecordingEngine(
-                models[primary], slots=config.rollout.embedded_slots, second=(models[second], alone)
-            )
-            sampler = _PointSampler(config, inputs, engine, verifier, files)
-            try:
-                for number, point in enumerate(left, 1):
-                    logger.info("point %d of %d: %s", number, len(left), point.name)
-                    await sampler.sample(point, [each for each in points if each.selector is None])
-            finally:
-                await engine.close()
+        async with two_model_engines(config, inputs, models, files.output) as open_engine:
+            for primary in ROLES:
+                points = [point for point in plan if point.primary == primary]
+                left = [point for point in points if files.read(point) is None]
+                if not left:
+                    continue
+                logger.info("%d of %d points drawn by %s are to be sampled", len(left), len(points), primary)
+                async with open_engine(primary) as engine:
+                    sampler = _PointSampler(config, inputs, engine, verifier, files)
+                    for number, point in enumerate(left, 1):
+                        logger.info("point %d of %d: %s", number, len(left), point.name)
+                        await sampler.sample(point, [each for each in points if each.selector is None])
     finally:
         await verifier.close()
 
@@ -102,7 +79,7 @@ class _PointSampler:
         self,
         config: Config,
         inputs: EvaluationInputs,
-        engine: RecordingEngine,
+        engine: TwoModelEngine,
         verifier: Verifier,
         files: PointFiles,
     ) -> None:
@@ -116,18 +93,18 @@ class _PointSampler:
             point: Point to sample.
             alone: Finished points of the primary model alone, with which a threshold is calibrated.
         """
-        rule, threshold = self._rule(point, alone)
-        engine, inputs, kept = self._engine, self._inputs, dict[tuple[int, int], dict[str, Any]]()
-        engine.rule, engine.generations = rule, {}
+        threshold = self._threshold(point, alone)
+        engine, inputs, kept = self._engine, self._inputs, dict[tuple[int, int], tuple[Generation, dict[str, Any]]]()
+        engine.select(point.selector, threshold)
         order = {prompt.id: number for number, prompt in enumerate(inputs.problems)}
         progress = ProgressLog(len(inputs.problems) * self._config.evaluation.samples_per_prompt)
 
         def keep(response: Response) -> None:
-            trajectory = response.trajectory
+            trajectory, generation = response.trajectory, response.generation
             assert trajectory is not None
-            prompt, sample = trajectory.prompt, trajectory.sample
-            generation = engine.generations[f"evaluation/{prompt.id}/{sample}"]
-            kept[order[prompt.id], sample] = self._row(response, generation, point)
+            assert generation is not None
+            key = order[trajectory.prompt.id], trajectory.sample
+            kept[key] = generation, self._row(response, generation, point)
             progress(response)
 
         evaluation = await evaluate(
@@ -139,9 +116,9 @@ class _PointSampler:
             inputs.stop_token_ids,
             keep,
         )
-        rows = [kept[key] for key in sorted(kept)]
+        rows = [kept[key][1] for key in sorted(kept)]
         if point.selector is None:
-            found = [engine.generations[f"evaluation/{row['prompt_id']}/{row['sample']}"].quantities for row in rows]
+            found = [kept[key][0].quantities for key in sorted(kept)]
             content = io.BytesIO()
             np.save(content, np.concatenate([each for each in found if each is not None]))
             write_atomic(self._files.quantities(point), content.getvalue())
@@ -149,16 +126,13 @@ class _PointSampler:
         write_problems(self._files.problems(point), evaluation.problems)
         write_atomic(self._files.result(point), PointFiles.content(_counted(threshold, rows, evaluation.problems)))
 
-    def _rule(self, point: Point, alone: Sequence[Point]) -> tuple[TwoModelRule, float | None]:
-        """Returns the rule of a point, and its threshold."""
-        if point.selector is None:
-            return PrimaryAlone(CALIBRATED), None
-        threshold = point.threshold
-        if threshold is None:
-            assert point.share is not None
-            quantities = np.concatenate([np.load(self._files.quantities(each)) for each in alone])
-            threshold = threshold_for(point.selector, point.share, quantities)
-        return Swap(point.selector, threshold), threshold
+    def _threshold(self, point: Point, alone: Sequence[Point]) -> float | None:
+        """Returns the threshold of a point; None for a model alone."""
+        if point.selector is None or point.threshold is not None:
+            return point.threshold
+        assert point.share is not None
+        quantities = np.concatenate([np.load(self._files.quantities(each)) for each in alone])
+        return threshold_for(point.selector, point.share, quantities)
 
     def _row(self, response: Response, generation: Generation, point: Point) -> dict[str, Any]:
         assert response.trajectory is not None

@@ -61,7 +61,13 @@ def find_conflicts(config: Config) -> list[str]:
             f"rollout.max_response_tokens = {longest}, padded for actor.parallel and actor.fp8 to a multiple of "
             f"{multiple}: {padded}"
         )
-    return problems + _actor_conflicts(actor) + _server_conflicts(rollout) + _run_conflicts(config)
+    return (
+        problems
+        + _actor_conflicts(actor)
+        + _server_conflicts(rollout)
+        + _url_conflicts(config)
+        + _run_conflicts(config)
+    )
 
 
 def _run_conflicts(config: Config) -> list[str]:
@@ -134,13 +140,20 @@ def _server_conflicts(rollout: RolloutConfig) -> list[str]:
             for name in ("dp_size", "pp_size", "nnodes")
             if (value := rollout.sglang.get(name, 1)) != 1
         ]
-    problems += [
-        f"rollout.servers.{name} = {url}: {problem}"
-        for name, urls in (("urls", servers.urls), ("router", (servers.router,) if servers.router else ()))
-        for url in urls
-        if (problem := url_problem(url))
-    ]
     return problems
+
+
+def _url_conflicts(config: Config) -> list[str]:
+    servers, compare = config.rollout.servers, config.compare
+    fields = {
+        "rollout.servers.urls": servers.urls,
+        "rollout.servers.router": (servers.router,) if servers.router else (),
+        "compare.base_urls": compare.base_urls,
+        "compare.rl_urls": compare.rl_urls,
+    }
+    return [
+        f"{name} = {url}: {problem}" for name, urls in fields.items() for url in urls if (problem := url_problem(url))
+    ]
 
 
 def _actor_conflicts(actor: ActorConfig) -> list[str]:

@@ -174,6 +174,11 @@ class CompareConfig:
         threshold: Thresholds of the one quantity in ``select``, used instead of ``share``. Positions below are selected
             for ``delta``, and those above for the other quantities.
         seeds: Seeds of the responses; empty: ``seed`` alone.
+        base_urls: URLs of running SGLang servers of the base model for ``fipo compare swap``; if empty, the program
+            starts servers of both models.
+        rl_urls: URLs of running SGLang servers of the model that RL has trained.
+        draft_tokens: Most tokens that the primary model's server samples before the other model's server scores them.
+            Does not change the distribution of the responses.
     """
 
     base: str = ""
@@ -195,3 +200,6 @@ class CompareConfig:
     share: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
     threshold: tuple[Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)], ...] = ()
     seeds: tuple[Seed, ...] = ()
+    base_urls: tuple[str, ...] = ()
+    rl_urls: tuple[str, ...] = ()
+    draft_tokens: Positive = 32

@@ -17,7 +17,13 @@ from fipo_megatron.evaluation.answer_normalisation import normalise_answer
 from fipo_megatron.evaluation.estimates import vote
 from fipo_megatron.evaluation.results import Evaluation, ProblemResult, data_set_name
 from fipo_megatron.reward.scoring import ResponseScorer
-from fipo_megatron.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParameters, sampling_seed
+from fipo_megatron.rollout.engine import (
+    Generation,
+    GenerationRequest,
+    ResponseEngine,
+    SamplingParameters,
+    sampling_seed,
+)
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
 
 logger = logging.getLogger(__name__)
@@ -56,7 +62,7 @@ ResponseCallback = Callable[[Response], None]
 
 async def evaluate(
     problems: Sequence[Prompt],
-    engine: RolloutEngine | None,
+    engine: ResponseEngine | None,
     coordinator: StoreCoordinator,
     scorer: ResponseScorer,
     config: Config,
@@ -133,7 +139,7 @@ def _check_reports(parts: Sequence[dict[str, Any]], largest_fraction: float, *, 
 
 async def _answer_all(
     problems: Sequence[Prompt],
-    engine: RolloutEngine,
+    engine: ResponseEngine,
     scorer: ResponseScorer,
     config: Config,
     stop_token_ids: Sequence[int],
@@ -165,7 +171,7 @@ async def _answer_all(
 async def _answer(
     prompt: Prompt,
     sample: int,
-    engine: RolloutEngine,
+    engine: ResponseEngine,
     scorer: ResponseScorer,
     sampling: SamplingParameters,
     seed: int,

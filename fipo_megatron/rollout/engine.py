@@ -154,21 +154,25 @@ def check_request(request: GenerationRequest, context: int, vocab: int) -> None:
     Raises:
         RequestError: the request has no tokens, is too long, or has a token id outside the vocabulary.
     """
-    length, more = len(request.tokens), request.sampling.max_tokens
-    if not length:
-        raise RequestError(f"request {request.id}: has no tokens")
-    if length + more > context:
+    check_tokens(request.id, request.tokens, request.sampling.max_tokens, context, vocab)
+
+
+def check_tokens(request_id: str, tokens: NDArray[np.int32], more: int, context: int, vocab: int) -> None:
+    """Checks that given tokens and ``more`` new ones fit a model; raises like :func:`check_request`."""
+    if not len(tokens):
+        raise RequestError(f"request {request_id}: has no tokens")
+    if len(tokens) + more > context:
         raise RequestError(
-            f"request {request.id}: {length} tokens and max_tokens = {more} do not fit into the model's context "
+            f"request {request_id}: {len(tokens)} tokens and max_tokens = {more} do not fit into the model's context "
             f"of {context}"
         )
-    smallest, largest = int(request.tokens.min()), int(request.tokens.max())
+    smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest >= vocab:
         token = smallest if smallest < 0 else largest
-        raise RequestError(f"request {request.id}: token {token} is not in the model's vocabulary of {vocab}")
+        raise RequestError(f"request {request_id}: token {token} is not in the model's vocabulary of {vocab}")
 
 
-class RolloutEngine(Protocol):
+class ResponseEngine(Protocol):
     """Samples responses to many requests at the same time. All calls are made from one event loop."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -178,6 +182,10 @@ class RolloutEngine(Protocol):
             RequestError: the request can never be served; it is longer than the model's context, for example.
             EngineError: the engine cannot continue.
         """
+
+
+class RolloutEngine(ResponseEngine, Protocol):
+    """A :class:`ResponseEngine` whose sampling can be ended and paused, and whose weights can be replaced."""
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
         """Ends the requests with these ids, or all. Each returns the tokens sampled so far, with reason ``abort``."""

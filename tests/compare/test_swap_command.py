@@ -163,7 +163,7 @@ def test_a_checkpoint_gives_the_points_of_its_model(data, swapped, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.engine=sglang", "rollout.engine = sglang: must be embedded"),
+        ("rollout.engine=sglang", "must be [delta] with rollout.engine = sglang"),
         ("evaluation.files=[] run.evaluate_every=0", "evaluation.files: empty; name the problems to answer"),
         ("compare.select=[]", "compare.select: empty; expected at least one value"),
         ("compare.select=[js,js]", "compare.select = ['js', 'js']: names js more than once"),

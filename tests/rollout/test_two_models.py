@@ -8,6 +8,7 @@ import torch
 
 from fipo_megatron.rollout.embedded.drawing import Amplify, Draw, PrimaryAlone, Swap, draw_from_one
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
+from tests.compare import delta_swap
 from tests.rollout.test_embedded import all_of, identical, models, request
 
 SELECTORS = ("delta", "js", "kl", "kl_reverse", "entropy", "random")
@@ -98,6 +99,19 @@ def test_the_marginal_of_a_delta_swap_is_the_closed_form(threshold, temperature)
     frequencies, drawn = draws(Swap("delta", threshold), LOGITS, temperature)
     close(frequencies, primary * stays + primary[~stays].sum() * second)
     close(drawn.selected.mean()[None], primary[~stays].sum()[None])
+
+
+def test_responses_with_delta_swaps_have_the_closed_form(tmp_path):
+    """The same check as with servers, in ``tests/sglang/test_swap.py``."""
+    paths = [tmp_path / str(seed) for seed in delta_swap.SEEDS]
+    for path, seed in zip(paths, delta_swap.SEEDS, strict=True):
+        delta_swap.models.model(seed=seed).save_pretrained(path)
+    second = paths[1], Swap("delta", delta_swap.THRESHOLD)
+    found = asyncio.run(all_of(EmbeddedEngine(paths[0], slots=64, second=second), delta_swap.requests(3000)))
+    delta_swap.check_distribution(found)
+    requests = delta_swap.requests(100, max_tokens=40)
+    found = asyncio.run(all_of(EmbeddedEngine(paths[0], slots=64, second=second), requests))
+    delta_swap.check_selected(found, requests)
 
 
 @pytest.mark.parametrize("selector", SELECTORS[1:])

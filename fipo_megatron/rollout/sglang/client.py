@@ -46,6 +46,7 @@ class SglangClient:
 
     Attributes:
         pool: The workers.
+        requests: Requests to ``/generate`` of the workers.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SglangClient:
     ) -> None:
         self.pool = WorkerPool(urls, router=router, concurrency=concurrency, patience_seconds=patience_seconds)
         self._control = ControlClient(api_key)
-        self._requests = GenerationRequests(
+        self.requests = GenerationRequests(
             self.pool,
             self._control,
             context=context,
@@ -75,7 +76,7 @@ class SglangClient:
         self._watcher = HealthWatcher(
             self.pool,
             self._control,
-            busy=lambda: bool(self._requests.in_flight),
+            busy=lambda: bool(self.requests.in_flight),
             progress_seconds=progress_seconds,
             look_seconds=look_seconds,
         )
@@ -96,11 +97,11 @@ class SglangClient:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Samples one response; see :meth:`.engine.RolloutEngine.generate`."""
-        return await self._requests.generate(request)
+        return await self.requests.generate(request)
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
         """Ends these requests, or all; see :meth:`.engine.RolloutEngine.abort`."""
-        await self._requests.abort(ids)
+        await self.requests.abort(ids)
 
     def worker_lost(self, url: str, because: str = "its process has ended") -> None:
         """Sends no more requests to a worker, and restarts those in flight on others."""
@@ -184,7 +185,7 @@ class SglangClient:
         Raises:
             EngineError: requests are in flight, or a call failed.
         """
-        if self._requests.in_flight:
+        if self.requests.in_flight:
             raise EngineError("release_memory: requests are in flight; abort them or let them end")
         await self.control("/flush_cache?timeout=60")  # requests that were just aborted may take a moment to end
         await self.control("/release_memory_occupation", {"tags": list(what)})

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 import numpy as np
+from numpy.typing import NDArray
 
 from fipo_megatron.rollout.engine import (
     EngineError,
     Generation,
     GenerationRequest,
+    PermanentEngineError,
     RequestError,
     SamplingParameters,
     check_request,
+    check_tokens,
 )
 from fipo_megatron.rollout.sglang.control import UNAUTHORISED, ControlClient
-from fipo_megatron.rollout.sglang.responses import MalformedAnswerError, error_text, parse_generation
+from fipo_megatron.rollout.sglang.responses import MalformedAnswerError, error_text, parse_generation, parse_log_probs
 from fipo_megatron.rollout.sglang.worker_pool import Worker, WorkerPool
 
 _ABORT_AGAIN_SECONDS = 0.05
+T = TypeVar("T")
 
 
 class _WorkerLostError(Exception):
     """The request must be restarted on another worker."""
+
+
+@dataclass(frozen=True)
+class _Call(Generic[T]):
+    """A request to ``/generate``.
+
+    Attributes:
+        id: Unique among the requests in flight.
+        group: Name of the group.
+        payload: Body without ``rid``.
+        parse: Parses the answer; raises MalformedAnswerError.
+    """
+
+    id: str
+    group: str
+    payload: Mapping[str, Any]
+    parse: Callable[[bytes], T]
 
 
 class GenerationRequests:
@@ -65,6 +87,49 @@ class GenerationRequests:
     async def generate(self, request: GenerationRequest) -> Generation:
         """Samples one response; see :meth:`.engine.RolloutEngine.generate`."""
         check_request(request, self._context, self._vocab)
+        payload = {
+            "input_ids": request.tokens.tolist(),
+            "return_logprob": True,
+            "sampling_params": self._sampling_fields(request),
+        }
+        found = await self._serve(_Call(request.id, request.group, payload, parse_generation))
+        return _nothing_sampled() if found is None else found
+
+    async def log_probs(
+        self, request_id: str, group: str, tokens: NDArray[np.int32], start: int
+    ) -> NDArray[np.float32]:
+        """Returns the log-probs of given tokens at temperature 1; nothing is sampled.
+
+        Args:
+            request_id: Id of the request, unique among those in flight.
+            group: Name of the group; see :class:`.engine.GenerationRequest`.
+            tokens: ``[T]``: a sequence.
+            start: Number of its first tokens whose log-probs are not returned, at least 1.
+
+        Returns:
+            ``[T - start]`` float32.
+
+        Raises:
+            RequestError: the sequence does not fit the model.
+            EngineError: the servers cannot continue, or log-probs are not finite.
+        """
+        check_tokens(request_id, tokens, 0, self._context, self._vocab)
+        payload = {
+            "input_ids": tokens.tolist(),
+            "return_logprob": True,
+            "logprob_start_len": start - 1,  # the first one is always null
+            "sampling_params": {"max_new_tokens": 0},
+        }
+        call = _Call(request_id, group, payload, lambda body: parse_log_probs(body, len(tokens) - start))
+        found = await self._serve(call)
+        if found is None:
+            raise EngineError(f"request {request_id}: was aborted")
+        if not np.isfinite(found).all():
+            raise PermanentEngineError(f"request {request_id}: the log-probs of its tokens are not all finite")
+        return found
+
+    async def _serve(self, request: _Call[T]) -> T | None:
+        """Returns the answer to a request; None if it was aborted before its first attempt."""
         self.in_flight[request.id] = ""
         worker: Worker | None = None
         failing_since = time.monotonic()
@@ -73,7 +138,7 @@ class GenerationRequests:
                 worker = await self._pool.assign(request.group, worker)
                 async with worker.slots:
                     if request.id in self._aborted:
-                        return _nothing_sampled()
+                        return None
                     if not worker.alive:
                         continue
                     began = time.monotonic()
@@ -93,7 +158,7 @@ class GenerationRequests:
             self._pool.release(request.group)
 
     async def _wait_for_router(
-        self, router: Worker, request: GenerationRequest, lost: _WorkerLostError, failing_since: float
+        self, router: Worker, request: _Call[Any], lost: _WorkerLostError, failing_since: float
     ) -> None:
         """Waits before a request is sent through the router again, which may take a dead worker for alive.
 
@@ -107,11 +172,12 @@ class GenerationRequests:
             )
         await asyncio.sleep(self._retry_seconds)
 
-    async def _attempt(self, worker: Worker, request: GenerationRequest) -> Generation:
+    async def _attempt(self, worker: Worker, request: _Call[T]) -> T:
         """Sends a request once; ends at once if the worker is lost."""
         self._attempts += 1
         attempt = self.in_flight[request.id] = f"{request.id}~{self._attempts}"
-        task = worker.tasks[request.id] = asyncio.create_task(self._post(worker, request, attempt))
+        task: asyncio.Task[T] = asyncio.create_task(self._post(worker, request, attempt))
+        worker.tasks[request.id] = task
         try:
             await asyncio.wait({task})
         finally:
@@ -123,9 +189,11 @@ class GenerationRequests:
             raise _WorkerLostError(worker.lost_because)
         return task.result()
 
-    async def _post(self, worker: Worker, request: GenerationRequest, attempt: str) -> Generation:
+    async def _post(self, worker: Worker, request: _Call[T], attempt: str) -> T:
+        # The id of an attempt, not of the request: a server may still sample an earlier attempt.
+        payload = {"rid": attempt, **request.payload}
         try:
-            status, body = await self._control.exchange(worker.url + "/generate", self._payload(request, attempt))
+            status, body = await self._control.exchange(worker.url + "/generate", payload)
         except (aiohttp.ClientError, OSError) as error:
             raise _WorkerLostError(f"{type(error).__name__}: {error}") from error
         if status in UNAUTHORISED:
@@ -137,20 +205,15 @@ class GenerationRequests:
         try:
             async with self._parsing:
                 await asyncio.sleep(0)  # many answers come at once; other tasks run between two of them
-                return parse_generation(body)
+                return request.parse(body)
         except MalformedAnswerError as error:
             raise _WorkerLostError(str(error)) from error
 
-    def _payload(self, request: GenerationRequest, attempt: str) -> dict[str, Any]:
-        parameters = sampling_fields(request.sampling)
+    def _sampling_fields(self, request: GenerationRequest) -> dict[str, Any]:
+        fields = sampling_fields(request.sampling)
         if self._deterministic:
-            parameters["sampling_seed"] = request.seed % (1 << 31)
-        return {
-            "rid": attempt,  # not the request's id: a server may still sample an earlier attempt
-            "input_ids": request.tokens.tolist(),
-            "return_logprob": True,
-            "sampling_params": parameters,
-        }
+            fields["sampling_seed"] = request.seed % (1 << 31)
+        return fields
 
     async def abort(self, ids: Collection[str] | None = None) -> None:
         """Ends these requests, or all; see :meth:`.engine.RolloutEngine.abort`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from fipo_megatron.data.trajectory import FinishReason, TokenSpan
 from fipo_megatron.rollout.engine import Generation
@@ -60,6 +61,25 @@ def _parse(body: bytes) -> Generation:
         raise MalformedAnswerError(f"{len(entries)} log-probs for {len(tokens)} tokens, or of other tokens")
     finish: FinishReason = reason if reason in ("stop", "length") else "abort"
     return Generation(tokens, log_probs, spans if len(tokens) else (), finish, retractions=retractions)
+
+
+def parse_log_probs(body: bytes, count: int) -> NDArray[np.float32]:
+    """Parses an answer to ``/generate`` that has the log-probs of the last ``count`` given tokens.
+
+    SGLang 0.5.23 names the largest token id of a vocabulary 0 in it, so the ids are not compared.
+
+    Raises:
+        MalformedAnswerError: it is truncated, or has another number of log-probs.
+    """
+    with _no_garbage_collection():
+        try:
+            _, *entries = orjson.loads(body)["meta_info"]["input_token_logprobs"]
+            found = np.array([entry[0] for entry in entries], dtype=np.float32)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MalformedAnswerError(f"not an answer of SGLang: {error!r}: {body[:200]!r}") from error
+    if len(found) != count:
+        raise MalformedAnswerError(f"{len(found)} log-probs for {count} given tokens")
+    return found
 
 
 def error_text(body: bytes) -> str:

@@ -8,8 +8,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from fipo_megatron.rollout.engine import EngineError, Generation
+from fipo_megatron.rollout.engine import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Worker:
     alive: bool = True
     lost_because: str = ""
     needs_weights: bool = False
-    tasks: dict[str, asyncio.Task[Generation]] = field(default_factory=dict)
+    tasks: dict[str, asyncio.Task[Any]] = field(default_factory=dict)
     groups: int = 0
     abandoned: set[str] = field(default_factory=set)
 
