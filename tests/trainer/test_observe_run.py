@@ -90,8 +90,8 @@ def test_a_profile_names_the_parts_of_its_step(run):
     names = Counter(event["name"] for event in events)
     updates = rows(run / "metrics.jsonl")[1]["optimizer/updates"]
     assert names["optimizer_step"] == updates == 2
-    # The log-prob pass, the two passes of the noise floor on the first mini-batch, and the update.
-    assert names["pack"] == names["forward"] == names["token_log_probs"] == 2 * updates + 2
+    # The log-prob pass of the second mini-batch, the two passes of the noise floor on the first, and the updates.
+    assert names["pack"] == names["forward"] == names["token_log_probs"] == updates - 1 + 2 + updates
     assert names["policy_loss"] == updates + 1
     seconds = rows(run / "timing.jsonl")[1]
     for part in ("sync", "generate", "log_probs", "update"):
