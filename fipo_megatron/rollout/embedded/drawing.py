@@ -61,7 +61,8 @@ class Draw:
 
     def log_probs(self, logits: Tensor) -> Floats:
         """Returns the log-probs after temperature, ``[B, V]``; ``logits`` is ``[B, V]`` float64."""
-        found: Floats = torch.log_softmax(logits / self.temperatures, -1).numpy()
+        tempered = logits if (self.temperatures == 1).all() else logits / self.temperatures
+        found: Floats = torch.log_softmax(tempered, -1).numpy()
         return found
 
     def tokens(self, log_probs: Floats, stream: int = 0) -> NDArray[np.int64]:
@@ -280,7 +281,8 @@ def draw(log_probs: NDArray[np.float64], top_p: NDArray[np.float64], uniform: ND
     """
     probabilities = nucleus(np.exp(log_probs), top_p)
     cumulative = np.cumsum(probabilities, axis=1)
-    tokens = np.sum(cumulative <= (uniform * cumulative[:, -1])[:, None], axis=1, dtype=np.int64)
-    last = probabilities.shape[1] - 1 - np.argmax(probabilities[:, ::-1] > 0, axis=1)
-    drawn: NDArray[np.int64] = np.minimum(tokens, last)  # rounding may leave the last sum below `uniform`
+    below = cumulative <= (uniform * cumulative[:, -1])[:, None]
+    drawn: NDArray[np.int64] = np.argmin(below, axis=1)
+    for row in np.flatnonzero(below[:, -1]):  # the product was rounded up to the last sum
+        drawn[row] = np.flatnonzero(probabilities[row])[-1]
     return drawn

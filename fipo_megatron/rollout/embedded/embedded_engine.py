@@ -98,6 +98,8 @@ class EmbeddedEngine:
         self._running: list[_Sequence | None] = [None] * slots
         self._table = SlotTable(slots, len(self._models))
         self._outdated = self._closed = False
+        self._some_ended = False
+        """Whether a request in flight was aborted or cancelled."""
         self._turns = TurnTaking()
         self._going = asyncio.Event()
         self._going.set()
@@ -114,7 +116,11 @@ class EmbeddedEngine:
         self._waiting.append(sequence)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
-        return await sequence.done
+        try:
+            return await sequence.done
+        except asyncio.CancelledError:
+            self._some_ended = True
+            raise
 
     async def _run(self) -> None:
         """Runs passes through the model while there is anything to sample."""
@@ -168,6 +174,9 @@ class EmbeddedEngine:
 
     def _end_aborted(self) -> None:
         """Ends aborted requests, and those that nobody waits for any more."""
+        if not self._some_ended:
+            return
+        self._some_ended = False
         for sequence in [sequence for sequence in self._waiting if sequence.aborted or sequence.done.done()]:
             self._waiting.remove(sequence)
             self._finish(sequence, _NOTHING)
@@ -237,6 +246,7 @@ class EmbeddedEngine:
         """Ends these requests, or all, before their next token; see :meth:`.engine.RolloutEngine.abort`."""
         for sequence in self._in_flight():
             sequence.aborted |= ids is None or sequence.request.id in ids
+        self._some_ended = True
         self._aborting.set()
 
     async def pause(self) -> None:

@@ -60,6 +60,7 @@ class SlotTable:
         self._top_p = np.ones(slots)
         self._stop_ids = np.zeros(0, np.int64)
         """Stop tokens of all requests; which of them end a request is looked up only when one is drawn."""
+        self._known_stops: set[tuple[int, ...]] = set()
         self._uniform = np.zeros((streams, slots, _BLOCK))
         self._tokens = np.zeros((slots, _BLOCK), np.int32)
         self._log_probs = np.zeros((slots, _BLOCK), np.float32)
@@ -79,8 +80,9 @@ class SlotTable:
         self._used[slot], self.counts[slot] = True, 0
         self._read[slot], self._limits[slot] = len(request.tokens), sampling.max_tokens
         self._temperatures[slot], self._top_p[slot] = sampling.temperature, sampling.top_p
-        if not np.isin(sampling.stop_token_ids, self._stop_ids).all():
-            self._stop_ids = np.union1d(self._stop_ids, sampling.stop_token_ids)
+        if sampling.stop_token_ids not in self._known_stops:
+            self._known_stops.add(sampling.stop_token_ids)
+            self._stop_ids = np.union1d(self._stop_ids, np.array(sampling.stop_token_ids, np.int64))
 
     @property
     def running(self) -> Slots:
