@@ -195,7 +195,7 @@ class Step:
 
 
 def _with_every_log_prob(found: StepTime, config: Config) -> StepTime:
-    """Adds a pass that these systems run: that for π_old of the first mini-batch, which the first update gives here."""
+    """Adds the log-prob pass over the first mini-batch, which other systems run. Needs several updates or a KL term."""
     updates = config.groups_per_step / config.actor.prompts_per_mini_batch
     policies = 1 + (config.algorithm.kl_coef != 0)
     factor = policies * updates / (policies * updates - 1)

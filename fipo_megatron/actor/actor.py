@@ -173,8 +173,8 @@ class MegatronActor:
             plan: Plan passed to :meth:`log_probs`.
             trajectories: Trajectories passed to :meth:`log_probs`.
             old: Result of :meth:`log_probs` before the first update on this plan; None for ``sft``, which does not use
-                it. In place of the first mini-batch's it may hold None: its update begins at π_old, so the log-probs of
-                its own pass are those of π_old.
+                it. Its first entry may be None: the first update begins at π_old and takes the log-probs of its own
+                pass.
             reference: Result of :meth:`reference_log_probs`; required if ``algorithm.kl_coef`` > 0.
             watch: Indices of the trajectories whose tokens are returned in ``UpdateMetrics.tokens``.
 
@@ -191,9 +191,11 @@ class MegatronActor:
         for name, stored in (("old", old), ("reference", reference)):
             if stored is None:
                 continue
-            counts = [count_micro_batches(part, self.layout) for part in plan]
-            own = [counts[0] if not number and part is None else len(part or ()) for number, part in enumerate(stored)]
-            if own != counts:
+            counts: list[int | None] = [count_micro_batches(part, self.layout) for part in plan]
+            found = [None if part is None else len(part) for part in stored]
+            if name == "old" and found[:1] == [None]:
+                counts[:1] = [None]
+            if found != counts:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
             self._step(

@@ -373,7 +373,10 @@ PARTS = {
     "evaluate": ("Evaluation.", EVALUATED),
     "generate": ("Sampling of responses; time that overlaps with training is not counted.", SAMPLED),
     "reward": ("Time with at least one answer being verified; part of generate.", SAMPLED),
-    "log_probs": ("Log-prob passes of π_old and of the reference policy.", "algorithm.kind other than sft"),
+    "log_probs": (
+        "Log-prob passes: π_old for all mini-batches but the first, and the reference policy.",
+        "algorithm.kind other than sft",
+    ),
     "update": ("Forward and backward passes, and optimizer steps.", ""),
     "save": ("Time that the run waits for a checkpoint.", SAVED),
     "idle": ("Remaining time: waiting for other ranks, scattering of tokens, and bookkeeping.", ""),

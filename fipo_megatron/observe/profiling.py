@@ -43,7 +43,7 @@ class StepProfiler:
         """Registers a thread that must stand still while a profile ends.
 
         PyTorch frees the records of all threads when a profile ends, without waiting for an operation that another
-        thread is recording; the process then dies of SIGSEGV (pytorch/pytorch#187483; in 2.13 not mended).
+        thread is recording; the process then dies of SIGSEGV. PyTorch 2.13 has this fault (pytorch/pytorch#187483).
 
         Args:
             pause: Returns a block in which that thread runs no PyTorch operation.

@@ -43,6 +43,7 @@ class ChildProcess:
 
     Attributes:
         cpu_seconds: CPU seconds of the child at its last reply.
+        killed: Whether :meth:`kill` was called.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -52,8 +53,10 @@ class ChildProcess:
         self._pipe: asyncio.ReadTransport | None = None
         self._errors = _LastBytes()
         self._exit_code: int | None = None
-        self._killed = False
+        self.killed = False
         self.cpu_seconds = 0.0
+        self._length: int | None = None
+        """Bytes of the message whose header was read."""
 
     @classmethod
     async def start(
@@ -95,7 +98,7 @@ class ChildProcess:
         return child
 
     async def receive(self) -> dict[str, Any]:
-        """Returns the next message of the child.
+        """Returns the next message of the child; may be cancelled and called again.
 
         Raises:
             EOFError: The child has closed its connection.
@@ -103,10 +106,12 @@ class ChildProcess:
             ValueError: The message is longer than 1 MiB, or is not a JSON object.
         """
         assert self._reader is not None
-        length = int.from_bytes(await self._reader.readexactly(4), "little")
-        if length > _FRAME_BYTES:
-            raise ValueError(f"its reply has {length} bytes")
-        message = json.loads(await self._reader.readexactly(length))
+        if self._length is None:
+            self._length = int.from_bytes(await self._reader.readexactly(4), "little")
+        if self._length > _FRAME_BYTES:
+            raise ValueError(f"its reply has {self._length} bytes")
+        message = json.loads(await self._reader.readexactly(self._length))
+        self._length = None
         if not isinstance(message, dict):
             raise ValueError("its reply is not an object")
         self.cpu_seconds = float(message["cpu_seconds"])
@@ -143,8 +148,8 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kills the process and its group, and closes the connection. Waits for nothing."""
-        if not self._killed:
-            self._killed = True
+        if not self.killed:
+            self.killed = True
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         if self._writer is not None:
@@ -160,9 +165,9 @@ class ChildProcess:
             loop = asyncio.get_running_loop()
             deadline = loop.time() + _EXIT_SECONDS
             closed = self._reader is not None and self._reader.at_eof()
-            while closed and not self._killed and not self.has_exited and loop.time() < deadline:
+            while closed and not self.killed and not self.has_exited and loop.time() < deadline:
                 await asyncio.sleep(_POLL_SECONDS)
-            by_itself = not self._killed and self.has_exited
+            by_itself = not self.killed and self.has_exited
             self.kill()  # also what it has forked
             await self._reap()
             await asyncio.sleep(_POLL_SECONDS)  # reads what is left of its standard error

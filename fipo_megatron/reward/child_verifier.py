@@ -9,6 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fipo_megatron.data.failed_checks import VerifierError
 from fipo_megatron.reward.child_process import ChildProcess, describe_exit
@@ -22,7 +23,14 @@ _CRASHES = 20
 """Answers in a row on which a child may crash before the verifier counts as broken."""
 _OUTPUT_CHARACTERS = 2000
 _MESSAGE_SECONDS = 0.005
-"""CPU seconds that the answers of one message should take; an answer that takes longer is alone in its message."""
+"""CPU seconds that the answers of one message should take.
+
+Each is assumed to take as long as the slowest of late, so that few answers wait behind a slow one.
+"""
+_DECAY = 0.95
+"""Decay of the CPU seconds of the slowest answer, per answer."""
+_STANDSTILL_SECONDS = 0.1
+"""Delay of a timer from which the event loop counts as having stood still."""
 _MESSAGE_CHARACTERS = 1 << 18
 """Characters of the responses of a message; the last one may exceed it."""
 
@@ -46,6 +54,7 @@ class ChildVerifier(CountingVerifier):
     """Checks in child processes, each bounded in CPU time, wall time and memory.
 
     Answers wait in order. A child gets several in one message if checks are short, and checks them one after the other.
+    The first slow one after many short ones may delay those behind it in its message.
 
     Args:
         name: Name of the verifier; see :mod:`.child`.
@@ -67,7 +76,8 @@ class ChildVerifier(CountingVerifier):
         self._idle: list[ChildProcess | None] = [None] * processes  # None is started on demand
         self._workers: set[asyncio.Task[None]] = set()
         self._children: set[ChildProcess] = set()
-        self._seconds_per_check = math.inf
+        self._seconds_per_check: float | None = None
+        """CPU seconds of the slowest answer of late; None before the first."""
         self._crashes = 0
         self._closed = False
 
@@ -76,10 +86,7 @@ class ChildVerifier(CountingVerifier):
         self._check_open()
         check = _Check(answer, asyncio.get_running_loop().create_future())
         self._waiting.append(check)
-        if self._idle:
-            worker = asyncio.create_task(self._work(self._idle.pop()))
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+        self._start_worker()
         try:
             return self._counted(await check.verdict)
         except asyncio.CancelledError:
@@ -88,10 +95,21 @@ class ChildVerifier(CountingVerifier):
                 await self._end(check.child)
             raise
 
+    def _start_worker(self) -> None:
+        """Lets an idle child check answers that wait, if there is an idle one; prefers one that is running."""
+        if not self._idle:
+            return
+        child = next((one for one in reversed(self._idle) if one is not None), None)
+        self._idle.remove(child)
+        worker = asyncio.create_task(self._work(child))
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
+
     async def _work(self, child: ChildProcess | None) -> None:
         """Lets a child check answers while any are waiting; starts it first if there is none, or if it has exited."""
+        checks: list[_Check] = []
         try:
-            while checks := self._take():
+            while self._waiting:
                 try:
                     self._check_open()
                     if child is not None and child.has_exited:
@@ -99,23 +117,27 @@ class ChildVerifier(CountingVerifier):
                         child = None
                     if child is None:
                         child = await self._start()
-                    child = await self._check(child, checks)
+                    checks = self._take()  # not before: another child may be idle while this one starts
+                    if checks:
+                        child = await self._check(child, checks)
                 except Exception as error:
                     if child is not None:
                         child.kill()
                         await self._end(child)
                         child = None
-                    for check in checks:
+                    for check in checks or self._take():
                         if not check.verdict.done():
                             check.verdict.set_exception(error)
+                checks = []
         finally:
             self._idle.append(child)
 
     def _take(self) -> list[_Check]:
-        """Takes the next answers for a child: as many as it checks in a moment, and no more than its share."""
+        """Takes the next answers for a child: no more than its share, and than it should check in 5 ms."""
         waiting = deque(check for check in self._waiting if not check.verdict.done())
         share = math.ceil(len(waiting) / len(self._workers))
-        most = min(share, max(1, int(_MESSAGE_SECONDS / max(self._seconds_per_check, 1e-6))))
+        slowest = _MESSAGE_SECONDS if self._seconds_per_check is None else self._seconds_per_check
+        most = min(share, max(1, int(_MESSAGE_SECONDS / max(slowest, 1e-6))))
         taken: list[_Check] = []
         characters = 0
         while waiting and len(taken) < most and characters < _MESSAGE_CHARACTERS:
@@ -125,7 +147,7 @@ class ChildVerifier(CountingVerifier):
         return taken
 
     async def _check(self, child: ChildProcess, checks: Sequence[_Check]) -> ChildProcess | None:
-        """Lets a child check answers. Those after one that ends the child are put back.
+        """Lets a child check answers. What it has not checked when it ends is put back.
 
         Returns:
             The child; None if it has ended.
@@ -133,22 +155,32 @@ class ChildVerifier(CountingVerifier):
         Raises:
             VerifierError: Children have crashed on too many answers in a row.
         """
-        before = child.cpu_seconds
         answers = (check.answer for check in checks)
         child.send({"response": answer.response, "ground_truth": answer.ground_truth} for answer in answers)
         for number, check in enumerate(checks):
-            check.child = child
-            verdict, usable = await self._receive(child, check)
+            if check.verdict.done():  # cancelled: it may take long
+                child.kill()
+            before, check.child = child.cpu_seconds, child
+            verdict, usable = await self._receive(child)
             check.child = None
             if not usable:
                 await self._end(child)
-                self._waiting.extendleft(reversed(checks[number + 1 :]))
-            if not check.verdict.done():
+                self._put_back(checks[number + (verdict is not None) :])
+            else:
+                slowest = _DECAY * (self._seconds_per_check or 0.0)
+                self._seconds_per_check = max(child.cpu_seconds - before, slowest)
+            if verdict is not None and not check.verdict.done():
                 check.verdict.set_result(verdict)
             if not usable:
                 return None
-        self._seconds_per_check = (child.cpu_seconds - before) / len(checks)
         return child
+
+    def _put_back(self, checks: Sequence[_Check]) -> None:
+        """Lets answers wait again, before all others, and wakes idle children for them."""
+        left = [check for check in checks if not check.verdict.done()]
+        self._waiting.extendleft(reversed(left))
+        for _ in left:
+            self._start_worker()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -185,20 +217,23 @@ class ChildVerifier(CountingVerifier):
                 raise
         raise AssertionError("unreachable")
 
-    async def _receive(self, child: ChildProcess, check: _Check) -> tuple[Verdict, bool]:
-        """Returns the next verdict of a child, and whether the child can check another answer."""
+    async def _receive(self, child: ChildProcess) -> tuple[Verdict | None, bool]:
+        """Returns the next verdict of a child, and whether the child can check another answer.
+
+        The verdict is None if a cancellation has killed the child.
+        """
         wall = self._wall_seconds
         try:
-            async with asyncio.timeout(wall):
-                reply = await child.receive()
+            reply = await self._reply(child)
         except TimeoutError:
             if child.cpu_used >= self._seconds:
                 return self._over_cpu_limit(), False
             return Verdict(False, failure="timeout", detail=f"{self._name}: no verdict within {wall:g} s"), False
         except (EOFError, ConnectionError, ValueError) as error:
+            cancelled = child.killed and not self._closed
             code = await self._end(child)
-            if check.verdict.cancelled():
-                return Verdict(False), False
+            if cancelled:
+                return None, False
             if code == -signal.SIGXCPU:
                 return self._over_cpu_limit(), False
             reason = f"sent no verdict: {error}" if isinstance(error, ValueError) else describe_exit(code)
@@ -208,6 +243,23 @@ class ChildVerifier(CountingVerifier):
         if verdict.failure:
             verdict = Verdict(False, None, verdict.failure, f"{self._name}: {verdict.detail}")
         return verdict, verdict.failure != "memory" and not reply["last"]
+
+    async def _reply(self, child: ChildProcess) -> dict[str, Any]:
+        """Returns the next reply of a child. Time in which the event loop stood still is not counted.
+
+        Raises:
+            TimeoutError: There is none within the limit of wall time.
+        """
+        loop, seconds = asyncio.get_running_loop(), self._wall_seconds
+        while True:
+            deadline = loop.time() + seconds
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await child.receive()
+            except TimeoutError:
+                seconds = loop.time() - deadline
+                if seconds < _STANDSTILL_SECONDS:
+                    raise
 
     def _over_cpu_limit(self) -> Verdict:
         """Returns the verdict on an answer that took too much CPU time: it is wrong."""

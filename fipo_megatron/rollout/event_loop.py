@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_ALIVE_SECONDS = 1.0
+"""Seconds after which it is checked whether the thread is alive."""
 
 
 class EventLoopThread:
@@ -39,7 +41,7 @@ class EventLoopThread:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Returns a block in which the thread runs nothing; it begins when what the thread is running gives way."""
+        """Returns a block in which the thread runs no callback; it begins after the callback in progress."""
         if self._loop.is_closed():
             yield
             return
@@ -50,8 +52,9 @@ class EventLoopThread:
             resumed.wait()
 
         self._loop.call_soon_threadsafe(stand_still)
-        stopped.wait()
         try:
+            while not stopped.wait(_ALIVE_SECONDS) and self._thread.is_alive():
+                pass
             yield
         finally:
             resumed.set()

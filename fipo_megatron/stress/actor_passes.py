@@ -145,13 +145,17 @@ def _metrics(seconds: Mapping[str, float], ranks: Sequence[Mapping[str, Any]]) -
 def _run_passes(
     actor: MegatronActor, mini_batch: MiniBatch, trajectories: Sequence[Trajectory]
 ) -> tuple[dict[str, Any], StoredLogProbs]:
-    """Runs both passes; returns seconds and peaks of this rank, and the log-probs."""
+    """Runs a log-prob pass and the first update of a step.
+
+    Returns:
+        Seconds and peaks of this rank, and the log-probs.
+    """
     gc.collect()
     cuda = actor.layout.device.type == "cuda"
     resident = ResidentMemory()
     kept = torch.cuda.memory_allocated() if cuda else 0
     old, first, first_peak = _timed(lambda: actor.log_probs([mini_batch], trajectories), cuda)
-    (metrics,), second, second_peak = _timed(lambda: actor.update([mini_batch], trajectories, old), cuda)
+    (metrics,), second, second_peak = _timed(lambda: actor.update([mini_batch], trajectories, [None]), cuda)
     found = {
         "seconds": {"log_probs": first, "update": second},
         "allocated": PassPeaks(kept, first_peak, second_peak),

@@ -6,8 +6,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from fipo_megatron.actor.launch import Launch
@@ -109,7 +109,7 @@ def _train(inputs: Inputs, run: Callable[[Trainer], bool], monitor: RankMonitor)
         with ExitStack() as opened:
             try:
                 trainer = opened.enter_context(open_trainer(*inputs))
-                _keep_out_of_collections()
+                opened.enter_context(_objects_out_of_collections())
                 complete = run(trainer)
             except Exception as error:
                 code = _report(error, monitor)
@@ -127,13 +127,19 @@ def _train(inputs: Inputs, run: Callable[[Trainer], bool], monitor: RankMonitor)
     return 0
 
 
-def _keep_out_of_collections() -> None:
-    """Keeps the objects of imports and of the start out of garbage collections.
+@contextmanager
+def _objects_out_of_collections() -> Iterator[None]:
+    """Opens a block in which garbage collections leave out the objects that exist now.
 
-    They are half a million, and a full collection that walks over them stops a rank for 0.25 s while the others wait.
+    Those of imports and of the start are half a million. A full collection that walks over them stops a rank for 0.25 s
+    while the others wait.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _report(error: Exception, monitor: RankMonitor) -> int | None:

@@ -291,6 +291,10 @@ def test_plans_and_log_probs_that_do_not_belong_are_refused(build, plan, traject
     for wrong in (old[:1], [old[0][:1], old[1]], [old[0], None], [None]):
         with pytest.raises(ValueError, match="old: not the log-probs of this plan"):
             actor.update(plan, trajectories, wrong)
+    with pytest.raises(ValueError, match="old: not the log-probs of this plan"):
+        actor.update([], trajectories, [None])
+    with pytest.raises(ValueError, match="reference: not the log-probs of this plan"):
+        actor.update(plan, trajectories, old, [None, old[1]])
     with actor.offloaded(), pytest.raises(RuntimeError, match="the actor is offloaded"):
         actor.log_probs(plan, trajectories)
 

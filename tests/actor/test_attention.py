@@ -63,6 +63,25 @@ def test_sequences_longer_than_the_blocks_of_a_kernel(kernel, dtype, cp):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neighbours_of_equal_length_share_a_call(kernel, cp, dtype, monkeypatch):
+    """Within the bounds of the definition, and on one rank with the bits of one call per sequence."""
+    case = random_case(3, [40] * 4 + [12] * 9 + [40, 7], cp, groups=2, ratio=2, dtype=dtype)
+    sequences = []
+    forward = type(kernel).forward
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kernel), "forward", lambda self, it: (sequences.append(len(it.query)), forward(self, it))[1])
+        together = whole(in_simulated_ranks(case, cp, kernel=kernel), case.cu_seqlens)
+    assert max(sequences) == (9 if kernel.rows > 108 else max(1, kernel.rows // (12 // (2 * cp) if cp > 1 else 12)))
+    assert largest_error(together, plain_attention(case)) <= BOUNDS[dtype]
+    if cp == 1:
+        monkeypatch.setattr(type(kernel), "rows", 1)
+        alone = whole(in_simulated_ranks(case, cp, kernel=kernel), case.cu_seqlens)
+        assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_views_of_one_projection_are_taken_as_they_are(kernel):
     """Megatron passes slices of the mixed projection; gradients may be expanded or transposed."""
     case = random_case(0, [40, 9], groups=2, ratio=2)

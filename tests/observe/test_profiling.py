@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,25 @@ def test_a_profile_ends_while_another_thread_computes(tmp_path):
     with gzip.open(tmp_path / f"step-{STEPS - 1:06}-rank-0000.json.gz", "rt") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     assert len({event["tid"] for event in events if event["name"] == "aten::mm"}) == 2
+
+
+def test_a_pause_that_is_interrupted_leaves_the_thread_running(monkeypatch):
+    loop = EventLoopThread()
+    waits = threading.Event.wait
+
+    def interrupted(event, timeout=None):
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return waits(event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Event, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.paused().__enter__()
+    assert loop.run(asyncio.sleep(0, "done")) == "done"
+    with loop.paused():
+        late = loop.begin(asyncio.sleep(0, "late"))
+        with pytest.raises(TimeoutError):
+            late.result(timeout=0.2)
+    assert late.result(timeout=10) == "late"
+    loop.close()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -330,3 +331,74 @@ def test_a_cancelled_check_leaves_the_others_of_its_message(monkeypatch):
     assert counts == {"verified": 5}
     assert 6 in sizes
     assert not children()
+
+
+def test_a_cancellation_after_the_reply_fails_no_other_answer():
+    """The reply may have arrived while the loop was busy: the child is killed, and the next answer is not its fault."""
+
+    async def run():
+        opened = open_verifier(config(COMMANDS, verifier_processes=1))
+        random = Random(0)
+        try:
+            await opened.verify(Answer("a", "a"))
+            verdicts = []
+            for _ in range(40):
+                checks = [asyncio.create_task(opened.verify(Answer("a", "a"))) for _ in range(8)]
+                for _ in range(random.randrange(4)):
+                    await asyncio.sleep(0)
+                time.sleep(random.choice([0, 0.002]))  # as a pass of the embedded engine
+                random.choice(checks).cancel()
+                verdicts += await asyncio.gather(*checks, return_exceptions=True)
+            return verdicts
+        finally:
+            await opened.close()
+
+    found = [one for one in asyncio.run(run()) if not isinstance(one, asyncio.CancelledError)]
+    assert len(found) >= 40 * 7
+    assert all(one.correct for one in found), Counter(one.failure for one in found)
+    assert not children()
+
+
+def test_answers_behind_a_crash_go_to_idle_children(monkeypatch):
+    """The child that is started in its place imports the verifier first."""
+    starts = []
+    start = ChildProcess.start
+
+    async def slow_start(*arguments):
+        starts.append(time.monotonic())
+        if len(starts) > 2:
+            await asyncio.sleep(3.0)
+        return await start(*arguments)
+
+    monkeypatch.setattr(ChildProcess, "start", slow_start)
+
+    async def run():
+        opened = open_verifier(config(COMMANDS, verifier_processes=2))
+        try:
+            await asyncio.gather(*(opened.verify(Answer("a", "a")) for _ in range(2)))
+            began = time.monotonic()
+            answers = ["kill", *["a"] * 9]
+            verdicts = await asyncio.gather(*(opened.verify(Answer(one, "a")) for one in answers))
+            return verdicts, time.monotonic() - began
+        finally:
+            await opened.close()
+
+    verdicts, seconds = asyncio.run(run())
+    assert [one.failure for one in verdicts] == ["crash"] + [""] * 9
+    assert seconds < 3.0
+
+
+def test_time_in_which_the_loop_stood_still_is_not_that_of_an_answer():
+    async def run():
+        opened = open_verifier(config(COMMANDS, verifier_processes=1, verifier_seconds=0.3))
+        try:
+            await opened.verify(Answer("a", "a"))
+            check = asyncio.create_task(opened.verify(Answer("noise", "noise")))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            time.sleep(2.0)  # longer than the limit of wall time
+            return await check
+        finally:
+            await opened.close()
+
+    assert asyncio.run(run()).correct

@@ -20,7 +20,7 @@ Slots = NDArray[np.int64]
 
 @dataclass(eq=False)
 class _Response:
-    """What a slot has beside the arrays.
+    """State of a slot that is not in an array.
 
     Attributes:
         request: The request.
