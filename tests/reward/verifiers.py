@@ -32,6 +32,8 @@ def by_command(response, ground_truth):
     """Executes the command in the response, so one verifier shows every kind of failure."""
     if response == "hang":
         time.sleep(1000)
+    if response == "rest":
+        time.sleep(0.02)
     if response == "spin":
         while True:
             pass
