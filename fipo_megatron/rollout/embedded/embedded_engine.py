@@ -39,6 +39,11 @@ from fipo_megatron.rollout.engine import (
 
 _DRAWN_ELEMENTS = 1 << 21
 """Logits of a draw in float64, 16 MiB; more sequences are drawn in turn."""
+_TURNS_TO_VERIFIER = 3
+"""Turns of the event loop in which a response that has ended reaches the process of a verifier.
+
+It is checked there while the next pass runs here.
+"""
 _NOTHING = Generation(np.empty(0, np.int32), np.empty(0, np.float32), (), "abort")
 
 
@@ -136,10 +141,13 @@ class EmbeddedEngine:
                 if not all(model.usable for model in self._models):
                     raise EngineError("the weights were released; restore and update them before generating")
                 self._admit()
-                self._sample()
+                ended = self._sample()
+                for _ in range(_TURNS_TO_VERIFIER if ended else 1):
+                    await asyncio.sleep(0)  # lets the other tasks of the event loop run
+                if self._outdated:
+                    continue  # new weights came meanwhile: all sequences are read again
                 self._decode()
                 progress.sign()
-                await asyncio.sleep(0)  # lets the other tasks of the event loop run between two passes
         except BaseException as error:
             for sequence in self._in_flight():
                 if not sequence.done.done():
@@ -200,8 +208,9 @@ class EmbeddedEngine:
                 model.read(sequences)
         self._outdated = False
 
-    def _sample(self) -> None:
-        """Samples one token for every running sequence."""
+    def _sample(self) -> bool:
+        """Samples one token for every running sequence; returns whether any response has ended."""
+        ended = False
         running = self._table.running
         rows = max(1, _DRAWN_ELEMENTS // self.model.config.vocab_size)
         for first in range(0, len(running), rows):
@@ -211,6 +220,8 @@ class EmbeddedEngine:
             drawn = self.rule(logits[0], logits[1], how) if self.rule is not None else draw_from_one(logits[0], how)
             for slot, reason in self._table.append(slots, drawn, self._model.version):
                 self._free(slot, reason)
+                ended = True
+        return ended
 
     def _decode(self) -> None:
         """Computes the logits of the next token of every running sequence."""
