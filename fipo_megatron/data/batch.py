@@ -75,16 +75,25 @@ def compute_advantages(groups: Iterable[Group], algorithm: AlgorithmConfig) -> l
 
     from fipo_megatron.algorithm.advantages import group_advantages
 
-    found = []
-    for group in groups:
+    groups = list(groups)
+    rewards, ids, names = [], [], []
+    for number, group in enumerate(groups):
         scored = [t for t in group.trajectories if t.reward is not None or not t.failure]
         if len(scored) < 2 <= len(group.trajectories):
-            advantages = dict.fromkeys((trajectory.sample for trajectory in group.trajectories), 0.0)
-        else:
-            rewards = torch.tensor([trajectory.reward for trajectory in scored], dtype=torch.float64)
-            ids = torch.zeros(len(rewards), dtype=torch.int64)
-            relative = group_advantages(rewards, ids, algorithm.advantage_baseline, algorithm.advantage_epsilon)
-            advantages = {t.sample: float(value) for t, value in zip(scored, relative, strict=True)}
-        trajectories = tuple(t.with_advantage(advantages.get(t.sample, 0.0)) for t in group.trajectories)
-        found.append(Group(group.prompt, trajectories))
-    return found
+            continue
+        rewards += [trajectory.reward for trajectory in scored]
+        names += [(number, trajectory.sample) for trajectory in scored]
+        ids += [number] * len(scored)
+    relative = group_advantages(
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.tensor(ids, dtype=torch.int64),
+        algorithm.advantage_baseline,
+        algorithm.advantage_epsilon,
+    )
+    advantages = dict(zip(names, relative.tolist(), strict=True))
+    return [
+        Group(
+            group.prompt, tuple(t.with_advantage(advantages.get((number, t.sample), 0.0)) for t in group.trajectories)
+        )
+        for number, group in enumerate(groups)
+    ]

@@ -44,19 +44,22 @@ class ResponseScorer:
             await self._record_moments(self._moments, trajectory, verdict)
         if verdict.failure and reward.on_failure == "mask":
             return Score(None, None, verdict.failure, verdict.detail)
-        penalty = overlong_penalty(
-            torch.tensor([len(trajectory.tokens)]),
-            self._config.rollout.max_response_tokens,
-            reward.overlong_buffer_tokens,
-            reward.overlong_penalty,
-        )
+        penalty = self._overlong_penalty(len(trajectory.tokens))
         return Score(
-            (1.0 if verdict.correct else -1.0) + float(penalty),
+            (1.0 if verdict.correct else -1.0) + penalty,
             int(verdict.correct),
             verdict.failure,
             verdict.detail,
             self.asks(trajectory),
         )
+
+    def _overlong_penalty(self, length: int) -> float:
+        """Returns the overlong penalty of a response of this many tokens."""
+        longest, reward = self._config.rollout.max_response_tokens, self._config.reward
+        if length <= longest - reward.overlong_buffer_tokens:  # most responses
+            return 0.0
+        buffer, factor = reward.overlong_buffer_tokens, reward.overlong_penalty
+        return float(overlong_penalty(torch.tensor([length]), longest, buffer, factor))
 
     def asks(self, trajectory: Trajectory) -> bool:
         """Returns whether the verifier is asked about a response; see :meth:`verdict`."""
