@@ -193,8 +193,8 @@ class MegatronActor:
                 continue
             counts: list[int | None] = [count_micro_batches(part, self.layout) for part in plan]
             found = [None if part is None else len(part) for part in stored]
-            if name == "old" and found[:1] == [None]:
-                counts[:1] = [None]
+            if name == "old" and counts and found[:1] == [None]:
+                counts[0] = None
             if found != counts:
                 raise ValueError(f"{name}: not the log-probs of this plan")
         return [
