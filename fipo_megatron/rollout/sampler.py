@@ -43,7 +43,7 @@ class SamplingExhaustedError(RuntimeError):
     """Too few groups were kept after the last batch of prompts. The groups that were kept are carried.
 
     Attributes:
-        out_of_prompts: Whether there are no more prompts, so that sampling again does not help.
+        out_of_prompts: True if there are no more prompts: sampling again does not help.
     """
 
     def __init__(self, message: str, *, out_of_prompts: bool = False) -> None:

@@ -215,7 +215,7 @@ def test_positions_with_equal_quantities_are_not_selected():
     [([0.1, 0.5, 1.0], 0.1 + 0.1 * 0.41 / 0.5), ([0.1, 0.91, 0.5], 0.1), ([0.1, 0.2, 0.3], np.inf)],
 )
 def test_the_share_that_recovers_the_gap_is_interpolated(accuracies, expected):
-    """Of the gap from 0.1 to 1, 90 % are recovered at 0.91."""
+    """The gap is from 0.1 to 1; 90 % of it are recovered at an accuracy of 0.91."""
     assert crossing([0.0, 0.1, 0.2], np.array(accuracies), 1.0) == pytest.approx(expected)
     assert crossing([0.0, 0.2, 0.1], np.array(accuracies)[[0, 2, 1]], 1.0) == pytest.approx(expected)
 

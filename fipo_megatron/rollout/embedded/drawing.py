@@ -45,7 +45,7 @@ class Drawn:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """What a batch of sequences is drawn with.
+    """Settings and random numbers with which a batch of sequences is drawn.
 
     Attributes:
         temperatures: ``[B, 1]`` float64, divisors of the logits.
