@@ -52,14 +52,19 @@ class Reference:
     expected: layout_cases.Expected
 
 
-@cache
-def reference_of(name):
+def transformers_model(name):
+    """A model with random weights, in float32 on the CPU."""
     import transformers
 
     family, changes = FAMILIES[name]
     config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
+    return getattr(transformers, f"{family}ForCausalLM")(config).float()
+
+
+@cache
+def reference_of(name):
     torch.manual_seed(11)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    model = transformers_model(name)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

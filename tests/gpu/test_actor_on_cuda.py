@@ -13,6 +13,7 @@ from fipo_megatron.actor.fp8 import scaling_state
 from fipo_megatron.actor.megatron_config import transformer_engine_found
 from fipo_megatron.config import ActorConfig
 from tests.actor import hf_reference
+from tests.gpu import fp8_rounding
 from tests.gpu.actors import FAMILIES, Case, distance, one_rank
 
 needs_transformer_engine = pytest.mark.skipif(
@@ -193,6 +194,8 @@ def build_fp8(build, recipe, **changes):
 @needs_transformer_engine
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_log_probs_and_noise_floor(recipe, build, report):
+    """FP8 changes the log-probs by as much as the rounding of the products' inputs does, and by no less: it is on."""
+    rounding = float(fp8_rounding.log_prob_differences("qwen3", recipe).abs().mean())
     bf16 = build(**FUSED).response_log_probs()
     case = build_fp8(build, recipe)
     case.gradients(case.log_probs())  # under delayed scaling the first training pass finds the scales
@@ -200,10 +203,11 @@ def test_fp8_log_probs_and_noise_floor(recipe, build, report):
     report(
         log_prob_difference=found["largest"],
         mean_difference=found["mean"],
+        mean_difference_by_rounding=rounding,
         noise_shift=floor.shift,
         noise_future_kl=floor.future_kl,
     )
-    assert found["mean"] <= 0.1
+    assert 0.6 * rounding <= found["mean"] <= 1.4 * rounding
     # Delayed scaling changes its scales between the micro-batches of a training pass: it has a floor, and is reported.
     assert floor.shift <= (1.0 if recipe == "delayed" else ActorConfig().max_noise_shift)
 

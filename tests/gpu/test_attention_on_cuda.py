@@ -42,6 +42,25 @@ def test_output_and_gradients_equal_the_definition(dtype, ratio, dim, cp, device
     assert largest_error(got, expected) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_equal_neighbours_that_share_a_call_equal_the_definition(dtype, device, record_property):
+    """Whether they also have the bits that they have alone is printed and kept in the report."""
+    case = random_case(0, [96] * 5 + [33, 200, 200, 1, 1], groups=2, ratio=4, dim=64, dtype=dtype)
+    expected = plain_attention(case)
+    to_device(case, device)
+
+    class Alone(type(choose_kernel(case.query))):
+        rows = 1
+
+    together, alone = attend(case), attend(case, kernel=Alone())
+    for name, shared, own in zip(("output", "query", "key", "value"), together, alone, strict=True):
+        difference = float((shared - own).abs().max())
+        record_property(name, difference)
+        print(f"{name}: largest difference from a call of its own {difference:.3g}")
+    assert largest_error([tensor.cpu() for tensor in together], expected) <= BOUNDS[dtype]
+    assert largest_error([tensor.cpu() for tensor in alone], expected) <= BOUNDS[dtype]
+
+
 def test_views_of_one_projection_are_taken_as_they_are(device):
     """Megatron hands over slices of the mixed projection, and gradients may come expanded."""
     case = random_case(0, [400, 90], groups=2, ratio=2, dim=64, dtype=torch.bfloat16)
