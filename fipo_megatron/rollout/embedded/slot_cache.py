@@ -6,7 +6,8 @@ neighbours: shapes are the same whichever sequences are present, and positions a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped i
             keys = torch.nn.functional.pad(self.keys, more)
             values = torch.nn.functional.pad(self.values, more)
         else:
-            keys, values = self.keys, self.values
+            return self.keys, self.values
         self.keys, self.values = keys, values
+        self._cache.on_allocation()
         return keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -78,17 +80,23 @@ class SlotCache(Cache):
     Args:
         layers: Number of layers of the model.
         slots: Number of sequences.
+        dtype: Data type of the queries.
+        on_allocation: Callback after tensors for keys and values were replaced by larger ones.
 
     Attributes:
         positions: ``[rows]`` int64, positions of the next pass's tokens in the first ``rows`` slots.
         places: Number of positions that a pass attends to; those after a sequence's own position are masked.
     """
 
-    def __init__(self, layers: int, slots: int) -> None:
+    def __init__(
+        self, layers: int, slots: int, dtype: torch.dtype, on_allocation: Callable[[], None] = lambda: None
+    ) -> None:
         self.slots = slots
+        self.on_allocation = on_allocation
         self.rows = torch.arange(slots)
         self.positions = torch.zeros(slots, dtype=torch.int64)
         self.places = BLOCK
+        self._dtype = dtype
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
 
@@ -108,11 +116,13 @@ class SlotCache(Cache):
         """Sets the positions of the next pass's tokens, ``[rows]`` int64, in the first slots.
 
         Returns:
-            The mask of the pass, ``[rows, 1, 1, places]`` bool: true where a token attends.
+            The mask of the pass, ``[rows, 1, 1, places]`` in the data type of the queries: 0 where a token attends,
+            else −∞.
         """
         self.positions = positions
         self.places = rounded(int(positions.max()) + 1)
-        return (torch.arange(self.places) <= positions[:, None])[:, None, None]
+        hidden = torch.arange(self.places) > positions[:, None]
+        return torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -math.inf)[:, None, None]
 
 
 def rounded(length: int) -> int:

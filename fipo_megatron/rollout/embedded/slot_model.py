@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fipo_megatron.rollout.embedded.hf_parameters import parameters_by_hf_name
 from fipo_megatron.rollout.embedded.pass_shapes import PassShapes
+from fipo_megatron.rollout.embedded.recorded_pass import RecordedPasses
 from fipo_megatron.rollout.embedded.sequence_reader import SequenceReader
 from fipo_megatron.rollout.embedded.slot_cache import SlotCache
 from fipo_megatron.rollout.engine import EngineError, EngineMemory
@@ -57,6 +58,7 @@ class SlotModel:
         """Logits of the next token of each slot."""
         self._shapes = PassShapes(self.module)
         self._reader = SequenceReader(self.module, self._shapes)
+        self._pass = RecordedPasses(self._decode)
         self._released: list[torch.Size] = []
         """Shapes of the weights while they are released."""
 
@@ -74,7 +76,6 @@ class SlotModel:
             cache.put(equal, read.layers)
             self._logits[equal] = read.logits
 
-    @torch.no_grad()
     def decode(self, slots: NDArray[np.int64], tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> None:
         """Runs a pass over one token per slot; :meth:`next_logits` returns the logits. Unused slots are rows, too.
 
@@ -87,14 +88,25 @@ class SlotModel:
         ids, places = torch.zeros(2, width, dtype=torch.int64)
         ids.numpy()[slots], places.numpy()[slots] = tokens, positions
         cache = self._allocated()
+        mask = cache.advance(places)
+        self._logits[:width] = self._pass(ids, places, mask)
+
+    def _decode(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Computes the logits of the next tokens, ``[rows, V]``, of ``[rows]`` tokens and positions.
+
+        ``mask`` is that of :meth:`.SlotCache.advance`, whose shape also says how many positions are read.
+        """
+        assert self._cache is not None
+        self._cache.positions = positions
         found = self.module(
             input_ids=ids[:, None],
-            position_ids=places[:, None],
-            attention_mask=cache.advance(places),
-            past_key_values=cache,
+            position_ids=positions[:, None],
+            attention_mask=mask,
+            past_key_values=self._cache,
             use_cache=True,
         )
-        self._logits[:width] = found.logits[:, -1]
+        logits: Tensor = found.logits[:, -1]
+        return logits
 
     def width(self, running: int) -> int:
         """Returns the number of rows of a pass over this number of sequences: 16, 32, 64, ... or all slots."""
@@ -113,8 +125,9 @@ class SlotModel:
 
     def _allocated(self) -> SlotCache:
         if self._cache is None:
-            self._cache = SlotCache(self.module.config.num_hidden_layers, self._slots)
-            self._logits = torch.empty(self._slots, self.module.config.vocab_size, dtype=self.module.dtype)
+            layers, dtype = self.module.config.num_hidden_layers, self.module.dtype
+            self._cache = SlotCache(layers, self._slots, dtype, self._pass.forget)
+            self._logits = torch.empty(self._slots, self.module.config.vocab_size, dtype=dtype)
         return self._cache
 
     @torch.no_grad()
@@ -146,6 +159,7 @@ class SlotModel:
 
     def release(self, *what: EngineMemory) -> None:
         """Frees the KV cache, the weights, or both."""
+        self._pass.forget()  # it holds both
         if "kv_cache" in what:
             self._cache, self._logits = None, torch.empty(0)
             self._reader.forget()

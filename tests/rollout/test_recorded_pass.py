@@ -1,0 +1,128 @@
+"""Recorded passes: the bits of the model's own passes, whatever is replaced between them; never a wrong recording."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from fipo_megatron.rollout.embedded import recorded_pass
+from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine, weights_of
+from fipo_megatron.rollout.embedded.recorded_pass import RecordedPasses, record
+from fipo_megatron.rollout.engine import GenerationRequest, SamplingParameters
+from tests.actor.models import random_model
+
+CONTEXT = 256
+NEVER = 10**9
+
+
+@pytest.fixture(params=["qwen3", "llama3", "qwen3 moe"])
+def name(request):
+    return request.param
+
+
+def model(name, seed=0):
+    return random_model(name, seed, max_position_embeddings=CONTEXT)
+
+
+async def sampled(engine, first, count, longest):
+    """Responses of uneven lengths: passes of several widths, and a cache that grows in between."""
+    requests = []
+    for number in range(first, first + count):
+        tokens = np.random.default_rng(number).integers(0, 61, 3 + 7 * number % 50).astype(np.int32)
+        sampling = SamplingParameters(temperature=1.0, max_tokens=1 + 5 * number % longest)
+        requests.append(GenerationRequest(str(number), str(number), tokens, sampling, seed=number))
+    found = await asyncio.gather(*(engine.generate(each) for each in requests))
+    return [(response.tokens.tolist(), response.log_probs.tobytes()) for response in found]
+
+
+async def run_of(path, other):
+    """Three batches: the second with longer responses, the third after the memory was released, with new weights."""
+    engine = EmbeddedEngine(path, slots=32)
+    found = [await sampled(engine, 0, 40, 20), await sampled(engine, 60, 20, 70)]
+    recorded = len(engine._model._pass)
+    engine.update_weights(weights_of(other).items(), 1)
+    found.append(await sampled(engine, 100, 40, 20))
+    await engine.release_memory("weights", "kv_cache")
+    assert len(engine._model._pass) == 0
+    await engine.restore_memory("weights", "kv_cache")
+    engine.update_weights(weights_of(other).items(), 2)
+    found.append(await sampled(engine, 100, 40, 20))
+    await engine.close()
+    return found, recorded
+
+
+def test_an_engine_that_records_at_once_gives_the_same_bits(name, tmp_path, monkeypatch):
+    model(name).save_pretrained(tmp_path)
+    results = {}
+    for after in (1, NEVER):
+        monkeypatch.setattr(recorded_pass, "RECORD_AFTER", after)
+        results[after], recorded = asyncio.run(run_of(tmp_path, model(name, seed=1)))
+        assert (recorded > 0) == (after == 1 and name != "qwen3 moe"), "a mixture's shapes depend on its tokens"
+    assert results[1] == results[NEVER]
+    assert results[1][2] == results[1][3], "the same weights, read and released in between"
+
+
+def test_a_shape_is_recorded_after_a_number_of_passes(monkeypatch):
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 3)
+    calls = []
+    passes = RecordedPasses(lambda x: (calls.append(0), x + 1)[1])
+    for number in range(5):
+        assert passes(torch.full((2,), float(number))).tolist() == [number + 1] * 2
+    assert passes(torch.ones(3)).tolist() == [2.0] * 3
+    assert len(passes) == 1
+    assert len(calls) == 3 + 1 + 1, "three passes, the recording, and the other shape"
+
+
+def test_held_tensors_are_read_and_written_at_the_time_of_the_replay():
+    weight, total, calls = torch.randn(4, 3), torch.zeros(4), torch.zeros(1)
+
+    def function(x):
+        calls.add_(1)
+        product = torch.cat([x, x])[:3] @ weight.t()
+        total.add_(product.sum(0))
+        return product.view(-1).softmax(0)
+
+    recorded = record(function, torch.randn(2, 3))
+    assert calls.item() == 1
+    weight.mul_(3)
+    for _ in range(2):
+        x = torch.randn(2, 3)
+        total.zero_()
+        want, want_total = function(x), total.clone()
+        total.zero_()
+        assert torch.equal(recorded(x), want)
+        assert torch.equal(total, want_total)
+    assert calls.item() == 1 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[x > 0],
+        lambda x: x * (2 if x.sum() > 0 else 3),
+        lambda x: x[: int(x.abs().max())],
+        lambda x: x.masked_select(x > 0).sum(),
+    ],
+    ids=["selection", "branch", "length", "inner shape"],
+)
+def test_what_depends_on_the_data_is_not_recorded(function, monkeypatch, caplog):
+    x = torch.tensor([1.5, -2.0, 3.0])
+    with pytest.raises((ValueError, RuntimeError)):
+        record(function, x)
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    passes = RecordedPasses(function)
+    with caplog.at_level("INFO"):
+        for each in (x, -x, x.flip(0)):
+            assert torch.equal(passes(each), function(each))
+    assert len(passes) == 0
+    assert "passes are not recorded" in caplog.text
+
+
+def test_a_recording_with_other_bits_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    count = iter(range(100))
+    passes = RecordedPasses(lambda x: x + next(count))
+    with caplog.at_level("INFO"):
+        assert [passes(torch.zeros(1)).item() for _ in range(3)] == [0.0, 2.0, 3.0]
+    assert "other bits" in caplog.text
