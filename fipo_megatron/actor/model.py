@@ -1,7 +1,8 @@
 """Builds the policy with Megatron-Core: this rank's chunks of layers, of which the last returns hidden states.
 
 The layers are those of Transformer Engine if it is installed. Else they are Megatron-Core's own, with two modules they
-lack: a norm for sequence parallelism and a core attention for packed sequences under context parallelism.
+lack: a norm for sequence parallelism and a core attention for packed sequences under context parallelism. On a CPU, the
+activation is ours, too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from fipo_megatron.actor.attention import PackedCoreAttention
+from fipo_megatron.actor.elementwise import gated_silu, rms_norm
 from fipo_megatron.actor.megatron_config import transformer_config
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.rotary import PackedRotaryEmbedding, inverse_frequencies
@@ -47,9 +50,7 @@ class SequenceParallelRMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises ``[..., hidden_size]``; returns the same shape and dtype."""
-        wide = hidden.float()
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(hidden.dtype)
+        return rms_norm(hidden, self.weight, self.eps)
 
 
 class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
@@ -122,6 +123,10 @@ def _build_chunk(
         true_vocab_size=architecture.vocab,
     )
     replace_routers(chunk)
+    if config.transformer_impl == "local" and config.use_te_activation_func:
+        for module in chunk.modules():
+            if isinstance(module, MLP):  # of dense layers and of experts
+                module.activation_func = gated_silu
     return chunk
 
 

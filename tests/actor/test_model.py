@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 
 from fipo_megatron.actor import parallel
+from fipo_megatron.actor.elementwise import gated_silu
 from fipo_megatron.actor.megatron_config import check, transformer_config
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.actor.rotary import inverse_frequencies
@@ -34,6 +36,18 @@ def build(reference, layout, actor=FLOAT32):
     [model] = build_model(architecture, actor, layout)
     hf_reference.load(model, reference.state_dict(), architecture, layout)
     return model
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 moe"])
+def test_every_mlp_has_the_own_activation_which_changes_no_bit(name, layout):
+    reference = random_model(name)
+    megatrons = ActorConfig(dtype="float32", transformer={"use_te_activation_func": False})
+    own, other = build(reference, layout), build(reference, layout, megatrons)
+    found = [module.activation_func for module in own.modules() if isinstance(module, MLP)]
+    assert len(found) == (2 * 4 if name == "qwen3 moe" else 2)
+    assert all(function is gated_silu for function in found)
+    for a, b in zip(logits(own, sequences()), logits(other, sequences()), strict=True):
+        assert torch.equal(a, b)
 
 
 def sequences(vocab=61, seed=3):
