@@ -60,7 +60,7 @@ class Case:
     def by_megatron(self, frequencies, config):
         """The same by Megatron's unfused function, from the boundaries."""
         angles = PackedRotaryEmbedding(frequencies)(max(self.lengths), packed_seq=True)
-        cu_seqlens, group = torch.from_numpy(self.cu_seqlens), Group(self.layout)
+        cu_seqlens, group = torch.from_numpy(self.cu_seqlens), Group(self.layout)  # on the host, as the actor has them
         return self._with_gradient(
             lambda *both: [apply_rotary_pos_emb(each, angles, config, cu_seqlens, cp_group=group) for each in both]
         )

@@ -1,4 +1,4 @@
-"""The rotation that is computed once per micro-batch has the bits of Megatron-Core's, which is computed in each layer."""
+"""The rotation that is computed once per micro-batch has the bits of Megatron-Core's, computed in each layer."""
 
 import numpy as np
 import pytest
