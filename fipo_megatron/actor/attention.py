@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fipo_megatron.actor.attention_kernels import Kernel, KernelInputs, accumulation_dtype, choose_kernel, merge
+from fipo_megatron.actor.rotary import Rotation
 from fipo_megatron.algorithm.future_kl import Exchange, gather_over
 from fipo_megatron.data.context_parallel import CpLayout
 
@@ -337,7 +338,8 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # Megatron has
             attention_bias: Must be None.
             packed_seq_params: Boundaries of the whole sequences; the padded ones if both are set. They are copied to
                 the host, which waits for the device, unless the object has an attribute ``cu_seqlens_host`` with the
-                same numbers as a sequence of int.
+                same numbers as a sequence of int. Queries and keys are first rotated by its attribute ``rotation``
+                (:class:`.rotary.Rotation`), if it has one.
 
         Returns:
             Output ``[T, N·D]`` or ``[s, b, N·D]``.
@@ -356,6 +358,9 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # Megatron has
             raise ValueError(
                 f"packed_seq_params: qkv_format must be 'thd' and local_cp_size unset: {packed_seq_params}"
             )
+        rotation: Rotation | None = getattr(packed_seq_params, "rotation", None)
+        if rotation is not None:
+            query, key = rotation(query, key)
         return self._packed(query, key, value, _boundaries(packed_seq_params)).flatten(1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Sequence[int]) -> Tensor:

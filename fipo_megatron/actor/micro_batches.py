@@ -89,8 +89,8 @@ def local_micro_batches(
         layout: Layout of this rank.
         token_multiple: Divisor of the number of tokens per context-parallel rank.
         mask_truncated: Whether truncated responses are left out of the loss (:func:`.data.packing.pack`).
-        boundaries_on_host: Whether ``cu_seqlens`` stays on the host, where Megatron's unfused rope and our attention
-            read it; Transformer Engine reads it on the device.
+        boundaries_on_host: Whether ``cu_seqlens`` stays on the host, as our attention needs it; Transformer Engine
+            reads it on the device.
     """
 
     def packed(index: int, micro_batch: MicroBatch) -> LocalMicroBatch:

@@ -1,17 +1,19 @@
 """Builds the policy with Megatron-Core: this rank's chunks of layers, of which the last returns hidden states.
 
 The layers are those of Transformer Engine if it is installed. Else they are Megatron-Core's own, with two modules they
-lack: a norm for sequence parallelism and a core attention for packed sequences under context parallelism. On a CPU, the
-activation is ours, too.
+lack: a norm for sequence parallelism, and a core attention for packed sequences under context parallelism, which also
+applies the rotary embedding. On a CPU the activation of the MLPs is ours, too.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
@@ -23,7 +25,7 @@ from fipo_megatron.actor.attention import PackedCoreAttention
 from fipo_megatron.actor.elementwise import gated_silu, rms_norm
 from fipo_megatron.actor.megatron_config import transformer_config
 from fipo_megatron.actor.parallel import RankLayout
-from fipo_megatron.actor.rotary import PackedRotaryEmbedding, inverse_frequencies
+from fipo_megatron.actor.rotary import PackedRotaryEmbedding, RotationTable, inverse_frequencies
 from fipo_megatron.actor.router_losses import replace_routers
 from fipo_megatron.config import ActorConfig
 from fipo_megatron.weights.architecture import Architecture
@@ -60,15 +62,60 @@ class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]  # Megatron has no ty
     exist. Megatron still owns ``output_layer``: it initialises, ties, shards and checkpoints its weight and, under
     pipeline parallelism, sums its gradient with that of the embedding. Only its forward pass is not used.
 
+    With the layers of torch, Megatron applies no rotary embedding (``position_embedding_type`` is ``none``). The
+    rotation of the micro-batch is computed here, once for all layers, and :class:`PackedCoreAttention` applies it.
+
     Args:
+        config: Configuration of the model.
         frequencies: Inverse frequencies, ``[head_dim / 2]`` float32 (:func:`.rotary.inverse_frequencies`).
         true_vocab_size: Size of the vocabulary without padding; later rows of the output weight belong to no token.
     """
 
-    def __init__(self, *args: Any, frequencies: Tensor, true_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(*args, position_embedding_type="rope", **kwargs)
-        self.rotary_pos_emb = PackedRotaryEmbedding(frequencies)
+    def __init__(self, config: TransformerConfig, *, frequencies: Tensor, true_vocab_size: int, **kwargs: Any) -> None:
+        rotates = config.transformer_impl == "local" and not config.apply_rope_fusion
+        super().__init__(config=config, position_embedding_type="none" if rotates else "rope", **kwargs)
+        self.rotations: RotationTable | None = None
+        if rotates:
+            self.rotations = RotationTable(frequencies, config.params_dtype)
+        else:
+            self.rotary_pos_emb = PackedRotaryEmbedding(frequencies)
         self.true_vocab_size = true_vocab_size
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Computes hidden states of a packed micro-batch.
+
+        Args:
+            input_ids: ``[1, T]`` int64.
+            position_ids: Positions of the tokens in their sequences, ``[1, T]`` int64; of this rank's tokens under
+                context parallelism.
+            attention_mask: None.
+            packed_seq_params: Boundaries of the sequences.
+            kwargs: Other arguments of ``GPTModel.forward``.
+
+        Returns:
+            See :meth:`_postprocess`.
+
+        Raises:
+            ValueError: the sequences are not packed.
+        """
+        if self.rotations is not None:
+            if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
+                raise ValueError("HiddenStateGPTModel: sequences must be packed (qkv_format 'thd')")
+            # Chunks share the parameters of a micro-batch. Each has a copy, which its recomputation reads as well.
+            packed_seq_params = copy.copy(packed_seq_params)
+            packed_seq_params.rotation = self.rotations.rotation(position_ids[0], packed_seq_params.max_seqlen_q)
+        hidden: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return hidden
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Returns ``[T, 1, hidden]``, after the final norm on the last stage; T is split under sequence parallelism."""

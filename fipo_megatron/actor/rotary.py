@@ -3,15 +3,22 @@
 Megatron-Core's embeddings do not cover the models here: its llama3 scaling has no setting except the factor, and its
 fused kernel for packed sequences drops YaRN's attention factor. The frequencies are therefore computed here, and the
 softmax scale contains the attention factor, which is equivalent: queries and keys are both multiplied by it.
+
+The layers of Transformer Engine take the angles (:class:`PackedRotaryEmbedding`). Those of torch take the cosines and
+sines of a micro-batch, which are computed once for all layers (:class:`RotationTable`): Megatron-Core's unfused
+embedding computes them from the boundaries in every layer, for queries and keys.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fipo_megatron.weights.architecture import Rope
 
@@ -99,7 +106,81 @@ class PackedRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]  # Megatron 
         if not packed_seq or offset:
             raise ValueError("PackedRotaryEmbedding: sequences must be packed (qkv_format 'thd') and start at 0")
         if len(self._angles) < max_seq_len:
-            positions = torch.arange(max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
-            angles = torch.outer(positions, self.inv_freq)
-            self._angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+            self._angles = _angles(self.inv_freq, max_seq_len)[:, None, None, :]
         return self._angles[:max_seq_len]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotation of the queries and keys of a packed micro-batch, the same in all layers.
+
+    Attributes:
+        cos: Cosines of the angles of every token, ``[T, 1, D]``.
+        sin: Sines, negative in the first half of the dimensions, ``[T, 1, D]``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates ``[T, N, D]`` and ``[T, G, D]``; has the bits of Megatron-Core's ``_apply_rotary_pos_emb_thd``."""
+        # torch's stub of apply has no types.
+        rotated: tuple[Tensor, Tensor] = _Rotate.apply(query, key, self.cos, self.sin)  # type: ignore[no-untyped-call]
+        return rotated
+
+
+class RotationTable:
+    """Cosines and sines of every position up to the longest sequence so far.
+
+    Args:
+        frequencies: Radians per position, ``[D / 2]`` float32, on the device of the model.
+        dtype: Dtype of queries and keys.
+    """
+
+    def __init__(self, frequencies: Tensor, dtype: torch.dtype) -> None:
+        self._frequencies = frequencies
+        self._cos = self._sin = frequencies.new_empty(0, 1, 2 * len(frequencies), dtype=dtype)
+
+    def rotation(self, positions: Tensor, length: int) -> Rotation:
+        """Returns the rotation of a micro-batch, without waiting for the device.
+
+        Args:
+            positions: Positions of this rank's tokens in their sequences, ``[T]`` int64.
+            length: Length of the longest sequence, on the host.
+        """
+        if len(self._cos) < length:
+            angles, dtype = _angles(self._frequencies, length), self._cos.dtype
+            first, second = torch.sin(angles).to(dtype).chunk(2, dim=-1)
+            self._sin = torch.cat([-first, second], dim=-1)[:, None]
+            self._cos = torch.cos(angles).to(dtype)[:, None]
+        return Rotation(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+
+
+class _Rotate(torch.autograd.Function):
+    """Autograd function that keeps the cosines and sines of the micro-batch, and nothing of the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        rotated = [(heads * cos).add_(_swapped(heads).mul_(sin)) for heads in (query, key)]
+        return rotated[0], rotated[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        # The inverse of a rotation has the opposite angle.
+        return *((grad * cos).sub_(_swapped(grad).mul_(sin)) for grad in grads), None, None
+
+
+def _angles(frequencies: Tensor, length: int) -> Tensor:
+    """Returns the angles of positions 0 to ``length``, ``[length, D]`` float32, each half with all frequencies."""
+    positions = torch.arange(length, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(positions, frequencies)
+    return torch.cat([angles, angles], dim=-1)
+
+
+def _swapped(heads: Tensor) -> Tensor:
+    """Returns a copy of ``[..., D]`` with its halves exchanged."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([second, first], dim=-1)

@@ -85,9 +85,7 @@ def install() -> None:
     - The random states of Megatron's tracker are not exchanged: it compares them by value.
     - Coalesced collectives exist for fake tensors; torch has only the others (``distributed/_meta_registrations.py``).
     - Megatron's norm of the gradients, which reads values of tensors on its way, is 0.
-    - Megatron's unfused rope reads the boundaries of the sequences by value; a micro-batch has one sequence here.
     """
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
@@ -96,7 +94,6 @@ def install() -> None:
         (dist, "all_gather_object", _echo),
         (dist, "broadcast_object_list", _receive),
         (CudaRNGStatesTracker, "fork", lambda self, name=None: contextlib.nullcontext()),
-        (rope_utils, "_apply_rotary_pos_emb_thd", _rope_of_one_sequence),
         (clip_grads, "l2_norm_impl", lambda *args: (torch.zeros(1), None)),
         (FakeTensor, "numpy", lambda self: np.zeros(tuple(self.shape))),
     ]
@@ -116,13 +113,6 @@ def _echo(found: list[Any], mine: Any, group: Any = None) -> None:
 
 def _receive(objects: list[Any], *args: Any, **kwargs: Any) -> None:
     objects[:] = [_METRICS if found is None else found for found in objects]
-
-
-def _rope_of_one_sequence(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **kwargs: Any) -> Any:
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-
-    angles = torch.cat([freqs[: len(t)]])  # those of the chunks of this context-parallel rank
-    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), angles, **kwargs).squeeze(1)
 
 
 def balance_experts(chunks: Iterable[torch.nn.Module]) -> None:

@@ -148,15 +148,6 @@ def test_recomputation_changes_nothing(name, recompute, layout):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_rotary_table_is_kept_and_exact(layout):
-    rotary = build(random_model("qwen3"), layout).rotary_pos_emb
-    long = rotary(64, packed_seq=True)
-    assert rotary(10, packed_seq=True).shape == (10, 1, 1, 16)
-    assert rotary(10, packed_seq=True).data_ptr() == long.data_ptr()
-    with pytest.raises(ValueError, match="must be packed"):
-        rotary(10)
-
-
 def test_directory(tmp_path):
     reference = random_model("qwen3")
     reference.config.save_pretrained(tmp_path)
