@@ -185,7 +185,7 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
         # On the CPU it works, but compiles for many seconds.
         "bias_activation_fusion": cuda,
         # A function of the whole output of the first matrix, which Megatron-Core takes from Transformer Engine only:
-        # elementwise.gated_silu (model.py).
+        # gated_silu.py.
         "use_te_activation_func": not fused and not actor.transformer.get("bias_activation_fusion", cuda),
         # There is no bias and no dropout to fuse, and the fused function is compiled again for every length.
         "bias_dropout_fusion": False,

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from fipo_megatron.actor.attention import PackedCoreAttention
-from fipo_megatron.actor.elementwise import gated_silu, rms_norm
+from fipo_megatron.actor.gated_silu import gated_silu
 from fipo_megatron.actor.megatron_config import transformer_config
 from fipo_megatron.actor.parallel import RankLayout
 from fipo_megatron.actor.rotary import PackedRotaryEmbedding, RotationTable, inverse_frequencies
@@ -52,7 +52,9 @@ class SequenceParallelRMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises ``[..., hidden_size]``; returns the same shape and dtype."""
-        return rms_norm(hidden, self.weight, self.eps)
+        wide = hidden.float()
+        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalised.to(hidden.dtype)
 
 
 class HiddenStateGPTModel(GPTModel):  # type: ignore[misc]  # Megatron has no types

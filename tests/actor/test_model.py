@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from fipo_megatron.actor import parallel
-from fipo_megatron.actor.elementwise import gated_silu
+from fipo_megatron.actor.gated_silu import gated_silu
 from fipo_megatron.actor.megatron_config import check, transformer_config
 from fipo_megatron.actor.model import build_model
 from fipo_megatron.actor.rotary import inverse_frequencies
