@@ -228,6 +228,7 @@ class ActorTime:
         self._node, self._data, self._rates = gpus_per_node, data, rates
         self._costs = LayerCosts.from_architecture(architecture)
         self._kind = "torch" if actor.transformer.get("transformer_impl") == "local" else "te"
+        self._precision = "" if actor.fp8 == "off" else f"_fp8_{actor.fp8_recipe}"
         self._layers = architecture.layers / actor.parallel.pipeline_parallel
 
     def forward(self, packing: Packing) -> Seconds:
@@ -289,8 +290,9 @@ class ActorTime:
         count += costs.other_elements / (tensor if parallel.sequence_parallel else 1)
         elements = tokens * count * factor * self._seconds_per_element()
         busy = products + attention + elements
-        if busy.min() < rates.peek("layer_launch"):  # the device waits for the next kernel
-            elements = elements + np.maximum(rates.read("layer_launch", "elementwise") - busy, 0.0)
+        launch = f"layer_launch{self._precision}"
+        if busy.min() < rates.peek(launch):  # the device waits for the next kernel
+            elements = elements + np.maximum(rates.read(launch, "elementwise") - busy, 0.0)
         return products, attention, elements
 
     def _mlp(self, packing: Packing) -> Array:
@@ -313,11 +315,12 @@ class ActorTime:
         columns //= actor.parallel.tensor_parallel
         weights = columns * self._architecture.hidden
         product = 2 * tokens * weights / (device.bf16_flops * rates.read("matmul", "output"))
-        logits = tokens * columns / device.memory_bandwidth
-        seconds = product + logits * rates.read("logit_bytes_forward", "output")
+        logits = tokens * columns
+        per_logit = rates.read("logit_bytes_forward", "output") / device.memory_bandwidth
+        seconds = product + logits * (per_logit + rates.read("logit_seconds_forward", "output"))
         if backward:  # the chunk is recomputed; its weight gradient is added to a float32 sum
             chunks = tokens / actor.log_prob_chunk_tokens
-            seconds = seconds + 3 * product + logits * rates.read("logit_bytes_backward", "output")
+            seconds = seconds + 3 * product + logits * rates.read("logit_seconds_backward", "output")
             seconds = seconds + chunks * weights * 12 / device.memory_bandwidth
         return seconds
 
@@ -391,7 +394,7 @@ class ActorTime:
         """Returns the FLOP/s of the layers' matrix products."""
         if self._actor.fp8 != "off":
             assert self._device.fp8_flops is not None
-            return self._device.fp8_flops * self._rates.read("matmul_fp8", "products")
+            return self._device.fp8_flops * self._rates.read(f"matmul{self._precision}", "products")
         return self._device.bf16_flops * self._rates.read("matmul", "products")
 
     def _seconds_per_element(self) -> float:
