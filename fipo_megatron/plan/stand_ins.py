@@ -1,8 +1,8 @@
 """Stand-ins for Transformer Engine's layers, which do not import without CUDA. They keep the same bytes for backward.
 
 The tensors that each layer keeps were read in Transformer Engine 2.11 (``pytorch/module/layernorm_linear.py``,
-``linear.py``, ``grouped_linear.py``, ``pytorch/ops/basic/rmsnorm.py``, ``pytorch/attention/rope.py``, and ``utils.py`` and
-``backends.py`` of ``dot_product_attention``):
+``linear.py``, ``grouped_linear.py``, ``pytorch/ops/basic/rmsnorm.py``, ``pytorch/attention/rope.py``, and
+``dot_product_attention/utils.py`` and ``backends.py``):
 
 - LayerNormLinear keeps its input, the normalised input and one float32 per token (``rsigma``).
 - Linear keeps its input. Under sequence parallelism both keep this rank's part and gather it again in backward, as

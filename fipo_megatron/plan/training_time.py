@@ -2,9 +2,9 @@
 
 The time of a layer on a micro-batch is the sum of its matrix products, its attention, its elementwise operators and the
 collectives that nothing hides, but never less than the launch of its kernels. The output layer adds its products and
-the traffic of its logits. A pipeline runs at the pace of its slowest stage, plus the bubble. Ranks wait for each other
-at the end of a mini-batch, and with expert parallelism in every layer. Micro-batches are those of the project's own
-packing (:mod:`fipo_megatron.data.packing`).
+the time of its logits, of which a part follows the memory's bandwidth. A pipeline runs at the pace of its slowest
+stage, plus the bubble. Ranks wait for each other at the end of a mini-batch, and with expert parallelism in every
+layer. Micro-batches are those of the project's own packing (:mod:`fipo_megatron.data.packing`).
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ class ActorTime:
         return (products + tokens * costs.mlp_elements * self._seconds_per_element()) / tensor
 
     def _output(self, packing: Packing, *, backward: bool) -> Array:
-        """Returns the seconds of the output layer: its products and the traffic of logits and weight gradient."""
+        """Returns the seconds of the output layer: its products, its logits and the traffic of the weight gradient."""
         actor, rates, device = self._actor, self._rates, self._device
         tokens = self._local(packing.tokens)
         columns = self._architecture.padded_vocab(actor.vocab_multiple * actor.parallel.tensor_parallel)
