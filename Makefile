@@ -114,7 +114,7 @@ gpu-check: ## The gpu-marked tests and the GPU benchmark; needs CUDA (GPU_PYTHON
 		--no-compile --target build/gpu-site $(wildcard $(GPU_WHEELS)/*.whl))
 	mkdir -p $(OUT)
 	export PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH GLOO_SOCKET_IFNAME=$${GLOO_SOCKET_IFNAME:-lo}; status=0; \
-	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs --junitxml=$(OUT)/gpu-tests.xml tests/gpu || status=1; \
+	$(GPU_PYTHON) -m pytest -W default -m gpu -rPs -o junit_family=xunit1 --junitxml=$(OUT)/gpu-tests.xml tests/gpu || status=1; \
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(OUT) || status=1; exit $$status
 
 verify: setup sglang-env ## Everything slow: property tests with many more examples, then the benchmarks

@@ -18,7 +18,7 @@ from benchmarks.result_table import RESULTS, print_table, write_result
 from fipo_megatron.config import ActorConfig, Config, DataConfig, RewardConfig, RolloutConfig
 from fipo_megatron.plan.rank_memory import RankMemory
 
-MEASURED = ("gpu_nvidia_h200_torch.json", "gpu_nvidia_h200_te.json")
+MEASURED = ("gpu_nvidia_h200_torch.json", "gpu_nvidia_h200_te.json", "gpu_nvidia_h100_80gb_hbm3_te.json")
 _MOMENTS = 8
 _GIB = 2**30
 
@@ -39,9 +39,8 @@ def trace(case: Case) -> RankMemory:
     return trace_rank(config, case.shape.architecture(), 0, 1, 1, layers)
 
 
-def compare(case: Case, passes: dict[str, Any]) -> dict[str, Any]:
+def compare(case: Case, found: RankMemory, passes: dict[str, Any]) -> dict[str, Any]:
     """Returns traced and measured peaks of the log-prob pass and the training step, in bytes."""
-    found = trace(case)
     traced = {
         "log-probs": found.kept + found.log_probs.peak - _MOMENTS * found.gradients // 4,
         "training step": found.kept + max(found.update.peak, found.optimizer_step.peak),
@@ -56,13 +55,18 @@ def main() -> None:
     """Compares every measured case, prints the table and writes the result."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     warnings.simplefilter("ignore")
-    results = []
+    results: list[dict[str, Any]] = []
+    measured: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for name in MEASURED:
-        rows = json.loads((RESULTS / name).read_text())["actor"]
-        measured = {tuple(row[key] for key in ("model", "layers", "tokens", "recompute")): row for row in rows}
-        for case in CASES:
-            if "passes" in (row := measured.get(tuple(case.row().values()), {})):
-                results.append(compare(case, row["passes"]))
+        result = json.loads((RESULTS / name).read_text())
+        for row in result["actor"]:
+            if "passes" in row:
+                key = tuple(row[key] for key in ("model", "layers", "tokens", "recompute"))
+                measured.setdefault(key, {})[result["machine"]["device"]] = row["passes"]
+    for case in CASES:
+        if devices := measured.get(tuple(case.row().values())):
+            found = trace(case)
+            results += [{"device": name} | compare(case, found, passes) for name, passes in devices.items()]
     print_table("Traced beside measured peaks", [_row(result) for result in results])
     write_result("plan_memory", {"cases": results})
 

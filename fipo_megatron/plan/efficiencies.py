@@ -40,6 +40,10 @@ class Efficiency:
 _H200 = "benchmarks/results/gpu_nvidia_h200_te.json"
 _H200_TORCH = "benchmarks/results/gpu_nvidia_h200_torch.json"
 _FIT = f"{_H200}: four micro-batches, each with its log-prob pass and training step, reproduced within 5 %"
+_H100 = "benchmarks/results/gpu_nvidia_h100_80gb_hbm3_te.json"
+_FP8 = f"{_H100}: Qwen2.5-7B with 4 layers, quantisation included"
+_FP8_LAUNCH = f"{_H100}: log-probs of Qwen3-0.6B, 16,384 packed, without the output layer; by the host of that machine"
+_HEAD = f"{_H100}: output layer of 32,768 × 5,120 × 19,008, with that of gpu_nvidia_h200_te.json"
 _FIT_TORCH = f"{_H200_TORCH}: four micro-batches, each with its log-prob pass and training step, within 12 %"
 _QWEN_72B = (
     "https://github.com/tenstorrent/tt-inference-server/issues/143: Qwen2.5-72B on 2 H100, 30.9 ms per token at one "
@@ -52,7 +56,7 @@ _GPUSTACK_14B = (
 )
 _BRIDGE_30B = (
     "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/067f987df03b8355b03192d88d70f1709fedf51a/docs/"
-    "performance-summary-archive.md: Qwen3-30B-A3B in FP8 on 16 H100 (EP8, PP2), 9,058 tokens/s per GPU; 9,125 here"
+    "performance-summary-archive.md: Qwen3-30B-A3B in FP8 on 16 H100 (EP8, PP2), 9,058 tokens/s per GPU; 8,624 here"
 )
 _NEMO_RL_OTHER = (
     "https://github.com/NVIDIA-NeMo/RL/pull/1052: 4.0 of 66.6 s are none of sampling, log-probs, training and sync"
@@ -65,9 +69,11 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
         "matmul": Efficiency(
             0.78, "of bf16 peak", "measured", f"{_H200}: one product of 8,192 × 5,120 × 19,008, 772 TFLOP/s"
         ),
-        "matmul_fp8": Efficiency(
-            0.59, "of FP8 peak", "measured", f"{_H200}: Qwen2.5-7B with 4 layers, blockwise, quantisation included"
+        "matmul_fp8_blockwise": Efficiency(
+            0.59, "of FP8 peak", "measured", f"{_H200}: Qwen2.5-7B with 4 layers, quantisation included"
         ),
+        "matmul_fp8_tensorwise": Efficiency(0.68, "of FP8 peak", "measured", _FP8),
+        "matmul_fp8_delayed": Efficiency(0.73, "of FP8 peak", "measured", _FP8),
         "attention_forward_te": Efficiency(0.60, "of bf16 peak", "measured", _FIT),
         "attention_backward_te": Efficiency(0.42, "of bf16 peak", "measured", _FIT),
         "elementwise_te": Efficiency(0.45, "of memory bandwidth", "measured", _FIT),
@@ -75,10 +81,13 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
         "attention_backward_torch": Efficiency(0.27, "of bf16 peak", "measured", _FIT_TORCH),
         "elementwise_torch": Efficiency(0.098, "of memory bandwidth", "measured", _FIT_TORCH),
         "logit_bytes_forward": Efficiency(
-            87, "bytes per logit", "measured", f"{_H200}: output layer of 32,768 × 5,120 × 19,008, 19.5 ms forward"
+            37, "bytes per logit", "measured", f"{_HEAD}: 21.6 and 19.5 ms forward; the part that follows the bandwidth"
         ),
-        "logit_bytes_backward": Efficiency(
-            127, "bytes per logit", "measured", f"{_H200}: the same output layer, 68.6 ms forward and backward"
+        "logit_seconds_forward": Efficiency(
+            10.4e-12, "seconds per logit", "measured", f"{_HEAD}: forward; the part that is equal on both"
+        ),
+        "logit_seconds_backward": Efficiency(
+            26.2e-12, "seconds per logit", "measured", f"{_HEAD}: 73.7 and 68.6 ms forward and backward"
         ),
         "optimizer_bytes": Efficiency(
             40, "bytes per parameter", "assumed", "gradient, main parameter and moments read and written in float32"
@@ -89,6 +98,9 @@ TABLE: Mapping[str, Efficiency] = MappingProxyType(
             "assumed",
             "about 40 kernels of 6 µs; a forward pass of a layer cannot take less",
         ),
+        "layer_launch_fp8_blockwise": Efficiency(4.3e-3, "seconds per layer and micro-batch", "measured", _FP8_LAUNCH),
+        "layer_launch_fp8_tensorwise": Efficiency(2.7e-3, "seconds per layer and micro-batch", "measured", _FP8_LAUNCH),
+        "layer_launch_fp8_delayed": Efficiency(2.7e-3, "seconds per layer and micro-batch", "measured", _FP8_LAUNCH),
         "expert_matmul": Efficiency(0.5, "of a dense product's rate", "published", _BRIDGE_30B),
         # Communication, as a fraction of the links' bandwidth.
         "nvlink": Efficiency(

@@ -1,14 +1,17 @@
 """Stand-ins for Transformer Engine's layers, which do not import without CUDA. They keep the same bytes for backward.
 
 The tensors that each layer keeps were read in Transformer Engine 2.11 (``pytorch/module/layernorm_linear.py``,
-``linear.py``, ``grouped_linear.py``, ``pytorch/attention/rope.py`` and ``dot_product_attention/backends.py``):
+``linear.py``, ``grouped_linear.py``, ``pytorch/ops/basic/rmsnorm.py``, ``pytorch/attention/rope.py``, and
+``dot_product_attention/utils.py`` and ``backends.py``):
 
 - LayerNormLinear keeps its input, the normalised input and one float32 per token (``rsigma``).
 - Linear keeps its input. Under sequence parallelism both keep this rank's part and gather it again in backward, as
   Megatron-Core's own layers do.
 - In FP8 the input of a matrix product is kept in one byte per value, with a float32 scale per 128 values. Each weight
   has an FP8 copy in both orientations, two bytes per value, from the first pass on.
-- Attention keeps query, key, value, output and one float32 per query and head, like ours (:mod:`.actor.attention`).
+- RMSNorm keeps its input, copied if it is part of a larger tensor, as queries and keys are of the product of QKV.
+- Attention keeps query, key, value, output and one float32 per query and head, like ours (:mod:`.actor.attention`). It
+  copies the value, whose strides are not those of the key, so that the product of QKV is freed.
 - The rotary embedding keeps angles only. GroupedLinear keeps its input, once for all experts.
 
 Kernels allocate nothing but their outputs here; the plan has an allowance for workspaces.
@@ -37,8 +40,9 @@ _SCALE_BLOCK = 128
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(hidden)
+        kept = hidden.contiguous()
+        ctx.save_for_backward(kept, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +51,7 @@ class _Norm(torch.autograd.Function):
 
 
 class NormStandIn(SequenceParallelRMSNorm):
-    """RMSNorm that keeps its input and one float32 per token."""
+    """RMSNorm that keeps its input, as a tensor of its own, and one float32 per token."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns a tensor of the shape and dtype of the input."""
@@ -184,10 +188,16 @@ def _replace_linear(layer: Any, fp8: bool) -> list[Tensor]:
             module.__class__ = Fp8Row
         if fp8 and isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             copies.append(torch.empty(2 * module.weight.numel(), dtype=torch.uint8))
+    layer.self_attention.core_attention.register_forward_pre_hook(_copy_value)
     _move_norm(layer, "input_layernorm", layer.self_attention.linear_qkv)
     if isinstance(layer.mlp, MLP):
         _move_norm(layer, "pre_mlp_layernorm", layer.mlp.linear_fc1)
     return copies
+
+
+def _copy_value(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    query, key, value, *rest = inputs
+    return query, key, value.contiguous(), *rest
 
 
 def _move_norm(layer: Any, name: str, linear: Any) -> None:

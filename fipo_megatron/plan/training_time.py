@@ -2,9 +2,9 @@
 
 The time of a layer on a micro-batch is the sum of its matrix products, its attention, its elementwise operators and the
 collectives that nothing hides, but never less than the launch of its kernels. The output layer adds its products and
-the traffic of its logits. A pipeline runs at the pace of its slowest stage, plus the bubble. Ranks wait for each other
-at the end of a mini-batch, and with expert parallelism in every layer. Micro-batches are those of the project's own
-packing (:mod:`fipo_megatron.data.packing`).
+the time of its logits, of which a part follows the memory's bandwidth. A pipeline runs at the pace of its slowest
+stage, plus the bubble. Ranks wait for each other at the end of a mini-batch, and with expert parallelism in every
+layer. Micro-batches are those of the project's own packing (:mod:`fipo_megatron.data.packing`).
 """
 
 from __future__ import annotations
@@ -228,6 +228,7 @@ class ActorTime:
         self._node, self._data, self._rates = gpus_per_node, data, rates
         self._costs = LayerCosts.from_architecture(architecture)
         self._kind = "torch" if actor.transformer.get("transformer_impl") == "local" else "te"
+        self._precision = "" if actor.fp8 == "off" else f"_fp8_{actor.fp8_recipe}"
         self._layers = architecture.layers / actor.parallel.pipeline_parallel
 
     def forward(self, packing: Packing) -> Seconds:
@@ -289,8 +290,9 @@ class ActorTime:
         count += costs.other_elements / (tensor if parallel.sequence_parallel else 1)
         elements = tokens * count * factor * self._seconds_per_element()
         busy = products + attention + elements
-        if busy.min() < rates.peek("layer_launch"):  # the device waits for the next kernel
-            elements = elements + np.maximum(rates.read("layer_launch", "elementwise") - busy, 0.0)
+        launch = f"layer_launch{self._precision}"
+        if busy.min() < rates.peek(launch):  # the device waits for the next kernel
+            elements = elements + np.maximum(rates.read(launch, "elementwise") - busy, 0.0)
         return products, attention, elements
 
     def _mlp(self, packing: Packing) -> Array:
@@ -306,18 +308,19 @@ class ActorTime:
         return (products + tokens * costs.mlp_elements * self._seconds_per_element()) / tensor
 
     def _output(self, packing: Packing, *, backward: bool) -> Array:
-        """Returns the seconds of the output layer: its products and the traffic of logits and weight gradient."""
+        """Returns the seconds of the output layer: its products, its logits and the traffic of the weight gradient."""
         actor, rates, device = self._actor, self._rates, self._device
         tokens = self._local(packing.tokens)
         columns = self._architecture.padded_vocab(actor.vocab_multiple * actor.parallel.tensor_parallel)
         columns //= actor.parallel.tensor_parallel
         weights = columns * self._architecture.hidden
         product = 2 * tokens * weights / (device.bf16_flops * rates.read("matmul", "output"))
-        logits = tokens * columns / device.memory_bandwidth
-        seconds = product + logits * rates.read("logit_bytes_forward", "output")
+        logits = tokens * columns
+        per_logit = rates.read("logit_bytes_forward", "output") / device.memory_bandwidth
+        seconds = product + logits * (per_logit + rates.read("logit_seconds_forward", "output"))
         if backward:  # the chunk is recomputed; its weight gradient is added to a float32 sum
             chunks = tokens / actor.log_prob_chunk_tokens
-            seconds = seconds + 3 * product + logits * rates.read("logit_bytes_backward", "output")
+            seconds = seconds + 3 * product + logits * rates.read("logit_seconds_backward", "output")
             seconds = seconds + chunks * weights * 12 / device.memory_bandwidth
         return seconds
 
@@ -391,7 +394,7 @@ class ActorTime:
         """Returns the FLOP/s of the layers' matrix products."""
         if self._actor.fp8 != "off":
             assert self._device.fp8_flops is not None
-            return self._device.fp8_flops * self._rates.read("matmul_fp8", "products")
+            return self._device.fp8_flops * self._rates.read(f"matmul{self._precision}", "products")
         return self._device.bf16_flops * self._rates.read("matmul", "products")
 
     def _seconds_per_element(self) -> float:

@@ -14,19 +14,18 @@ Q, KV = HEADS * D, GROUPS * D
 SCALED = 1 + 4 / 128
 """Bytes per value in FP8, with its share of a float32 scale per 128 values."""
 
-MODEL = Architecture.from_hf(
-    {
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": H,
-        "num_hidden_layers": 4,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "intermediate_size": F,
-        "vocab_size": 512,
-        "max_position_embeddings": T,
-        "rms_norm_eps": 1e-6,
-    }
-)
+DENSE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": H,
+    "num_hidden_layers": 4,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "intermediate_size": F,
+    "vocab_size": 512,
+    "max_position_embeddings": T,
+    "rms_norm_eps": 1e-6,
+}
+MODEL = Architecture.from_hf(DENSE)
 MIXTURE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": H,
@@ -49,7 +48,7 @@ RESIDUALS = {"input": 2 * T * H, "after attention": 2 * T * H}
 NORMS = {"rsigma of both norms": 2 * 4 * T}
 ATTENTION = {
     "query and key with rotary embedding": 2 * T * (Q + KV),
-    "the product that the value is a part of": 2 * T * (Q + 2 * KV),
+    "value": 2 * T * KV,
     "output": 2 * T * Q,
     "log-sum-exp": 4 * T * HEADS,
 }
@@ -87,6 +86,14 @@ def cost(tracer, model=MODEL, **changes):
 @pytest.mark.processes
 def test_a_layer_keeps_what_its_tensors_take(tracer):
     assert cost(tracer).per_layer == total(RESIDUALS, NORMS, ATTENTION, PRODUCTS)
+
+
+@pytest.mark.processes
+def test_norms_of_queries_and_keys_keep_them_alone(tracer):
+    """Not the product of QKV, of which they are parts."""
+    qwen3 = Architecture.from_hf(DENSE | {"architectures": ["Qwen3ForCausalLM"], "head_dim": D})
+    more = {"queries and keys": 2 * T * (Q + KV), "rsigma": 4 * T * (HEADS + GROUPS)}
+    assert cost(tracer, qwen3).per_layer == total(RESIDUALS, NORMS, ATTENTION, PRODUCTS, more)
 
 
 @pytest.mark.processes
