@@ -1,29 +1,31 @@
 """Forward passes as recorded operators: the same kernels in the same order, without the Python of the model's modules.
 
 A pass over one token per sequence takes microseconds per operator, and a model of transformers spends about as long in
-Python. The operators of a shape are therefore recorded once, by torch's tracer, and replayed afterwards. The replay
-calls what the model called, with the same arguments, so it computes the same bits.
+Python. The operators of a shape are therefore recorded once, as torch dispatches them, and replayed afterwards. The
+replay calls what the model called, with the same arguments, so it computes the same bits.
 
-A recording must hold for every input of its shape. It is refused if more than values depends on the data: the number
-of tokens of an expert, or a length that is read from a tensor.
+A recording must hold for every input of its shape. It is refused if more than values depends on the data: the number of
+tokens of an expert, or a length that is read from a tensor. It is used once it has given the bits of another pass.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 logger = logging.getLogger(__name__)
 
 Pass: TypeAlias = Callable[..., Tensor]
 """Function of tensors that returns a tensor; it may also write to tensors that it holds."""
-RECORD_AFTER = 64
-"""Passes of a shape after which it is recorded: about as long as a recording takes to pay off."""
+RECORD_AFTER = 16
+"""Passes of a shape after which it is recorded. A recording pays off after about twice as many."""
 _VARIABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -38,6 +40,7 @@ class RecordedPasses:
     def __init__(self, function: Pass) -> None:
         self._function = function
         self._passes: dict[Hashable, int] = {}
+        self._unchecked: dict[Hashable, Pass] = {}
         self._recorded: dict[Hashable, Pass] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -50,7 +53,9 @@ class RecordedPasses:
         with torch.no_grad():
             result = self._function(*inputs)
             if count == RECORD_AFTER:
-                self._record(shape, inputs, result)
+                self._record(shape, inputs)
+            elif shape in self._unchecked:
+                self._check(shape, inputs, result)
         return result
 
     def __len__(self) -> int:
@@ -59,16 +64,18 @@ class RecordedPasses:
 
     def forget(self) -> None:
         """Forgets all recordings: tensors that the function holds were replaced by others."""
-        self._passes.clear()
-        self._recorded.clear()
+        for known in (self._passes, self._unchecked, self._recorded):
+            known.clear()
 
-    def _record(self, shape: Hashable, inputs: tuple[Tensor, ...], result: Tensor) -> None:
-        """Records the pass if its replay gives this result bit for bit."""
+    def _record(self, shape: Hashable, inputs: tuple[Tensor, ...]) -> None:
         try:
-            recorded = record(self._function, *inputs)
-        except Exception as error:  # whatever keeps a model from being traced must not keep it from running
+            self._unchecked[shape] = record(self._function, *inputs)
+        except Exception as error:  # whatever keeps a model from being recorded must not keep it from running
             logger.info("passes are not recorded: %s: %s", type(error).__name__, error)
-            return
+
+    def _check(self, shape: Hashable, inputs: tuple[Tensor, ...], result: Tensor) -> None:
+        """Uses a recording from now on if it gives the bits of a pass over other data."""
+        recorded = self._unchecked.pop(shape)
         if torch.equal(recorded(*inputs), result):
             self._recorded[shape] = recorded
         else:
@@ -76,7 +83,7 @@ class RecordedPasses:
 
 
 def record(function: Pass, *inputs: Tensor) -> Pass:
-    """Records the operators of a function by running it.
+    """Records the operators of a function by running it, without gradients.
 
     Parameters, buffers and other tensors that the function holds are held by the recording: it reads their values at
     the time of the replay, and writes to them.
@@ -88,72 +95,117 @@ def record(function: Pass, *inputs: Tensor) -> Pass:
     Raises:
         ValueError: an operator's output depends on data otherwise than by its values.
     """
-    graph = make_fx(lambda *given: function(*given))(*inputs).eval()  # the tracer miscounts the inputs of a method
-    for node in graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and any(tag in node.target.tags for tag in _VARIABLE):
-            raise ValueError(f"{node.target}: its output depends on the data")
-    _fold_views(graph)
-    return _compiled(graph)
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        result = function(*inputs)
+    return _compiled(inputs, recorder.calls, result)
 
 
-def _fold_views(graph: fx.GraphModule) -> None:
-    """Replaces views of held tensors, such as transposed weights, by tensors that are held instead."""
-    held: dict[fx.Node, Any] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            held[node] = getattr(graph, str(node.target))
-        elif node.op == "call_function" and node.all_input_nodes and all(n in held for n in node.all_input_nodes):
-            arguments, options = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
-            schema = getattr(node.target, "_schema", None)
-            if schema is None or schema.is_mutable:
-                continue
-            value = node.target(*arguments, **options)
-            if isinstance(value, Tensor) and value._is_view():
-                held[node] = value
-    for number, (node, value) in enumerate(held.items()):
-        if node.op == "call_function":
-            graph.register_buffer(f"_view{number}", value)
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.get_attr(f"_view{number}"))
-    graph.graph.eliminate_dead_code()
+@dataclass(frozen=True)
+class _Call:
+    """A call of an operator.
 
-
-def _compiled(graph: fx.GraphModule) -> Pass:
-    """Returns a graph as a Python function that frees each tensor after its last use.
-
-    The function that torch generates looks up operators and held tensors by name, in each pass.
+    Attributes:
+        operator: The operator.
+        arguments: Its arguments by position.
+        options: Its arguments by name.
+        result: What it returned: a tensor, or a sequence of tensors.
     """
-    names: dict[str, Any] = {}
+
+    operator: torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    result: Any
+
+    @property
+    def read(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return _tensors((self.arguments, self.options))
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the result is a view of an argument."""
+        storages = {tensor.untyped_storage()._cdata for tensor in self.read}
+        found = isinstance(self.result, Tensor) and self.result.untyped_storage()._cdata in storages
+        return found and not self.operator._schema.is_mutable
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Records all operators that run in its block, and keeps their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(tag in func.tags for tag in _VARIABLE):
+            raise ValueError(f"{func}: its output depends on the data")
+        result = func(*args, **(kwargs or {}))
+        self.calls.append(_Call(func, args, kwargs or {}, result))
+        return result
+
+
+def _compiled(inputs: Sequence[Tensor], calls: Sequence[_Call], result: Tensor) -> Pass:
+    """Returns recorded calls as a Python function that frees each tensor after its last use."""
+    names = {id(tensor): f"input_{number}" for number, tensor in enumerate(inputs)}
+    parameters = ", ".join(names.values())
+    made = [call for call in calls if not _is_held_view(call, names)]
+    held: dict[str, Any] = {}
 
     def written(value: object) -> str:
-        if isinstance(value, fx.Node):
-            return value.name
+        if isinstance(value, Tensor) and id(value) in names:
+            return names[id(value)]
         if isinstance(value, list | tuple):
             return "[" + ", ".join(map(written, value)) + "]"
-        names[name := f"constant_{len(names)}"] = value
+        held[name := f"held_{len(held)}"] = value
         return name
 
-    inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    lines = [f"def recorded({', '.join(inputs)}):"]
-    for node, freed in _with_freed(graph.graph):
-        if node.op == "get_attr":
-            names[node.name] = getattr(graph, str(node.target))
-        elif node.op == "call_function":
-            names[operator := f"operator_{len(names)}"] = node.target
-            arguments = [written(value) for value in node.args]
-            arguments += [f"{name}={written(value)}" for name, value in node.kwargs.items()]
-            lines.append(f"    {node.name} = {operator}({', '.join(arguments)})")
-            lines += [f"    del {', '.join(freed)}"] if freed else []
-        elif node.op == "output":
-            lines.append(f"    return {written(node.args[0])}")
-    exec("\n".join(lines), names)  # the lines consist of names that are made here or by torch's tracer
-    recorded: Pass = names["recorded"]
+    lines = [f"def recorded({parameters}):"]
+    for call, unused in _needed(made, result):
+        held[operator := f"operator_{len(held)}"] = call.operator
+        arguments = [written(value) for value in call.arguments]
+        arguments += [f"{name}={written(value)}" for name, value in call.options.items()]
+        lines.append(f"    {_target(call.result, names)}{operator}({', '.join(arguments)})")
+        freed = sorted({names[id(tensor)] for tensor in unused if id(tensor) in names})
+        lines += [f"    del {', '.join(freed)}"] if freed else []
+    lines.append(f"    return {written(result)}")
+    exec("\n".join(lines), held)  # the lines consist of names that are made here
+    recorded: Pass = held["recorded"]
     return recorded
 
 
-def _with_freed(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[str]]]:
-    """Yields each node with the names of the computed values that no later node uses."""
-    last = {used: node for node in graph.nodes for used in node.all_input_nodes}
-    for node in graph.nodes:
-        values = [node, *node.all_input_nodes] if node.op == "call_function" else []
-        yield node, [v.name for v in values if v.op == "call_function" and last.get(v, node) is node]
+def _is_held_view(call: _Call, names: dict[int, str]) -> bool:
+    """Returns whether a call gives a view of held tensors, such as a transposed weight, which is then held itself.
+
+    If not, the new tensors among its results get names.
+    """
+    read = {id(tensor) for tensor in call.read}
+    if call.is_view and read.isdisjoint(names):
+        return True
+    for tensor in _tensors(call.result):
+        if id(tensor) not in read:  # as the result of an operator that writes is
+            names[id(tensor)] = f"value_{len(names)}"
+    return False
+
+
+def _needed(calls: Sequence[_Call], result: Tensor) -> Iterator[tuple[_Call, list[Tensor]]]:
+    """Yields the calls that write to a tensor or whose results are used, each with what is not used after it."""
+    later, needed = {id(result)}, []
+    for call in reversed(calls):
+        results = _tensors(call.result)
+        if call.operator._schema.is_mutable or any(id(tensor) in later for tensor in results):
+            tensors = {id(tensor): tensor for tensor in results + call.read}
+            needed.append((call, [tensor for key, tensor in tensors.items() if key not in later]))
+            later |= tensors.keys()
+    return reversed(needed)
+
+
+def _target(result: object, names: Mapping[int, str]) -> str:
+    """Returns the left side of the assignment of a result; empty for a held tensor."""
+    if isinstance(result, Tensor):
+        return f"{names[id(result)]} = " if id(result) in names else ""
+    return "".join(f"{names[id(tensor)]}, " for tensor in _tensors(result)) + "= "
+
+
+def _tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
