@@ -18,7 +18,7 @@ from fipo_megatron.evaluation.standalone import only_host
 from fipo_megatron.rollout.embedded.drawing import PrimaryAlone, Selector, Swap
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
 from fipo_megatron.rollout.engine import EngineError, Generation, GenerationRequest, ResponseEngine
-from fipo_megatron.rollout.engine_factory import HostInfo, open_engine
+from fipo_megatron.rollout.engine_factory import HostInfo, embedded_settings, open_engine
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.swapping_engine import SwappingEngine
 from fipo_megatron.rollout.store_coordinator import StoreCoordinator
@@ -101,7 +101,7 @@ class _Served:
 @asynccontextmanager
 async def _embedded(config: Config, models: Mapping[Role, Path], primary: Role) -> AsyncIterator[TwoModelEngine]:
     second = models[second_of(primary)], PrimaryAlone(CALIBRATED)
-    engine = _Embedded(models[primary], slots=config.rollout.embedded_slots, second=second)
+    engine = _Embedded(models[primary], **embedded_settings(config), second=second)
     try:
         yield engine
     finally:

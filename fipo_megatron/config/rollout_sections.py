@@ -128,6 +128,7 @@ class RolloutConfig:
             no GPU.
         embedded_slots: Most requests that the embedded engine samples at the same time. A slot that is not in use
             costs memory only.
+        embedded_device: Device of the embedded engine: the CPU, or the GPU of its rank, beside the actor.
         servers: The SGLang servers; a section of its own.
         sglang: Arguments of the servers that the run starts, by the names of SGLang's ``ServerArgs``. ``base_gpu_id``
             is the first GPU of a host's servers. Its default is the first one after those of the trainer's ranks, or 0
@@ -149,6 +150,7 @@ class RolloutConfig:
     silence_seconds: Annotated[float, Field(ge=5, le=LARGEST_NUMBER, allow_inf_nan=False)] = 600.0
     engine: Literal["sglang", "embedded"] = "sglang"
     embedded_slots: Annotated[int, Field(ge=16, le=2**16, multiple_of=16)] = 32
+    embedded_device: Literal["cpu", "cuda"] = "cpu"
     servers: ServersConfig = field(default_factory=ServersConfig)
     sglang: dict[str, Any] = field(default_factory=dict)
 

@@ -23,6 +23,7 @@ from fipo_megatron.evaluation.results import ProblemResult, write_problems
 from fipo_megatron.evaluation.standalone import sample_and_count
 from fipo_megatron.rollout.embedded.drawing import Amplify
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
+from fipo_megatron.rollout.engine_factory import embedded_settings
 from fipo_megatron.storage.atomic import write_atomic
 
 logger = logging.getLogger("fipo_megatron")
@@ -191,13 +192,13 @@ class Runs:
         return run
 
     def _engine(self, rl: Path, setting: Setting | None, factors: Sequence[float]) -> EmbeddedEngine:
-        slots, base = self._config.rollout.embedded_slots, self._config.amplify.base
+        settings, base = embedded_settings(self._config), self._config.amplify.base
         if setting is None:
-            return EmbeddedEngine(rl, slots=slots, entropy_at=factors)
+            return EmbeddedEngine(rl, **settings, entropy_at=factors)
         primary_is_rl = self._config.amplify.primary == "rl"
         primary, second = (rl, base) if primary_is_rl else (base, rl)
         rule = Amplify(setting.gamma, setting.threshold, primary_is_rl)
-        return EmbeddedEngine(primary, slots=slots, second=(second, rule), entropy_at=factors)
+        return EmbeddedEngine(primary, **settings, second=(second, rule), entropy_at=factors)
 
 
 def _read(file: Path) -> Run | None:

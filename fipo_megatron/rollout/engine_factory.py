@@ -9,11 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fipo_megatron.config import Config, ServersConfig
 from fipo_megatron.rollout.embedded.embedded_engine import EmbeddedEngine
-from fipo_megatron.rollout.engine import RolloutEngine
+from fipo_megatron.rollout.engine import EngineError, RolloutEngine
 from fipo_megatron.rollout.host_address import LOOPBACK
 from fipo_megatron.rollout.sglang.client import SglangClient
 from fipo_megatron.rollout.sglang.control import BlockingControlClient
@@ -79,6 +80,32 @@ def longest_request(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
+def embedded_device_problem(config: Config) -> str | None:
+    """Returns why the embedded engine cannot run on its device; None if it can, or is not used."""
+    rollout = config.rollout
+    if rollout.engine == "embedded" and rollout.embedded_device == "cuda" and not torch.cuda.is_available():
+        return "rollout.embedded_device = cuda: torch finds no GPU on this host; valid: cpu"
+    return None
+
+
+def embedded_settings(config: Config, local_rank: int = 0) -> dict[str, Any]:
+    """Returns the arguments of :class:`.EmbeddedEngine` that a configuration sets.
+
+    Args:
+        config: Configuration of the run.
+        local_rank: Number of this rank on its host, which is that of its GPU unless it sees one alone.
+
+    Raises:
+        EngineError: see :func:`embedded_device_problem`.
+    """
+    if problem := embedded_device_problem(config):
+        raise EngineError(problem)
+    device: str = config.rollout.embedded_device
+    if device == "cuda":  # by number: the current device is that of a thread, and the engine has one of its own
+        device = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
+    return {"slots": config.rollout.embedded_slots, "device": device}
+
+
 async def open_engine(
     config: Config,
     host: HostInfo,
@@ -103,7 +130,8 @@ async def open_engine(
     """
     leads = coordinator.rank in coordinator.leaders
     if config.rollout.engine == "embedded":
-        engine = EmbeddedEngine(config.model.path, slots=config.rollout.embedded_slots) if leads else None
+        settings = embedded_settings(config, host.local_rank)
+        engine = EmbeddedEngine(config.model.path, **settings) if leads else None
         await coordinator.gather({})
         return OpenedEngine(engine)
     pool: ServerSupervisor | None = None

@@ -24,7 +24,7 @@ from fipo_megatron.evaluation.results import name_problems
 from fipo_megatron.moments.candidates import CandidateExtractor
 from fipo_megatron.observe.trackers import tracker_problems
 from fipo_megatron.reward.verifier import check_verifier
-from fipo_megatron.rollout.engine_factory import context_problem
+from fipo_megatron.rollout.engine_factory import context_problem, embedded_device_problem
 from fipo_megatron.rollout.sglang.nccl_version import nccl_problem
 from fipo_megatron.rollout.weight_sync.tensor_sender import size_problem
 from fipo_megatron.storage.output_directory import output_problems
@@ -112,7 +112,7 @@ def _environment_problems(config: Config, architecture: Architecture) -> list[st
             problems.append(str(error))
         problems += _extractor_problems(config)
     problems += _launch_problems(config)
-    problems += _server_problems(config, architecture)
+    problems += _engine_problems(config, architecture)
     problems += tracker_problems(
         config.observe, writes=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     )
@@ -143,11 +143,16 @@ def _samples(config: Config) -> bool:
     return config.algorithm.kind != "sft" and not config.run.replay
 
 
-def _server_problems(config: Config, architecture: Architecture) -> list[str]:
-    """Lists why servers could not be started, or weights not be sent to them."""
+def _engine_problems(config: Config, architecture: Architecture) -> list[str]:
+    """Lists why the engine could not be opened, or weights not be sent to it."""
     if not _samples(config):
         return []
-    found = (gpu_problem(config), size_problem(config, architecture), nccl_problem(config))
+    found = (
+        embedded_device_problem(config),
+        gpu_problem(config),
+        size_problem(config, architecture),
+        nccl_problem(config),
+    )
     return [problem for problem in found if problem]
 
 

@@ -65,6 +65,7 @@ class EmbeddedEngine:
         slots: Most requests that are sampled at the same time; others wait in order. Must be a multiple of 16, see
             :data:`.slot_model.VECTOR`. Slots that are not in use cost memory only.
         weight_version: Version of the weights in ``path``.
+        device: Device of the models; tokens are drawn on the CPU.
         second: A second model with the same vocabulary, and the rule by which tokens are drawn from both; None draws
             from the one in ``path``.
         entropy_at: Factors of each request's temperature at which the entropy of the distribution that its tokens are
@@ -86,15 +87,16 @@ class EmbeddedEngine:
         dtype: torch.dtype = torch.float32,
         slots: int = 32,
         weight_version: int = 0,
+        device: torch.device | str = "cpu",
         second: tuple[str | Path, TwoModelRule] | None = None,
         entropy_at: Sequence[float] = (),
     ) -> None:
         if slots < 1 or slots % VECTOR:
             raise ValueError(f"slots = {slots}: must be a multiple of {VECTOR}")
-        self._model = SlotModel(path, dtype, slots, weight_version)
+        self._model = SlotModel(path, dtype, slots, weight_version, device)
         self._models, self.rule = [self._model], second[1] if second is not None else None
         if second is not None:
-            self._models.append(SlotModel(second[0], dtype, slots, weight_version))
+            self._models.append(SlotModel(second[0], dtype, slots, weight_version, device))
         self._entropy_at = tuple(entropy_at)
         self.model = self._model.module
         self.context: int = self.model.config.max_position_embeddings

@@ -68,7 +68,7 @@ def read_pass(module: transformers.PreTrainedModel, ids: Tensor) -> list[Tensor]
     """
     cache = DynamicCache(config=module.config)
     kept = min(KEPT_LOGITS, ids.shape[1])
-    found = [module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits]
+    found = [module(input_ids=ids.to(module.device), past_key_values=cache, use_cache=True, logits_to_keep=kept).logits]
     for layer in cache.layers:
         assert isinstance(layer, CacheLayerMixin)
         assert layer.keys is not None

@@ -81,6 +81,7 @@ class SlotCache(Cache):
         layers: Number of layers of the model.
         slots: Number of sequences.
         dtype: Data type of the queries.
+        device: Device of the tensors.
         on_allocation: Callback after tensors for keys and values were replaced by larger ones.
 
     Attributes:
@@ -89,12 +90,13 @@ class SlotCache(Cache):
     """
 
     def __init__(
-        self, layers: int, slots: int, dtype: torch.dtype, on_allocation: Callable[[], None] = lambda: None
+        self, layers: int, slots: int, dtype: torch.dtype, device: torch.device, on_allocation: Callable[[], None]
     ) -> None:
         self.slots = slots
+        self.device = device
         self.on_allocation = on_allocation
-        self.rows = torch.arange(slots)
-        self.positions = torch.zeros(slots, dtype=torch.int64)
+        self.rows = torch.arange(slots, device=device)
+        self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
         self.places = BLOCK
         self._dtype = dtype
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
@@ -113,16 +115,17 @@ class SlotCache(Cache):
             layer.move(old, new, length)
 
     def advance(self, positions: Tensor) -> Tensor:
-        """Sets the positions of the next pass's tokens, ``[rows]`` int64, in the first slots.
+        """Sets the positions of the next pass's tokens, ``[rows]`` int64 on the CPU, in the first slots.
 
         Returns:
             The mask of the pass, ``[rows, 1, 1, places]`` in the data type of the queries: 0 where a token attends,
             else −∞.
         """
-        self.positions = positions
         self.places = rounded(int(positions.max()) + 1)
-        hidden = torch.arange(self.places) > positions[:, None]
-        return torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -math.inf)[:, None, None]
+        self.positions = positions.to(self.device)
+        hidden = torch.arange(self.places, device=self.device) > self.positions[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self.device).masked_fill_(hidden, -math.inf)
+        return mask[:, None, None]
 
 
 def rounded(length: int) -> int:

@@ -37,6 +37,7 @@ class SlotModel:
         dtype: Data type of the weights.
         slots: Number of slots.
         version: Version of the weights in ``path``.
+        device: Device of the weights, the passes and the KV cache.
 
     Attributes:
         module: The model of transformers.
@@ -44,10 +45,13 @@ class SlotModel:
         usable: Whether the weights are complete.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype, slots: int, version: int) -> None:
+    def __init__(
+        self, path: str | Path, dtype: torch.dtype, slots: int, version: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.module = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
         )
+        self.module.to(torch.device(device))  # type: ignore[arg-type]  # the wrapper of transformers hides self
         self.module.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.module.requires_grad_(False)
         self.version = version
@@ -89,7 +93,7 @@ class SlotModel:
         ids.numpy()[slots], places.numpy()[slots] = tokens, positions
         cache = self._allocated()
         mask = cache.advance(places)
-        self._logits[:width] = self._pass(ids, places, mask)
+        self._logits[:width] = self._pass(ids.to(cache.device), cache.positions, mask)
 
     def _decode(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Computes the logits of the next tokens, ``[rows, V]``, of ``[rows]`` tokens and positions.
@@ -120,14 +124,14 @@ class SlotModel:
         self._allocated().move(slots, length)
 
     def next_logits(self, slots: NDArray[np.int64]) -> Tensor:
-        """Returns the logits of the next tokens of these slots, ``[slots, V]``."""
-        return self._logits[torch.from_numpy(slots)]
+        """Returns the logits of the next tokens of these slots, ``[slots, V]``, on the CPU."""
+        return self._logits[torch.from_numpy(slots)].cpu()
 
     def _allocated(self) -> SlotCache:
         if self._cache is None:
-            layers, dtype = self.module.config.num_hidden_layers, self.module.dtype
-            self._cache = SlotCache(layers, self._slots, dtype, self._pass.forget)
-            self._logits = torch.empty(self._slots, self.module.config.vocab_size, dtype=dtype)
+            layers, dtype, device = self.module.config.num_hidden_layers, self.module.dtype, self.module.device
+            self._cache = SlotCache(layers, self._slots, dtype, device, self._pass.forget)
+            self._logits = torch.empty(self._slots, self.module.config.vocab_size, dtype=dtype, device=device)
         return self._cache
 
     @torch.no_grad()
