@@ -74,6 +74,19 @@ def test_a_shape_is_recorded_after_a_number_of_passes(monkeypatch):
     assert len(calls) == 3 + 1 + 1 + 1, "three passes, the recording, its check, and the other shape"
 
 
+def test_the_recordings_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    monkeypatch.setattr(recorded_pass, "KEPT", 2)
+    passes = RecordedPasses(lambda x: x + 1)
+    for length in (1, 1, 2, 2, 1, 3, 3):  # two passes record a shape; then 1 is used before 3 takes the place of 2
+        passes(torch.zeros(length))
+        assert len(passes) <= 2
+    assert {shape[0] for (shape,) in passes._recorded} == {1, 3}
+    for _ in range(2):
+        assert passes(torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert {shape[0] for (shape,) in passes._recorded} == {3, 2}, "what was dropped can be recorded again"
+
+
 def test_held_tensors_are_read_and_written_at_the_time_of_the_replay():
     weight, total, calls = torch.randn(4, 3), torch.zeros(4), torch.zeros(1)
 

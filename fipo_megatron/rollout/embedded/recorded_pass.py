@@ -11,6 +11,7 @@ tokens of an expert, or a length that is read from a tensor. It is used once it 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,6 +27,8 @@ Pass: TypeAlias = Callable[..., Tensor]
 """Function of tensors that returns a tensor; it may also write to tensors that it holds."""
 RECORD_AFTER = 16
 """Passes of a shape after which it is recorded. A recording pays off after about twice as many."""
+KEPT = 32
+"""Recordings that are kept, those used last. One takes some kilobytes per operator; long responses pass many shapes."""
 _VARIABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -41,12 +44,13 @@ class RecordedPasses:
         self._function = function
         self._passes: dict[Hashable, int] = {}
         self._unchecked: dict[Hashable, Pass] = {}
-        self._recorded: dict[Hashable, Pass] = {}
+        self._recorded: OrderedDict[Hashable, Pass] = OrderedDict()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Returns the result of the pass; gradients are not recorded."""
         shape = tuple(tensor.shape for tensor in inputs)
         if shape in self._recorded:
+            self._recorded.move_to_end(shape)
             with torch.inference_mode():
                 return self._recorded[shape](*inputs)
         count = self._passes[shape] = self._passes.get(shape, 0) + 1
@@ -78,6 +82,9 @@ class RecordedPasses:
         recorded = self._unchecked.pop(shape)
         if torch.equal(recorded(*inputs), result):
             self._recorded[shape] = recorded
+            if len(self._recorded) > KEPT:
+                dropped, _ = self._recorded.popitem(last=False)
+                del self._passes[dropped]
         else:
             logger.info("passes are not recorded: a replay gives other bits")
 
