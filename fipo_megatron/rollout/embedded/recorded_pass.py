@@ -28,7 +28,7 @@ Pass: TypeAlias = Callable[..., Tensor]
 RECORD_AFTER = 16
 """Passes of a shape after which it is recorded. A recording pays off after about twice as many."""
 KEPT = 32
-"""Recordings that are kept, those used last. One takes some kilobytes per operator; long responses pass many shapes."""
+"""Recordings that are kept: those used last. One takes half a kilobyte per operator."""
 _VARIABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
