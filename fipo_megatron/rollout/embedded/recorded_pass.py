@@ -1,7 +1,7 @@
 """Forward passes as recorded operators: the same kernels in the same order, without the Python of the model's modules.
 
-A pass over one token per sequence takes microseconds per operator, and a model of transformers spends about as long in
-Python. The operators of a shape are therefore recorded once, as torch dispatches them, and replayed afterwards. The
+A pass over one token per sequence takes microseconds per operator, and the Python of transformers' modules half as long
+again. The operators of a shape are therefore recorded once, as torch dispatches them, and replayed afterwards. The
 replay calls what the model called, with the same arguments, so it computes the same bits.
 
 A recording must hold for every input of its shape. It is refused if more than values depends on the data: the number of
