@@ -157,7 +157,7 @@ SAMPLER_COUNTS = {
     "prompts_carried_in": "Unfinished prompts carried over from an earlier step.",
     "prompts_carried_out": "Unfinished prompts carried over to the next step.",
     "prompts_restarted_stale": "Unfinished prompts restarted because their responses were too old.",
-    "responses_aborted": "Responses aborted once enough groups were complete.",
+    "responses_aborted": "Responses that had new tokens when they were aborted, once enough groups were complete.",
     "responses_continued": "Responses aborted in an earlier step and completed in this one.",
 }
 

@@ -30,7 +30,7 @@ class PartialResponse:
         tokens: ``[R]`` int32, the tokens so far.
         log_probs: ``[R]`` float32, log-probs of ``tokens``.
         spans: Weight versions of ``tokens``; empty without tokens.
-        interruptions: Number of times it was aborted.
+        interruptions: Number of times it was aborted after a new token.
     """
 
     prompt: Prompt

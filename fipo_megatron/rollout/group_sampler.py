@@ -162,17 +162,20 @@ class GroupSampler:
             self._counts["tokens_sampled"] += len(generation.tokens)
             start = len(response.tokens)
             spans = [replace(span, start=span.start + start) for span in generation.spans]
+            aborted = generation.finish_reason == "abort"
+            # Whether a request that is aborted before its first token was made at all may depend on time.
+            interrupted = aborted and len(generation.tokens) > 0
             response = PartialResponse(
                 response.prompt,
                 response.sample,
                 np.concatenate([response.tokens, generation.tokens]),
                 np.concatenate([response.log_probs, generation.log_probs]),
                 _merge_spans([*response.spans, *spans]),
-                response.interruptions + (generation.finish_reason == "abort"),
+                response.interruptions + interrupted,
             )
-            if generation.finish_reason != "abort":
+            if not aborted:
                 return response, request_id, generation.finish_reason
-            self._counts["responses_aborted"] += 1
+            self._counts["responses_aborted"] += interrupted
         return response, request_id, "abort"
 
     def _request(self, response: PartialResponse) -> GenerationRequest:

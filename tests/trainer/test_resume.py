@@ -17,7 +17,8 @@ from fipo_megatron.config import Config, ParallelConfig
 from tests.runs import ROOT, command, metrics, train, weights
 
 RANDOM_KILLS = int(os.environ.get("FIPO_RANDOM_KILLS", "0"))
-FAIL_POINTS = os.environ.get("FIPO_FAIL_POINTS", "checkpoint_publish:1,update:4").split(",")
+# The fifth update comes after the second checkpoint was begun, which waits until the first one is complete.
+FAIL_POINTS = os.environ.get("FIPO_FAIL_POINTS", "checkpoint_publish:1,update:5").split(",")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 CARRYING = [
