@@ -302,7 +302,9 @@ def _type_problems(cls: type, section: str, given: Mapping[str, Any]) -> list[st
             problems.append(f"{where}: is a function of Megatron-Core's and cannot be set here")
             continue
         try:
-            TypeAdapter(hints[name], config=_ANY_TYPE).validate_python(value)
+            valid = TypeAdapter(hints[name], config=_ANY_TYPE).validate_python(value)
+            if isinstance(value, str) and not isinstance(valid, str):  # Megatron would get the text: 'false' is true
+                problems.append(f"{where}: must be {valid!r}, not text")
         except ValidationError as error:
             problems.append(f"{where}: {error.errors()[0]['msg'].replace('Input should be', 'must be')}")
         except PydanticSchemaGenerationError:

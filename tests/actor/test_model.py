@@ -275,6 +275,11 @@ def test_needs_transformer_engine(settings, message):
         ({"transformer": {"init_method": "normal"}}, "init_method = 'normal': is a function of Megatron-Core's"),
         ({"transformer": {"moe_aux_loss_coeff": "x"}}, "moe_aux_loss_coeff = 'x': must be a valid number"),
         ({"transformer": {"recompute_num_layers": "two"}}, "recompute_num_layers = 'two': must be a valid integer"),
+        (
+            {"transformer": {"bias_activation_fusion": "false"}},
+            "bias_activation_fusion = 'false': must be False, not text",
+        ),
+        ({"transformer": {"recompute_num_layers": "2"}}, "recompute_num_layers = '2': must be 2, not text"),
         ({"transformer": {"attention_backend": "warp"}}, "attention_backend = 'warp': must be one of flash, fused"),
         ({"megatron_optimizer": {"optimizer": "sgd"}}, "'sgd': must be 'adam' with actor.distributed_optimizer"),
         ({"megatron_optimizer": {"exp_avg_dtype": "int3"}}, "exp_avg_dtype = 'int3': must be one of float32, bfloat16"),
