@@ -182,8 +182,8 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",
         "use_cpu_initialization": not cuda,
-        # On the CPU it works, but compiles for many seconds.
-        "bias_activation_fusion": cuda,
+        # On the CPU it works, but compiles for many seconds. Megatron-Core refuses it beside use_te_activation_func.
+        "bias_activation_fusion": cuda and not actor.transformer.get("use_te_activation_func", False),
         # A function of the whole output of the first matrix, which Megatron-Core takes from Transformer Engine only:
         # gated_silu.py.
         "use_te_activation_func": not fused and not actor.transformer.get("bias_activation_fusion", cuda),

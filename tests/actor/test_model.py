@@ -298,6 +298,17 @@ def test_fields_can_be_set_by_name():
     assert config.moe_token_dispatcher_type == "allgather"
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("field", ["bias_activation_fusion", "use_te_activation_func"])
+def test_a_given_kind_of_activation_replaces_the_default_one(field, cuda, monkeypatch):
+    """Megatron-Core refuses a model with both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    given = {field: True, "transformer_impl": "local"}
+    config = transformer_config(architecture_of(random_model("qwen2")), ActorConfig(transformer=given))
+    assert config.bias_activation_fusion == (field == "bias_activation_fusion")
+    assert config.use_te_activation_func == (field == "use_te_activation_func")
+
+
 def test_auxiliary_loss_is_off_unless_asked_for():
     assert transformer_config(architecture_of(random_model("qwen3 moe")), ActorConfig()).moe_aux_loss_coeff == 0
 
