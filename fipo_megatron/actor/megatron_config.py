@@ -182,8 +182,8 @@ def _transformer_defaults(architecture: Architecture, actor: ActorConfig) -> dic
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if fused else "local",
         "use_cpu_initialization": not cuda,
-        # On the CPU it works, but compiles for many seconds.
-        "bias_activation_fusion": cuda,
+        # On the CPU it works, but compiles for many seconds. Megatron-Core refuses it beside use_te_activation_func.
+        "bias_activation_fusion": cuda and not actor.transformer.get("use_te_activation_func", False),
         # A function of the whole output of the first matrix, which Megatron-Core takes from Transformer Engine only:
         # gated_silu.py.
         "use_te_activation_func": not fused and not actor.transformer.get("bias_activation_fusion", cuda),
@@ -302,7 +302,9 @@ def _type_problems(cls: type, section: str, given: Mapping[str, Any]) -> list[st
             problems.append(f"{where}: is a function of Megatron-Core's and cannot be set here")
             continue
         try:
-            TypeAdapter(hints[name], config=_ANY_TYPE).validate_python(value)
+            valid = TypeAdapter(hints[name], config=_ANY_TYPE).validate_python(value)
+            if isinstance(value, str) and not isinstance(valid, str):  # Megatron would get the text: 'false' is true
+                problems.append(f"{where}: must be {valid!r}, not text")
         except ValidationError as error:
             problems.append(f"{where}: {error.errors()[0]['msg'].replace('Input should be', 'must be')}")
         except PydanticSchemaGenerationError:

@@ -18,7 +18,7 @@ from fipo_megatron.data.vocabulary import Vocabulary, vocabulary_difference
 from fipo_megatron.evaluation.evaluation_summary import AMPLIFY, SUMMARY
 from fipo_megatron.evaluation.results import data_set_name, name_problems
 from fipo_megatron.reward.verifier import check_verifier
-from fipo_megatron.rollout.engine_factory import context_problem
+from fipo_megatron.rollout.engine_factory import context_problem, embedded_device_problem
 from fipo_megatron.storage.output_directory import output_problems
 from fipo_megatron.weights import torch_dist
 from fipo_megatron.weights.architecture import Architecture
@@ -66,8 +66,8 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     served = config.evaluation.checkpoint is not None or bool(config.rollout.servers.urls)
     model = read_model_directory(companions, config.data, weights=not served)
     problems = _setting_problems(config)
-    if problem := context_problem(config, model.architecture.max_positions):
-        problems.append(problem)
+    engine_problems = context_problem(config, model.architecture.max_positions), embedded_device_problem(config)
+    problems += [problem for problem in engine_problems if problem]
     output = output_directory(config)
     problems += output_problems(output, "auto")
     if (output / (AMPLIFY if config.amplify.base else SUMMARY)).exists():

@@ -22,8 +22,8 @@ Layers = Literal["transformer_engine", "torch", "cpu"]
 """Kind of the layers: stand-ins for those of Transformer Engine, or Megatron-Core's and ours as they run on a GPU
 without it, or on a CPU."""
 _FUSED_FIELDS: dict[Layers, dict[str, Any]] = {
-    "transformer_engine": {"bias_activation_fusion": True, "apply_rope_fusion": True},
-    "torch": {"bias_activation_fusion": True},
+    "transformer_engine": {"bias_activation_fusion": True, "use_te_activation_func": False, "apply_rope_fusion": True},
+    "torch": {"bias_activation_fusion": True, "use_te_activation_func": False},
     "cpu": {},
 }
 _DEVICE_FIELDS = ("transformer_impl", "moe_grouped_gemm", "moe_permute_fusion")

@@ -130,10 +130,7 @@ async def open_engine(
     """
     leads = coordinator.rank in coordinator.leaders
     if config.rollout.engine == "embedded":
-        settings = embedded_settings(config, host.local_rank)
-        engine = EmbeddedEngine(config.model.path, **settings) if leads else None
-        await coordinator.gather({})
-        return OpenedEngine(engine)
+        return OpenedEngine(await _open_embedded(config, host, coordinator))
     pool: ServerSupervisor | None = None
     error: Exception | None = None
     try:
@@ -167,6 +164,20 @@ async def open_engine(
         await OpenedEngine(client, pool).close()
         raise
     return OpenedEngine(client, pool, facts)
+
+
+async def _open_embedded(config: Config, host: HostInfo, coordinator: StoreCoordinator) -> EmbeddedEngine | None:
+    """Opens the embedded engine of a leader. A rank that cannot, such as one without a GPU, ends all ranks."""
+    engine: EmbeddedEngine | None = None
+    error: Exception | None = None
+    try:
+        settings = embedded_settings(config, host.local_rank)
+        if coordinator.rank in coordinator.leaders:
+            engine = EmbeddedEngine(config.model.path, **settings)
+    except Exception as failed:
+        error = failed
+    await coordinator.gather({}, error)
+    return engine
 
 
 async def check_running_servers(config: Config, tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:

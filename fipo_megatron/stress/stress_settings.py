@@ -17,6 +17,7 @@ from fipo_megatron.config.padding import micro_batch_multiple
 from fipo_megatron.data.model_directory import read_model_directory
 from fipo_megatron.data.trajectory import Prompt
 from fipo_megatron.plan.response_lengths import SPREAD, ResponseLengths
+from fipo_megatron.rollout.engine_factory import embedded_device_problem
 from fipo_megatron.stress.limits import Limit, read_limits
 from fipo_megatron.weights.architecture import Architecture
 
@@ -129,6 +130,8 @@ def read_settings(options: StressOptions, environment: Mapping[str, str]) -> Str
     else:
         architecture, tokenizer = _architecture(Path(plain.model.path)), None
     problems = architecture.problems(plain.actor) + _length_problems(options, architecture.max_positions)
+    if samples and (problem := embedded_device_problem(plain)):
+        problems.append(problem)
     if problems:
         raise ValueError("\n".join(problems))
     output = options.output or Path(plain.run.output) / "stress"

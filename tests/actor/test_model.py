@@ -275,6 +275,11 @@ def test_needs_transformer_engine(settings, message):
         ({"transformer": {"init_method": "normal"}}, "init_method = 'normal': is a function of Megatron-Core's"),
         ({"transformer": {"moe_aux_loss_coeff": "x"}}, "moe_aux_loss_coeff = 'x': must be a valid number"),
         ({"transformer": {"recompute_num_layers": "two"}}, "recompute_num_layers = 'two': must be a valid integer"),
+        (
+            {"transformer": {"bias_activation_fusion": "false"}},
+            "bias_activation_fusion = 'false': must be False, not text",
+        ),
+        ({"transformer": {"recompute_num_layers": "2"}}, "recompute_num_layers = '2': must be 2, not text"),
         ({"transformer": {"attention_backend": "warp"}}, "attention_backend = 'warp': must be one of flash, fused"),
         ({"megatron_optimizer": {"optimizer": "sgd"}}, "'sgd': must be 'adam' with actor.distributed_optimizer"),
         ({"megatron_optimizer": {"exp_avg_dtype": "int3"}}, "exp_avg_dtype = 'int3': must be one of float32, bfloat16"),
@@ -291,6 +296,17 @@ def test_fields_can_be_set_by_name():
     assert config.moe_aux_loss_coeff == 0.01
     assert config.attention_backend.name == "flash"
     assert config.moe_token_dispatcher_type == "allgather"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("field", ["bias_activation_fusion", "use_te_activation_func"])
+def test_a_given_kind_of_activation_replaces_the_default_one(field, cuda, monkeypatch):
+    """Megatron-Core refuses a model with both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    given = {field: True, "transformer_impl": "local"}
+    config = transformer_config(architecture_of(random_model("qwen2")), ActorConfig(transformer=given))
+    assert config.bias_activation_fusion == (field == "bias_activation_fusion")
+    assert config.use_te_activation_func == (field == "use_te_activation_func")
 
 
 def test_auxiliary_loss_is_off_unless_asked_for():

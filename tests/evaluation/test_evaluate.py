@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.quickstart import task
 from fipo_megatron import evaluate
@@ -148,6 +149,13 @@ def test_a_hugging_face_model_needs_no_megatron(data, tmp_path):
 def test_errors_come_before_anything_is_built(overrides, message, data, tmp_path, capsys):
     assert run(data, tmp_path / "out", *overrides) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_gpu_of_the_engine_is_an_error_of_the_configuration(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(data, tmp_path / "out", "rollout.embedded_device=cuda") == 2
+    assert "rollout.embedded_device = cuda: torch finds no GPU on this host; valid: cpu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

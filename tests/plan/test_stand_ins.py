@@ -89,6 +89,13 @@ def test_a_layer_keeps_what_its_tensors_take(tracer):
 
 
 @pytest.mark.processes
+def test_the_activation_of_transformer_engine_is_traced_as_the_fused_one(tracer):
+    """Megatron-Core accepts only one of both."""
+    given = {"use_te_activation_func": True, "bias_activation_fusion": False}
+    assert cost(tracer, transformer=given).per_layer == total(RESIDUALS, NORMS, ATTENTION, PRODUCTS)
+
+
+@pytest.mark.processes
 def test_norms_of_queries_and_keys_keep_them_alone(tracer):
     """Not the product of QKV, of which they are parts."""
     qwen3 = Architecture.from_hf(DENSE | {"architectures": ["Qwen3ForCausalLM"], "head_dim": D})

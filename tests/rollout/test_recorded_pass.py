@@ -1,6 +1,8 @@
 """Recorded passes: the bits of the model's own passes, whatever is replaced between them; never a wrong recording."""
 
 import asyncio
+import gc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -132,14 +134,130 @@ def test_what_depends_on_the_data_is_not_recorded(function, monkeypatch, caplog)
     assert "passes are not recorded" in caplog.text
 
 
-@pytest.mark.parametrize("function", [lambda x: x * x.tolist()[0], lambda x: x + float(x.numpy().max())])
-def test_a_recording_is_used_only_if_it_gives_the_bits_of_another_pass(function, monkeypatch, caplog):
-    """A value that is read past torch's operators would be part of the recording."""
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * (x.tolist()[0] > 2), lambda x: torch.cat(x.split([int(x.numpy()[0]), 3 - int(x.numpy()[0])])[::-1])],
+    ids=["tolist", "numpy"],
+)
+def test_values_read_past_the_operators_are_not_recorded(function, monkeypatch, caplog):
+    """The pass that a recording is compared with may have the same ones, as when experts get equal counts of tokens."""
     monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
     passes = RecordedPasses(function)
     with caplog.at_level("INFO"):
-        for number in range(1, 5):
-            x = torch.tensor([float(number), 0.5])
+        for number in (1.0, 1.0, 2.0, 3.0):
+            x = torch.tensor([number, 5.0, 7.0])
             assert torch.equal(passes(x), function(x))
     assert len(passes) == 0
+    assert "past the operators" in caplog.text
+
+
+def test_a_recording_is_used_only_if_it_gives_the_bits_of_another_pass(monkeypatch, caplog):
+    """A value of Python that changes between passes is a part of the recording."""
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    values = iter(range(100))
+    passes = RecordedPasses(lambda x: x + next(values))
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            passes(torch.zeros(2))
+    assert len(passes) == 0
     assert "other bits" in caplog.text
+
+
+def test_operators_may_return_more_than_tensors():
+    """As torch's attention kernels do, which return the lengths of queries and keys, too."""
+    library = torch.library.Library("recorded_pass_test", "DEF")
+    library.define("mixed(Tensor x) -> (Tensor, SymInt, Tensor?)")
+    library.impl("mixed", lambda x: (x * 2, len(x), None), "CPU")
+
+    def function(x):
+        product, length, nothing = torch.ops.recorded_pass_test.mixed(x)
+        values = [product, x + 1]
+        torch._foreach_add_(values, 1.0)  # returns nothing
+        assert nothing is None
+        return values[0] * length + values[1]
+
+    recorded = record(function, torch.zeros(3))
+    x = torch.randn(3)
+    assert torch.equal(recorded(x), function(x))
+
+
+def test_a_replay_that_fails_does_not_keep_the_pass_from_running(monkeypatch, caplog):
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    calls = iter(range(100))
+
+    def fails_once(x):
+        if next(calls) == 3:  # after a pass, its recording and another pass
+            raise RuntimeError("out of memory")
+        return x * 2
+
+    library = torch.library.Library("recorded_pass_failure_test", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", fails_once, "CPU")
+    passes = RecordedPasses(torch.ops.recorded_pass_failure_test.twice)
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            assert passes(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert len(passes) == 0
+    assert "RuntimeError: out of memory" in caplog.text
+
+
+@contextmanager
+def without_collection():
+    """Objects are freed by their reference counts alone."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Watched:
+    """Tells which of some tensors' memory is free."""
+
+    def __init__(self, tensors):
+        self._storages = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
+
+    def freed(self):
+        return [torch.UntypedStorage._expired(storage) for storage in self._storages]
+
+
+def test_a_pass_takes_no_more_memory_while_it_is_recorded():
+    made, alive = [], []
+
+    def function(x):
+        made.clear()
+        for _ in range(4):
+            x = (x * 2).view(-1)
+            made.append(Watched([x]))
+            alive.append(sum(each.freed() == [False] for each in made))
+        return x
+
+    with without_collection():
+        function(torch.ones(3))
+        record(function, torch.ones(3))
+    assert alive[4:] == alive[:4]
+    assert max(alive) < 4
+
+
+def test_memory_is_free_as_soon_as_it_is_released_or_its_engine_dropped(tmp_path, monkeypatch):
+    """The memory is another's then: the actor's, or the next engine's."""
+    monkeypatch.setattr(recorded_pass, "RECORD_AFTER", 1)
+    model("qwen3").save_pretrained(tmp_path)
+
+    async def used(release):
+        engine = EmbeddedEngine(tmp_path, slots=32)
+        await sampled(engine, 0, 40, 20)
+        assert len(engine._model._pass)
+        keys = [layer.keys for layer in engine._model._cache.layers]
+        watched = Watched([*engine.model.parameters(), *keys])
+        del keys
+        if release:
+            await engine.release_memory("weights", "kv_cache")
+            assert all(watched.freed())
+        await engine.close()
+        return watched
+
+    with without_collection():
+        asyncio.run(used(True))
+        assert all(asyncio.run(used(False)).freed())

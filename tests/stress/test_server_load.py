@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
 from fipo_megatron.rollout.sglang.client import SglangClient
@@ -71,6 +72,14 @@ def answered(body, tokens, reason="length", log_prob=-1.0, retractions=0):
 def settings(tmp_path):
     options = StressOptions(str(write_run(tmp_path)), (), (32,), prompt_tokens=16, responses=5)
     return read_settings(options, os.environ)
+
+
+def test_a_missing_gpu_of_the_engine_is_an_error_of_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    overrides = ("rollout.engine=embedded", "rollout.embedded_device=cuda")
+    options = StressOptions(str(write_run(tmp_path)), overrides, (32,), prompt_tokens=16, responses=5)
+    with pytest.raises(ValueError, match=r"^rollout\.embedded_device = cuda: torch finds no GPU .*; valid: cpu$"):
+        read_settings(options, os.environ)
 
 
 def test_a_failed_response_ends_no_other_and_is_counted_with_its_reason(settings):

@@ -7,6 +7,7 @@ neighbours: shapes are the same whichever sequences are present, and positions a
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped i
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
-        self._cache = cache
+        self._cache: SlotCache = weakref.proxy(
+            cache
+        )  # without a cycle, so that a cache that is dropped is freed at once
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Does nothing: :meth:`reserve` allocates the tensors."""

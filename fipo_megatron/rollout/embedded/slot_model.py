@@ -6,6 +6,7 @@ has as many rows as are in use, rounded up to one of a few widths that give each
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -62,7 +63,8 @@ class SlotModel:
         """Logits of the next token of each slot."""
         self._shapes = PassShapes(self.module)
         self._reader = SequenceReader(self.module, self._shapes)
-        self._pass = RecordedPasses(self._decode)
+        model = weakref.proxy(self)  # without a cycle, so that a model that is dropped frees its memory at once
+        self._pass = RecordedPasses(lambda *inputs: model._decode(*inputs))
         self._released: list[torch.Size] = []
         """Shapes of the weights while they are released."""
 
