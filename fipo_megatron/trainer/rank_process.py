@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fipo_megatron.trainer.stacks import FORCED
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STACKS_SECONDS = 0.5
 _ENDED = "ZX"
@@ -62,7 +64,7 @@ class RankProcess:
         """
         if self.is_here and not self.has_ended():
             with suppress(OSError):
-                os.kill(self.pid, signal.SIGUSR2)
+                os.kill(self.pid, FORCED)
                 os.kill(self.pid, signal.SIGCONT)
                 time.sleep(_STACKS_SECONDS)
                 os.kill(self.pid, signal.SIGKILL)

@@ -1,7 +1,8 @@
 """The stacks of all threads of a rank, in a file of its own: why a run hangs stands nowhere else.
 
-SIGUSR2 has them written at any time, also while a thread holds Python's interpreter lock. Python's ``faulthandler``
-belongs to the whole process, and so does the file here.
+They are written with Python's interpreter lock: a thread that runs meanwhile changes what is read, and the process may
+crash. SIGUSR2 asks for them at any time. :data:`FORCED` has them written at once, also while a thread holds the lock;
+it is for a process that is killed next. Python's ``faulthandler`` belongs to the whole process, and so does the file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,9 @@ from typing import TextIO
 
 DIRECTORY = "stacks"
 """Name of the directory in ``run.output``."""
+
+FORCED = signal.SIGRTMIN
+"""Signal on which stacks are written without the interpreter lock, in the thread that receives it."""
 
 _file: TextIO | None = None
 
@@ -38,16 +43,48 @@ def stacks_to_file(output: Path, rank: int) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         _file = file
-        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+        faulthandler.register(FORCED, file=file, all_threads=True)
         try:
-            yield
+            with _written_when_asked():
+                yield
         finally:
-            faulthandler.unregister(signal.SIGUSR2)
+            faulthandler.unregister(FORCED)
             _file = None
     with suppress(OSError):
         if not path.stat().st_size:
             path.unlink()
             path.parent.rmdir()  # by the last rank
+
+
+@contextmanager
+def _written_when_asked() -> Iterator[None]:
+    """Opens a block in which a thread writes the stacks on SIGUSR2, also while the main thread waits in a library.
+
+    Only the main thread can install the handler; elsewhere the signal is left as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked, ask = os.pipe()
+    os.set_blocking(ask, False)
+
+    def wait() -> None:
+        while received := os.read(asked, 64):
+            if signal.SIGUSR2 in received:
+                write_stacks("SIGUSR2")
+
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # also after the block, where it would end the process
+    # Python writes the number of every signal that it handles into the pipe at once, before any handler runs.
+    pipe = signal.set_wakeup_fd(ask, warn_on_full_buffer=False)
+    thread = threading.Thread(target=wait, name="stacks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe)
+        os.close(ask)
+        thread.join()
+        os.close(asked)
 
 
 def write_stacks(reason: str) -> None:
