@@ -34,6 +34,7 @@ def test_a_run_outlives_a_killed_engine_step_and_a_lost_rollout_node(cluster, da
         *("rollout.engine=sglang", "rollout.servers.interface=lo", "rollout.sglang={max_total_tokens: 16384}"),
         f"rollout.servers.python={ROOT}/.venv-sglang/bin/python",
         "rollout.servers.environment={OMP_NUM_THREADS: '1'}",
+        "rollout.silence_seconds=120",  # a server starts on busy cores; no rank is lost here
     ]
     nodes = ["--nodes=2"]
     job = Job.submit(cluster, tmp_path, "disaggregated.sbatch", *given, components=(nodes, nodes))
