@@ -1,4 +1,4 @@
-"""What FP8 alone does to a transformers model: rounding of the inputs of its linear layers, emulated on the CPU.
+"""The effect of FP8 alone on a transformers model: the inputs of its linear layers are rounded, on the CPU.
 
 Weights and activations are rounded to E4M3 with the scales of the recipe and multiplied in float32. Embedding,
 attention and output layer keep their precision, as under Megatron-Core and Transformer Engine.

@@ -1,6 +1,6 @@
 """MegatronActor alone on a GPU over NCCL: the layers of torch, those of Transformer Engine, and FP8.
 
-What is measured is printed (``pytest -rP``) and kept in the JUnit report, whether or not it is within the bounds.
+Measurements are printed (``pytest -rP``) and kept in the JUnit report, whether or not they are within the bounds.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What the stand-ins for Transformer Engine's layers keep for backward, against a count by hand."""
+"""The bytes that stand-ins for Transformer Engine's layers keep for backward, against a count by hand."""
 
 from dataclasses import replace
 

@@ -137,7 +137,7 @@ class _Call:
         operator: The operator.
         arguments: Its arguments by position.
         options: Its arguments by name.
-        result: What it returned; may be held, as the result of an operator that writes to a held tensor.
+        result: Its result. That of an operator that writes to a held tensor is the held tensor.
     """
 
     operator: torch._ops.OpOverload
